@@ -1,0 +1,64 @@
+"""strop trains the file you ship, and proves it on your task.
+
+The public names are loaded on first use, so that `import strop` costs nothing until a verb is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from strop.models import OpenedModel, load
+    from strop.numerics.qtensor import QuantizedTensor
+    from strop.numerics.scheme import Scheme, parse_format
+    from strop.recipes.compare import compare
+    from strop.recipes.generate import predict
+    from strop.recipes.merge import merge
+    from strop.recipes.plan import plan
+    from strop.recipes.quantize import quantize
+    from strop.recipes.tune import tune
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "OpenedModel": "strop.models",
+    "QuantizedTensor": "strop.numerics.qtensor",
+    "Scheme": "strop.numerics.scheme",
+    "compare": "strop.recipes.compare",
+    "load": "strop.models",
+    "merge": "strop.recipes.merge",
+    "parse_format": "strop.numerics.scheme",
+    "plan": "strop.recipes.plan",
+    "predict": "strop.recipes.generate",
+    "quantize": "strop.recipes.quantize",
+    "tune": "strop.recipes.tune",
+}
+
+__all__ = [  # noqa: RUF022  the version stands last
+    "OpenedModel",
+    "QuantizedTensor",
+    "Scheme",
+    "compare",
+    "load",
+    "merge",
+    "parse_format",
+    "plan",
+    "predict",
+    "quantize",
+    "tune",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the module that holds a public name when it is first asked for."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'strop' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
