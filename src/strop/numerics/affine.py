@@ -1,0 +1,113 @@
+"""Affine quantization: code = clamp(round(x / scale) + zero_point), restored = (code - zero_point) * scale.
+
+`quantize` and `dequantize` are the two formulas, on any shapes that broadcast, in float32; scales keep the dtype in which
+they are stored, and codes are chosen against that stored value. `fake_quantize` is the two in one with a gradient, for any
+scheme, codebooks and floats included. `choose_scale` (from `scales`) finds scale and zero point of a range.
+
+What the rounding costs: with a range that covers the values, at most half a stored step plus the number of steps times
+the scale's own rounding error; the full-range mode clips one side and can err by one step there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strop.numerics import grid
+from strop.numerics.codebook import nest
+from strop.numerics.formats import IntFormat
+from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
+from strop.numerics.scales import check_scale, choose_scale, default_scale, stored_zero_point
+from strop.numerics.scheme import Mode, Scheme
+
+__all__ = ["choose_scale", "dequantize", "fake_quantize", "quantize"]
+
+
+def quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: IntFormat) -> Tensor:
+    """Codes clamp(round(x / scale) + zero_point, qmin, qmax); ties round to even.
+
+    Args:
+        x: Values, any float dtype; worked on in float32.
+        scale: Broadcasts with x; not zero.
+        zero_point: Broadcasts with x, in the format's own codes; None for zero.
+        form: The integers there are.
+
+    Returns:
+        int8 (uint8 for unsigned formats), the shape of x and scale together.
+
+    >>> quantize(torch.tensor([250.0]), torch.tensor(1000 / 255), None, IntFormat("uint8", 8, signed=False)).tolist()
+    [64]
+    """
+    codes = torch.round(x.float() / scale.float())
+    if zero_point is not None:
+        codes += zero_point
+    return codes.clamp_(form.qmin, form.qmax).to(torch.int8 if form.signed else torch.uint8)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+    """The values that codes stand for: (codes - zero_point) * scale, float32."""
+    values = codes.float()
+    if zero_point is not None:
+        values -= zero_point
+    return values * scale.float()
+
+
+def fake_quantize(
+    weight: Tensor, scheme: Scheme, *, scale: Tensor | None = None, zero_point: Tensor | None = None
+) -> Tensor:
+    """Round a weight to a scheme's grid and stay differentiable: bitwise `quantize_tensor(...).dequantize(weight.dtype)`.
+
+    The gradient passes straight through (Bengio, Leonard and Courville, 2013), and is zero where the grid clips: beyond
+    half a step outside an integer's codes, beyond the largest level of a float or codebook. A grid that covers the
+    weight's own range clips nothing, so there every gradient passes.
+
+    Args:
+        weight: [out, in], any float dtype; worked on in float32.
+        scheme: The grid.
+        scale: Scales to use instead of those of the weight's own range, as in `quantize_tensor`; no gradient.
+        zero_point: Zero points that go with them, as `choose_scale` returns them.
+
+    Returns:
+        [out, in], the weight's dtype.
+
+    Raises:
+        FormatError: As `quantize_tensor`, except that NaN under a given scale is passed on.
+    """
+    result: Tensor = _FakeQuantize.apply(weight, scheme, scale, zero_point)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Forward rounds a piece of the weight at a time; backward needs only where the grid clipped, if anywhere."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scheme: Scheme, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
+        plan_shape(tuple(weight.shape), scheme)
+        shape = (weight.shape[0], weight.shape[1])
+        groups = split(weight, scheme)
+        clips = scale is not None or scheme.mode is Mode.SYMMETRIC_FULL
+        if scale is None:
+            scale, zero_point = default_scale(groups, scheme)
+        else:
+            scale, zero_point = check_scale(scale, zero_point, scheme, shape, where="weight")
+        code_scale = spread(scale.float())
+        value_scale = spread(nest(scale).dequantize()) if scheme.double_quant else code_scale
+        zeros = None if zero_point is None else spread(stored_zero_point(zero_point, scheme))
+        result = torch.empty(groups.shape, dtype=weight.dtype, device=weight.device)
+        inside = torch.empty(groups.shape, dtype=torch.bool, device=weight.device) if clips else None
+        for rows in row_chunks(groups):
+            x = groups[rows].float()
+            zero = None if zeros is None else rows_of(zeros, rows)
+            own_scale = rows_of(code_scale, rows)
+            if inside is not None:
+                inside[rows] = grid.inside(x, own_scale, zero, scheme.format)
+            result[rows] = grid.rounded(x, own_scale, rows_of(value_scale, rows), zero, scheme.format)
+        ctx.save_for_backward(None if inside is None else restore(inside, shape))
+        return restore(result, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return (grads[0] if inside is None else grads[0] * inside), None, None, None

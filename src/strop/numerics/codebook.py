@@ -1,0 +1,114 @@
+"""NF4 and FP4: the nearest level of a table, and block scales quantized once more (double quantization).
+
+Values arrive in float32 as [rows, groups, size] with one scale, the largest magnitude, per block; codes leave as uint8.
+The arithmetic is that of bitsandbytes on a CPU, so that codes agree with it bit for bit: values are multiplied by the
+float32 reciprocal of the scale and compared with the midpoints between levels, a value on a midpoint taking the lower
+level. The one deviation: FP4 has two codes for zero (0 and 8), and here zero is always code 0.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from strop.numerics.formats import CodebookFormat
+from strop.numerics.scheme import NESTED_BLOCK
+
+_LEAST_SCALE = 1e-38
+"""Scales below this are taken as this when dividing, as bitsandbytes does; the stored scale stays as it is."""
+
+
+@functools.cache
+def level_table(form: CodebookFormat, device: torch.device) -> Tensor:
+    """The levels as float32 [2^bits], in the order of the codes."""
+    return torch.tensor(form.levels, dtype=torch.float32, device=device)
+
+
+@functools.cache
+def _ascending(form: CodebookFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Midpoints between the distinct levels, ascending, and the code of each level in that order."""
+    first_code: dict[float, int] = {}
+    for code, level in enumerate(form.levels):
+        first_code.setdefault(level, code)  # -0.0 == 0.0: FP4's second zero is left out
+    levels = torch.tensor(sorted(first_code), dtype=torch.float32, device=device)
+    codes = torch.tensor([first_code[level] for level in sorted(first_code)], dtype=torch.uint8, device=device)
+    return (levels[:-1] + levels[1:]) / 2, codes
+
+
+def nearest_codes(x: Tensor, scale: Tensor, form: CodebookFormat) -> Tensor:
+    """Codes of the levels nearest to x / scale.
+
+    Args:
+        x: float32 [rows, groups, size].
+        scale: float32 [rows, groups, 1], not negative.
+        form: The table.
+
+    Returns:
+        uint8, the shape of x.
+    """
+    midpoints, codes = _ascending(form, x.device)
+    relative = x * (1.0 / scale.clamp(min=_LEAST_SCALE))
+    places = torch.bucketize(relative, midpoints, out_int32=True)
+    return codes.index_select(0, places.view(-1)).view(x.shape)
+
+
+def level_values(codes: Tensor, scale: Tensor, form: CodebookFormat) -> Tensor:
+    """The values of codes: level * scale, float32, the shape of codes."""
+    levels = level_table(form, codes.device)
+    return levels.index_select(0, codes.reshape(-1).to(torch.int32)).view(codes.shape).mul_(scale)
+
+
+@dataclass(frozen=True)
+class NestedScale:
+    """Block scales under double quantization: scale = level(code) * block_scale + offset.
+
+    Attributes:
+        codes: uint8 [blocks], positions in the 8-bit dynamic map.
+        scale: float32 [ceil(blocks / 256)].
+        offset: float32 scalar tensor, the mean of the scales.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+    def dequantize(self) -> Tensor:
+        """The block scales, float32 [blocks]."""
+        levels = dynamic_map(self.codes.device).index_select(0, self.codes.to(torch.int32))
+        blocks = levels.numel()
+        padded = torch.nn.functional.pad(levels, (0, -blocks % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+        return (padded * self.scale.unsqueeze(1)).view(-1)[:blocks].add_(self.offset)
+
+
+def nest(scale: Tensor) -> NestedScale:
+    """Quantize block scales (float32 [blocks]) to 8 bits: subtract their mean, then blocks of 256 in the dynamic map.
+
+    QLoRA (Dettmers and others, 2023), section 3, with the map and the arithmetic of bitsandbytes.
+    """
+    offset = scale.mean()
+    centred = scale - offset
+    blocks = centred.numel()
+    padded = torch.nn.functional.pad(centred, (0, -blocks % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    block_scale = padded.abs().amax(dim=1)
+    levels = dynamic_map(scale.device)
+    relative = padded * (1.0 / block_scale.clamp(min=_LEAST_SCALE)).unsqueeze(1)
+    codes = torch.bucketize(relative, (levels[:-1] + levels[1:]) / 2, out_int32=True).to(torch.uint8)
+    return NestedScale(codes.view(-1)[:blocks].contiguous(), block_scale, offset)
+
+
+@functools.cache
+def dynamic_map(device: torch.device) -> Tensor:
+    """The 256 levels of the signed 8-bit dynamic map, ascending, float32.
+
+    Seven decades, 10^-6 to 10^0, each with 2^i evenly spaced magnitudes (i = 0 to 6), their negatives, zero and one
+    ("8-bit Approximations for Parallelism in Deep Learning", Dettmers 2015).
+    """
+    levels = [0.0, 1.0]
+    for decade in range(7):
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        magnitudes = (10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)).tolist()
+        levels += magnitudes + [-magnitude for magnitude in magnitudes]
+    return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

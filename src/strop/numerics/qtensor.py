@@ -1,0 +1,181 @@
+"""`QuantizedTensor`: a weight as packed codes, scales and zero points; made by `quantize_tensor`, undone by `dequantize`.
+
+    codes       uint8  [out, ceil(in * bits / 8)]; codebooks [ceil(out * in * bits / 8)] over the flattened weight
+    scale       the scheme's scale dtype, [1, 1], [out, 1], [out, groups] or [blocks]; None under double quantization
+    zero_point  uint8  like scale, or None; stored as codes are: z - qmin
+    nested      under double quantization, the block scales as 8-bit codes
+
+Stored codes are unsigned: an integer's is q - qmin, packed by `packing`. Not a `torch.Tensor` subclass, and without
+gradient: what trains through a grid is `fake_quantize`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from strop.errors import FormatError
+from strop.numerics import grid
+from strop.numerics.codebook import NestedScale, nest
+from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
+from strop.numerics.packing import pack, packed_size, unpack
+from strop.numerics.scales import check_finite_range, check_scale, default_scale, stored_zero_point
+from strop.numerics.scheme import Granularity, Mode, Scheme
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedTensor:
+    """A quantized weight of logical shape (out, in); the module's docstring gives the parts."""
+
+    codes: Tensor
+    scale: Tensor | None
+    zero_point: Tensor | None
+    scheme: Scheme
+    shape: tuple[int, int]
+    nested: NestedScale | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all parts together."""
+        return sum(part.numel() * part.element_size() for part in self.tensors().values())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits per weight, counting codes, scales and zero points."""
+        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+
+    def scales(self) -> Tensor:
+        """The scales in float32, in their stored shape, double quantization undone."""
+        if self.nested is not None:
+            return self.nested.dequantize()
+        if self.scale is None:
+            raise ValueError(f"{self.scheme.name}: neither scales nor nested scales")
+        return self.scale.float()
+
+    def stored_codes(self) -> Tensor:
+        """The codes unpacked, uint8 [out, in]."""
+        rows, columns = self.shape
+        if self.codes.ndim == 1:
+            return unpack(self.codes, self.scheme.bits, rows * columns).view(rows, columns)
+        return unpack(self.codes, self.scheme.bits, columns)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight that the codes stand for, [out, in], computed in float32 and rounded once to `dtype`."""
+        form = self.scheme.format
+        stored = split(self.stored_codes(), self.scheme)
+        scale = spread(self.scales())
+        zero_point = None if self.zero_point is None else spread(self.zero_point)
+        result = torch.empty(stored.shape, dtype=dtype, device=stored.device)
+        for rows in row_chunks(stored):
+            zero = None if zero_point is None else rows_of(zero_point, rows)
+            result[rows] = grid.values(stored[rows], rows_of(scale, rows), zero, form)
+        return restore(result, self.shape)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that there are, by name: codes, scale, zero_point, nested_codes, nested_scale, nested_offset."""
+        parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
+        if self.nested is not None:
+            parts["nested_codes"] = self.nested.codes
+            parts["nested_scale"] = self.nested.scale
+            parts["nested_offset"] = self.nested.offset
+        return {name: part for name, part in parts.items() if part is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], scheme: Scheme, shape: tuple[int, int]) -> QuantizedTensor:
+        """Build from the parts that `tensors` names.
+
+        Raises:
+            FormatError: Parts are missing or too many, or have another shape or dtype than the scheme demands; all are listed.
+        """
+        expected = _expected_parts(scheme, shape)
+        problems = [f"unexpected {name}" for name in tensors if name not in expected]
+        for name, (size, dtype) in expected.items():
+            part = tensors.get(name)
+            if part is None:
+                problems.append(f"{name} is missing")
+            elif tuple(part.shape) != size or part.dtype != dtype:
+                problems.append(f"{name} is {list(part.shape)} {part.dtype}, needed {list(size)} {dtype}")
+        if problems:
+            raise FormatError(f"a weight {list(shape)} as {scheme.name}: {'; '.join(problems)}")
+        nested = None
+        if scheme.double_quant:
+            nested = NestedScale(tensors["nested_codes"], tensors["nested_scale"], tensors["nested_offset"])
+        return cls(tensors["codes"], tensors.get("scale"), tensors.get("zero_point"), scheme, shape, nested)
+
+
+def quantize_tensor(
+    weight: Tensor,
+    scheme: Scheme,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    where: str = "weight",
+) -> QuantizedTensor:
+    """Round a weight to a scheme's grid.
+
+    Args:
+        weight: [out, in], any float dtype; worked on in float32, a bounded piece at a time.
+        scheme: The grid.
+        scale: Scales to use, of the shape `plan_shape` gives, instead of those that cover the weight's own range.
+        zero_point: Zero points that go with them, as `choose_scale` returns them; needed exactly where the scheme is
+            asymmetric and `scale` is given.
+        where: The weight's name, for messages.
+
+    Raises:
+        FormatError: The shape does not divide, the weight holds NaN or infinite values, or a scale overflows its dtype.
+    """
+    weight = weight.detach()
+    shape = _two_sizes(weight, scheme, where)
+    groups = split(weight, scheme)
+    if scale is None:
+        scale, zero_point = default_scale(groups, scheme, where=where)
+    else:
+        low, high = torch.aminmax(weight)
+        check_finite_range(low, high, where=where)
+        scale, zero_point = check_scale(scale, zero_point, scheme, shape, where=where)
+    scale_rows = spread(scale.float())
+    stored_zero = None if zero_point is None else stored_zero_point(zero_point, scheme)
+    zero_rows = None if stored_zero is None else spread(stored_zero)
+    stored = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
+    for rows in row_chunks(groups):
+        zero = None if zero_rows is None else rows_of(zero_rows, rows)
+        stored[rows] = grid.codes(groups[rows].float(), rows_of(scale_rows, rows), zero, scheme.format)
+    codes = restore(stored, shape)
+    if scheme.granularity is Granularity.BLOCK:
+        codes = codes.reshape(-1)
+    nested = nest(scale) if scheme.double_quant else None
+    kept_scale = None if scheme.double_quant else scale
+    return QuantizedTensor(pack(codes, scheme.bits), kept_scale, stored_zero, scheme, shape, nested)
+
+
+def _two_sizes(weight: Tensor, scheme: Scheme, where: str) -> tuple[int, int]:
+    """The shape (out, in) of a weight that the scheme can cut into groups."""
+    if not weight.is_floating_point():
+        raise FormatError(f"{where}: a weight has a float dtype, got {weight.dtype}")
+    plan_shape(tuple(weight.shape), scheme, where=where)
+    rows, columns = weight.shape
+    return rows, columns
+
+
+def _expected_parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of every part that a scheme has for a weight of `shape`."""
+    rows, columns = shape
+    size = plan_shape(shape, scheme)
+    if scheme.granularity is Granularity.BLOCK:
+        codes = (packed_size(rows * columns, scheme.bits),)
+    else:
+        codes = (rows, packed_size(columns, scheme.bits))
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": (codes, torch.uint8)}
+    if scheme.double_quant:
+        nested_blocks = -(-size[0] // 256)
+        parts["nested_codes"] = (size, torch.uint8)
+        parts["nested_scale"] = ((nested_blocks,), torch.float32)
+        parts["nested_offset"] = ((), torch.float32)
+    else:
+        parts["scale"] = (size, scheme.scale_dtype)
+    if scheme.mode is Mode.ASYMMETRIC:
+        parts["zero_point"] = (size, torch.uint8)
+    return parts
