@@ -1,0 +1,466 @@
+"""Rows into records: what each line of a data set means, whichever of the field's habits it follows.
+
+A `Record` is either a conversation (`messages`) or a plain `text`. Recognised by their field names:
+
+    messages                      a list of {role, content}; content a text or a list of text parts
+    conversations                 sharegpt: a list of {from, value}; beside it `system` and `tools`
+    instruction, input, output    alpaca; beside it `system` and `history`
+    prompt, completion            texts, or lists of messages
+    question, answer
+    text, category (or label, intent)   a classification row: the label is the answer
+    text                          plain text
+
+Everything else is refused with the file, the row and the field. Preference pairs (chosen, rejected) are refused by
+name. This module reads no chat template and no tokenizer; it holds all records in memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from strop.data.readers import (
+    EXTENSIONS,
+    Problems,
+    RawRow,
+    is_hub_id,
+    kind_of,
+    read_dataset,
+    read_file,
+)
+from strop.errors import DataError, MissingInputError, nearest
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+ROLES: Mapping[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "function_response": "tool",
+    "tool_response": "tool",
+}
+
+SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
+    "train": ("train",),
+    "valid": ("valid", "validation", "dev"),
+    "test": ("test",),
+}
+
+_ANSWERS = ("category", "label", "intent")
+
+_KNOWN_SHAPES = (
+    "messages; conversations; instruction and output; prompt and completion; question and answer; "
+    "text with category, label or intent; text"
+)
+
+KNOWN_FIELDS = (
+    "messages",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "question",
+    "answer",
+    "text",
+    *_ANSWERS,
+)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn. `supervise` is False where the data say that an answer is context only (loss_weight 0)."""
+
+    role: Role
+    content: str
+    supervise: bool = True
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: a conversation or a text, and where it came from.
+
+    Attributes:
+        source: The file or dataset.
+        row: The 1-based line (jsonl, csv, txt) or position (json, parquet, datasets).
+        messages: The conversation, or None.
+        text: The plain text, or None.
+        ends: For a text, whether it ends here; False for a piece that the next record continues.
+    """
+
+    source: str
+    row: int
+    messages: tuple[Message, ...] | None = None
+    text: str | None = None
+    ends: bool = True
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Records to train on, to choose by, and to judge by; `test` is empty unless the data have such a split."""
+
+    train: list[Record]
+    valid: list[Record]
+    test: list[Record]
+
+
+class _RowError(Exception):
+    """A row that cannot be understood; the text names the field."""
+
+
+def _text_of(value: Any, where: str) -> str:
+    """The text of a field: a string, or a list of text parts that are joined."""
+    if isinstance(value, list) and value:
+        parts: list[str] = []
+        for index, part in enumerate(value):
+            if isinstance(part, str):
+                parts.append(part)
+                continue
+            if not isinstance(part, Mapping):
+                raise _RowError(f"{where}[{index}] is {kind_of(part)}; a part must be a text or {{type, text}}")
+            kind = part.get("type", "text")
+            inner = part.get("text", part.get("value", part.get("content")))
+            if kind != "text":
+                raise _RowError(f"{where}[{index}] is a part of type {kind!r}; only text parts can be trained on")
+            if not isinstance(inner, str):
+                raise _RowError(f"{where}[{index}] has no text ({kind_of(inner)})")
+            parts.append(inner)
+        value = "".join(parts)
+    if not isinstance(value, str):
+        raise _RowError(f"{where} is {kind_of(value)}; it must be a text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _RowError(
+            f"{where} holds half of a surrogate pair at character {error.start}; write the whole one"
+        ) from None
+    return value
+
+
+def _filled_text(value: Any, where: str) -> str:
+    text = _text_of(value, where)
+    if not text.strip():
+        raise _RowError(f"{where} is empty; give it a text or leave the row out")
+    return text
+
+
+def _optional_text(fields: Mapping[str, Any], name: str) -> str:
+    """A field that may be missing, null or empty."""
+    value = fields.get(name)
+    return "" if value is None else _text_of(value, f"field {name!r}").strip()
+
+
+def _weight(turn: Mapping[str, Any], where: str) -> bool:
+    """Whether a turn is learned: `loss_weight` or `weight` of 0 or 1, `train` true or false."""
+    for name in ("loss_weight", "weight", "train"):
+        value = turn.get(name)
+        if value is None:
+            continue
+        if value not in (0, 1):
+            raise _RowError(f"{where}.{name} is {value!r}; only 0 (context) and 1 (learned) are supported")
+        return bool(value)
+    return True
+
+
+def _tool_calls(turn: Mapping[str, Any], where: str) -> str:
+    """Calls of functions as text: one JSON object {name, arguments} a line."""
+    calls = turn.get("tool_calls")
+    if not calls:
+        return ""
+    if not isinstance(calls, list):
+        raise _RowError(f"{where}.tool_calls is {kind_of(calls)}; it must be a list")
+    lines: list[str] = []
+    for index, call in enumerate(calls):
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise _RowError(f"{where}.tool_calls[{index}] has no function name")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError):
+                arguments = json.loads(arguments)
+        lines.append(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False))
+    return "\n".join(lines)
+
+
+def _turn(turn: Any, where: str) -> Message | None:
+    """One turn of messages or conversations; None for a system turn without text."""
+    if not isinstance(turn, Mapping):
+        raise _RowError(f"{where} is {kind_of(turn)}; it must be an object with role and content")
+    role_name = "role" if "role" in turn else "from"
+    content_name = "content" if "content" in turn or "value" not in turn else "value"
+    if role_name not in turn:
+        raise _RowError(f"{where} has no role (fields: {', '.join(map(str, turn)) or 'none'})")
+    role = turn[role_name]
+    if not isinstance(role, str) or role.lower() not in ROLES:
+        hint = nearest(role, ROLES) if isinstance(role, str) else ""
+        raise _RowError(f"{where}.{role_name} is {role!r}; known roles: {', '.join(ROLES)}{hint}")
+    known_role = ROLES[role.lower()]
+    calls = _tool_calls(turn, where)
+    content = turn.get(content_name)
+    field = f"{where}.{content_name}"
+    if calls:
+        said = "" if content is None else _text_of(content, field).strip()
+        return Message("assistant", f"{said}\n{calls}".strip(), _weight(turn, where))
+    if content_name not in turn:
+        raise _RowError(f"{field} is missing")
+    if known_role == "system":
+        text = _text_of(content, field)
+        return Message("system", text) if text.strip() else None
+    if role.lower() in ("function_call", "tool_call") and isinstance(content, Mapping | list):
+        content = json.dumps(content, ensure_ascii=False)
+    return Message(known_role, _filled_text(content, field), _weight(turn, where))
+
+
+def _turns(value: Any, name: str) -> list[Message]:
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:  # a csv cell or a parquet column may hold the list as JSON
+            value = json.loads(value)
+        except ValueError as error:
+            raise _RowError(f"field {name!r} looks like a JSON list but is not valid JSON ({error})") from None
+    if not isinstance(value, list):
+        raise _RowError(f"field {name!r} is {kind_of(value)}; it must be a list of turns")
+    if not value:
+        raise _RowError(f"field {name!r} is empty; it needs at least one turn")
+    turns = [_turn(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
+    return [turn for turn in turns if turn is not None]
+
+
+def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """Put the row's `system` text and `tools` in front, merged into the conversation's own system turn."""
+    texts = [_optional_text(fields, "system")]
+    tools = fields.get("tools")
+    if isinstance(tools, list | Mapping) and tools:
+        tools = json.dumps(tools, ensure_ascii=False)
+    if isinstance(tools, str) and tools.strip() not in ("", "[]", "{}", "null"):
+        texts.append(f"Functions that can be called:\n{tools.strip()}")
+    texts = [text for text in texts if text]
+    if not texts:
+        return messages
+    if messages and messages[0].role == "system":
+        texts.insert(0, messages[0].content)
+        messages = messages[1:]
+    return [Message("system", "\n\n".join(texts)), *messages]
+
+
+def _from_messages(fields: Mapping[str, Any]) -> list[Message]:
+    return _with_system(fields, _turns(fields["messages"], "messages"))
+
+
+def _from_conversations(fields: Mapping[str, Any]) -> list[Message]:
+    return _with_system(fields, _turns(fields["conversations"], "conversations"))
+
+
+def _from_alpaca(fields: Mapping[str, Any]) -> list[Message]:
+    question = _filled_text(fields["instruction"], "field 'instruction'")
+    addition = _optional_text(fields, "input")
+    messages: list[Message] = []
+    history = fields.get("history") or []
+    if not isinstance(history, list):
+        raise _RowError(f"field 'history' is {kind_of(history)}; it must be a list of [question, answer] pairs")
+    for index, pair in enumerate(history):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise _RowError(f"history[{index}] must be a pair [question, answer]")
+        messages.append(Message("user", _filled_text(pair[0], f"history[{index}][0]")))
+        messages.append(Message("assistant", _filled_text(pair[1], f"history[{index}][1]")))
+    messages.append(Message("user", f"{question}\n{addition}" if addition else question))
+    messages.append(Message("assistant", _filled_text(fields["output"], "field 'output'")))
+    return _with_system(fields, messages)
+
+
+def _from_prompt(fields: Mapping[str, Any]) -> list[Message]:
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _with_system(fields, [*_turns(prompt, "prompt"), *_turns(completion, "completion")])
+    question = Message("user", _filled_text(prompt, "field 'prompt'"))
+    return _with_system(fields, [question, Message("assistant", _filled_text(completion, "field 'completion'"))])
+
+
+def _from_question(fields: Mapping[str, Any]) -> list[Message]:
+    question = Message("user", _filled_text(fields["question"], "field 'question'"))
+    return _with_system(fields, [question, Message("assistant", _filled_text(fields["answer"], "field 'answer'"))])
+
+
+def _from_label(fields: Mapping[str, Any]) -> list[Message]:
+    name = next(name for name in _ANSWERS if name in fields)
+    label = fields[name]
+    if isinstance(label, int) and not isinstance(label, bool):
+        label = str(label)
+    question = Message("user", _filled_text(fields["text"], "field 'text'"))
+    return [question, Message("assistant", _filled_text(label, f"field {name!r}"))]
+
+
+_SHAPES: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message]]], ...] = (
+    (("messages",), _from_messages),
+    (("conversations",), _from_conversations),
+    (("instruction", "output"), _from_alpaca),
+    (("prompt", "completion"), _from_prompt),
+    (("question", "answer"), _from_question),
+    *((("text", answer), _from_label) for answer in _ANSWERS),
+)
+
+
+def _unrecognised(fields: Mapping[str, Any]) -> str:
+    names = [str(name) for name in fields]
+    for needed, _ in _SHAPES:
+        missing = [name for name in needed if name not in fields]
+        if len(needed) > len(missing) > 0 and needed[0] != "text":
+            return (
+                f"field {missing[0]!r} is missing beside {', '.join(repr(n) for n in needed if n in fields)} "
+                f"(fields: {', '.join(names)})"
+            )
+    hint = next((nearest(name, KNOWN_FIELDS) for name in names if nearest(name, KNOWN_FIELDS)), "")
+    return f"fields {', '.join(names) or '(none)'} are not a known kind of row{hint}; known: {_KNOWN_SHAPES}"
+
+
+def _record(row: RawRow, source: str) -> Record:
+    fields = row.fields
+    if "chosen" in fields and "rejected" in fields:
+        raise _RowError(
+            "fields 'chosen' and 'rejected' make a preference pair; preference pairs (DPO and its kin) are not "
+            "supported yet: keep the chosen answers as messages to fine-tune on them"
+        )
+    for needed, convert in _SHAPES:
+        if all(name in fields for name in needed):
+            return Record(source, row.number, messages=tuple(convert(fields)))
+    if "text" in fields:
+        return Record(source, row.number, text=_filled_text(fields["text"], "field 'text'"), ends=row.ends)
+    raise _RowError(_unrecognised(fields))
+
+
+def _records(rows: Iterable[RawRow], problems: Problems) -> list[Record]:
+    """Turn rows into records; everything wrong with the source is raised at once."""
+    records: list[Record] = []
+    for row in rows:
+        try:
+            records.append(_record(row, problems.source))
+        except _RowError as error:
+            problems.add(row.number, str(error))
+            if "preference pair" in str(error):
+                break  # all other rows would say the same
+    problems.raise_any()
+    return records
+
+
+def read_records(path: str | Path | Sequence[Mapping[str, Any]]) -> list[Record]:
+    """Read one file, or rows that are already in memory, into records.
+
+    Args:
+        path: A file (.jsonl, .json, .csv, .tsv, .txt, .parquet), or a list of mappings.
+
+    Raises:
+        MissingInputError: If the file is not there or of no known extension.
+        DataError: If any row is broken; the message gives file, row and field of up to ten and the number of the
+        others.
+    """
+    if isinstance(path, str | Path):
+        rows, problems = read_file(Path(path), KNOWN_FIELDS)
+        return _records(rows, problems)
+    problems = Problems("rows", unit="record")
+    rows = []
+    for number, fields in enumerate(path, start=1):
+        if isinstance(fields, Mapping):
+            rows.append(RawRow(number, fields))
+        else:
+            problems.add(number, f"got {kind_of(fields)}; each row must be a mapping")
+    if not rows and not problems.messages:
+        raise DataError("rows: the list is empty; it needs at least one row")
+    return _records(rows, problems)
+
+
+def _hold_out(records: list[Record], *, seed: int, valid_fraction: float) -> tuple[list[Record], list[Record]]:
+    """Split off a fraction for validation, at least one row where there are two; both parts keep the file's order."""
+    if valid_fraction <= 0 or len(records) < 2:
+        return records, []
+    count = min(len(records) - 1, max(1, round(len(records) * valid_fraction)))
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
+    held = set(order[:count])
+    train = [record for index, record in enumerate(records) if index not in held]
+    return train, [record for index, record in enumerate(records) if index in held]
+
+
+def _files_of_folder(folder: Path) -> dict[str, Path]:
+    """The split files of a folder: split -> path."""
+    found: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and path.suffix.lower() in EXTENSIONS:
+            for split, names in SPLIT_NAMES.items():
+                if path.stem.lower() in names:
+                    found.setdefault(split, []).append(path)
+    for split, paths in found.items():
+        if len(paths) > 1:
+            raise DataError(
+                f"{folder}: {', '.join(path.name for path in paths)} all claim to be the {split} split; keep one"
+            )
+    return {split: paths[0] for split, paths in found.items()}
+
+
+def _split_named(name: str) -> str | None:
+    return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
+
+
+def read_data(data: str | Path | Sequence[Mapping[str, Any]], *, seed: int = 0, valid_fraction: float = 0.05) -> Splits:
+    """Read a data set: a file, a folder with train, valid and test files, a dataset folder, a hub id, or rows.
+
+    Where the data have no validation split, `valid_fraction` of the training rows is held out, drawn by `seed` (at
+    least one row where there are two). `validation` and `dev` are accepted for `valid`.
+
+    Raises:
+        MissingInputError: If nothing of that name is found here or on the hub.
+        DataError: If a row is broken, a split is empty or there is no training split.
+    """
+    if not isinstance(data, str | Path):
+        train, valid = _hold_out(read_records(data), seed=seed, valid_fraction=valid_fraction)
+        return Splits(train, valid, [])
+    path = Path(data)
+    if path.is_dir():
+        files = _files_of_folder(path)
+        if files:
+            if "train" not in files:
+                raise DataError(
+                    f"{path}: there is no train file beside {', '.join(f.name for f in files.values())}; "
+                    f"name it train{next(iter(files.values())).suffix}"
+                )
+            parts = {split: read_records(file) for split, file in files.items()}
+        else:
+            parts = _read_dataset_splits(str(path))
+    elif path.exists() or path.suffix.lower() in EXTENSIONS or not is_hub_id(str(data)):
+        if not path.exists():
+            raise MissingInputError(f"{path}: no such file or folder; check the path")
+        parts = {"train": read_records(path)}
+    else:
+        parts = _read_dataset_splits(str(data))
+    train, valid = parts["train"], parts.get("valid", [])
+    if "valid" not in parts:
+        train, valid = _hold_out(train, seed=seed, valid_fraction=valid_fraction)
+    return Splits(train, valid, parts.get("test", []))
+
+
+def _read_dataset_splits(name: str) -> dict[str, list[Record]]:
+    splits = read_dataset(name)
+    parts: dict[str, list[Record]] = {}
+    for split_name, rows in splits.items():
+        split = _split_named(split_name)
+        if split is None:
+            continue
+        if not rows:
+            raise DataError(f"{name}, split {split_name}: there is no row in it; it needs at least one")
+        parts[split] = _records(rows, Problems(f"{name}, split {split_name}", unit="record"))
+    if "train" not in parts:
+        raise DataError(f"{name}: there is no train split (splits: {', '.join(splits) or 'none'})")
+    return parts
