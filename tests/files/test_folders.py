@@ -9,7 +9,15 @@ import pytest
 
 from strop.errors import FileFormatError, MissingInputError, UsageError
 from strop.files import folders
-from strop.files.folders import atomic_folder, check_manifest, inside, read_json, sha256_file, sha256_files, write_manifest
+from strop.files.folders import (
+    atomic_folder,
+    check_manifest,
+    inside,
+    read_json,
+    sha256_file,
+    sha256_files,
+    write_manifest,
+)
 
 
 def listing(folder: Path) -> dict[str, str]:
@@ -29,11 +37,16 @@ def test_a_folder_takes_its_name_only_when_the_block_has_ended(tmp_path: Path) -
     assert target.stat().st_mode & 0o777 == 0o777 & ~folders._umask()
 
 
+def write_half(target: Path, error: type[BaseException], *, overwrite: bool = False) -> None:
+    with atomic_folder(target, overwrite=overwrite) as folder:
+        (folder / "good.txt").write_text("half")
+        raise error
+
+
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_failure_in_the_middle_leaves_no_trace(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), atomic_folder(tmp_path / "out") as folder:
-        (folder / "a.txt").write_text("half")
-        raise error
+    with pytest.raises(error):
+        write_half(tmp_path / "out", error)
     assert os.listdir(tmp_path) == []
 
 
@@ -42,15 +55,16 @@ def test_a_failure_in_the_middle_leaves_the_old_folder_as_it_was(tmp_path: Path,
     target = tmp_path / "out"
     target.mkdir()
     (target / "good.txt").write_text("good")
-    with pytest.raises(error), atomic_folder(target, overwrite=True) as folder:
-        (folder / "good.txt").write_text("half")
-        raise error
+    with pytest.raises(error):
+        write_half(target, error, overwrite=True)
     assert listing(target) == {"good.txt": "good"}
     assert os.listdir(tmp_path) == ["out"]
 
 
 @pytest.mark.parametrize("can_exchange", [True, False], ids=["exchanged", "set-aside"])
-def test_an_overwritten_folder_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool) -> None:
+def test_an_overwritten_folder_is_replaced_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
     if not can_exchange:
         monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
     target = tmp_path / "out"
@@ -182,7 +196,9 @@ def test_a_manifest_names_all_files_that_differ_at_once(tmp_path: Path) -> None:
     (tmp_path / "d").write_text("new")
     with pytest.raises(FileFormatError, match="3 file") as caught:
         check_manifest(tmp_path)
-    assert all(words in str(caught.value) for words in ("a: missing", "b: 6 bytes, 1 were written", "d: not in the manifest"))
+    assert all(
+        words in str(caught.value) for words in ("a: missing", "b: 6 bytes, 1 were written", "d: not in the manifest")
+    )
 
 
 def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from strop.errors import FileFormatError, MissingInputError, ModelError, StropError
-from strop.files.shards import DTYPES, Part, iter_tensors, read_file, read_header, read_tensor, tensor_files, write_file, write_shards
+from strop.files.shards import (
+    DTYPES,
+    Part,
+    iter_tensors,
+    read_file,
+    read_header,
+    read_tensor,
+    tensor_files,
+    write_file,
+    write_shards,
+)
 
 
 def raw_file(path: Path, header: object, data: bytes, *, length: int | None = None) -> Path:
@@ -30,7 +40,11 @@ def equal(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
     return mine.keys() == theirs.keys() and all(
         mine[name].dtype == theirs[name].dtype
         and mine[name].shape == theirs[name].shape
-        and mine[name].contiguous().reshape(-1).view(torch.uint8).equal(theirs[name].contiguous().reshape(-1).view(torch.uint8))
+        and mine[name]
+        .contiguous()
+        .reshape(-1)
+        .view(torch.uint8)
+        .equal(theirs[name].contiguous().reshape(-1).view(torch.uint8))
         for name in mine
     )
 
@@ -42,7 +56,11 @@ def some_tensors() -> dict[str, Tensor]:
         for name, dtype in DTYPES.items()
         if not name.startswith(("U16", "U32", "U64"))
     }
-    return tensors | {"scalar": torch.tensor(7.0), "empty": torch.empty(0, 5), "transposed": torch.arange(6.0).reshape(2, 3).T}
+    return tensors | {
+        "scalar": torch.tensor(7.0),
+        "empty": torch.empty(0, 5),
+        "transposed": torch.arange(6.0).reshape(2, 3).T,
+    }
 
 
 def test_the_bytes_of_a_file_are_those_that_the_format_demands(tmp_path: Path) -> None:
@@ -71,7 +89,9 @@ def test_what_the_safetensors_package_writes_is_read_bit_for_bit(tmp_path: Path)
 
 
 def test_shards_are_split_at_the_limit_and_never_within_a_part(tmp_path: Path) -> None:
-    parts = [Part.of({f"{i}.w": torch.full((8,), float(i)), f"{i}.s": torch.ones(2)}) for i in range(5)]  # 40 bytes each
+    parts = [
+        Part.of({f"{i}.w": torch.full((8,), float(i)), f"{i}.s": torch.ones(2)}) for i in range(5)
+    ]  # 40 bytes each
     paths = write_shards(tmp_path, parts, max_shard_bytes=100)
     assert [path.name for path in paths] == [f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)]
     assert [set(read_header(path).entries) for path in paths] == [
@@ -228,7 +248,12 @@ def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path: Path) -> No
 
 @pytest.mark.parametrize(
     ("name", "error"),
-    [("../secret", FileFormatError), ("/etc/passwd", FileFormatError), ("model-9.safetensors", ModelError), (3, FileFormatError)],
+    [
+        ("../secret", FileFormatError),
+        ("/etc/passwd", FileFormatError),
+        ("model-9.safetensors", ModelError),
+        (3, FileFormatError),
+    ],
 )
 def test_an_index_that_names_other_files_is_refused(tmp_path: Path, name: object, error: type[Exception]) -> None:
     index = sharded(tmp_path)

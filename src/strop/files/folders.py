@@ -1,9 +1,9 @@
 """Folders that stand whole or not at all, digests of what is in them, and names that stay below their root.
 
-A model, an adapter and a checkpoint are folders. `atomic_folder` writes one into a temporary sibling, flushes every file and
-directory to the disk, and only then gives it its name, so that a reader never sees half of it. `write_manifest` and
-`check_manifest` keep the SHA-256 of every file beside it: safetensors carries no checksum, and four in five changed bytes
-would load in silence. `inside` refuses a file name that would leave its folder.
+A model, an adapter and a checkpoint are folders. `atomic_folder` writes one into a temporary sibling, flushes every
+file and directory to the disk, and only then gives it its name, so that a reader never sees half of it.
+`write_manifest` and `check_manifest` keep the SHA-256 of every file beside it: safetensors carries no checksum, and
+four in five changed bytes would load in silence. `inside` refuses a file name that would leave its folder.
 
 Not here: what the files hold (`shards.py`, `saving.py`), and locks between processes that write the same folder.
 """
@@ -34,10 +34,10 @@ _AT_FDCWD = -100
 def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Give a temporary folder to write into, which takes the name `path` when the block ends without an exception.
 
-    Every file and directory is flushed (fsync) before the rename, and the parent directory after it. When the block raises,
-    Ctrl-C included, the temporary folder is removed and whatever stood at `path` is untouched. With `overwrite` the old
-    folder stands until the new one has its name: they are exchanged in one step where the system can (Linux), else the old
-    one is set aside for the moment of the rename and put back if that fails.
+    Every file and directory is flushed (fsync) before the rename, and the parent directory after it. When the block
+    raises, Ctrl-C included, the temporary folder is removed and whatever stood at `path` is untouched. With `overwrite`
+    the old folder stands until the new one has its name: they are exchanged in one step where the system can (Linux),
+    else the old one is set aside for the moment of the rename and put back if that fails.
 
     Args:
         path: where the folder is to stand. Missing parents are made. An empty folder there counts as none.
@@ -100,7 +100,8 @@ def inside(root: str | os.PathLike[str], name: str, *, where: str = "") -> Path:
         where: what gave the name, for the message.
 
     Raises:
-        FileFormatError: the name is empty, absolute, holds NUL, a backslash or `..`, or passes through a link that leaves `root`.
+        FileFormatError: the name is empty, absolute, holds NUL, a backslash or `..`, or passes through a link that
+            leaves `root`.
     """
     place = f"{where}: " if where else ""
     parts = name.replace("\\", "/").split("/")

@@ -1,13 +1,13 @@
 """Tensors in safetensors files: checked before anything is allocated, read one at a time, written one at a time.
 
-A safetensors file is ``[8 bytes: header length, little endian] [header: JSON] [data]``; the header gives each tensor's dtype,
-shape and byte range in the data, and the ranges fill the data without a gap. A model is one such file (`model.safetensors`) or
-several with `model.safetensors.index.json`, which says which tensor is where.
+A safetensors file is ``[8 bytes: header length, little endian] [header: JSON] [data]``; the header gives each tensor's
+dtype, shape and byte range in the data, and the ranges fill the data without a gap. A model is one such file
+(`model.safetensors`) or several with `model.safetensors.index.json`, which says which tensor is where.
 
-`read_header` trusts nothing in the file: every length, offset and name is checked against the file's true size first, and an
-error names the file and the field. `iter_tensors` holds one tensor in memory; `write_shards` holds what one `Part` makes.
-Only little-endian machines are served, as torch's own CPU tensors are written as they lie in memory. Pickle files
-(`pytorch_model.bin`) are refused by name: opening one runs whatever code is in it.
+`read_header` trusts nothing in the file: every length, offset and name is checked against the file's true size first,
+and an error names the file and the field. `iter_tensors` holds one tensor in memory; `write_shards` holds what one
+`Part` makes. Only little-endian machines are served, as torch's own CPU tensors are written as they lie in memory.
+Pickle files (`pytorch_model.bin`) are refused by name: opening one runs whatever code is in it.
 """
 
 from __future__ import annotations
@@ -104,8 +104,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
 
     Raises:
         MissingInputError: there is no such file.
-        FileFormatError: the length, the JSON, a dtype, a shape or an offset is not what the format demands, tensors overlap
-            or leave a gap, or the data end before or after the last tensor.
+        FileFormatError: the length, the JSON, a dtype, a shape or an offset is not what the format demands, tensors
+            overlap or leave a gap, or the data end before or after the last tensor.
     """
     try:
         with open(path, "rb") as file:
@@ -115,7 +115,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             length = int.from_bytes(file.read(8), "little")
             if length > min(size - 8, MAX_HEADER_BYTES):
                 raise FileFormatError(
-                    f"{path}: header length {length:,}; the file holds {size - 8:,} bytes after it and the format allows "
+                    f"{path}: header length {length:,}; the file holds {size - 8:,} bytes after it and the format "
+                    "allows "
                     f"{MAX_HEADER_BYTES:,}. The file is truncated, or no safetensors file"
                 )
             raw = file.read(length)
@@ -238,7 +239,9 @@ def write_file(path: Path, parts: Iterable[Part], *, metadata: Mapping[str, str]
             for name, (dtype, shape) in part.specs.items():
                 tensor = tensors[name]
                 if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
-                    raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was made, {dtype} {shape} announced")
+                    raise ValueError(
+                        f"{name}: {tensor.dtype} {tuple(tensor.shape)} was made, {dtype} {shape} announced"
+                    )
                 _write(file, tensor)
 
 
@@ -286,11 +289,17 @@ def write_shards(
 def _entry(where: str, field: object) -> Entry:
     """Check one tensor's line of the header; offsets against the file come later."""
     if not isinstance(field, dict) or field.keys() != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(f"{where}: header entry {_short(field)}; an object of dtype, shape and data_offsets is needed")
+        raise FileFormatError(
+            f"{where}: header entry {_short(field)}; an object of dtype, shape and data_offsets is needed"
+        )
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FileFormatError(f"{where}: dtype {_short(dtype)} is not one of {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**63 for size in shape) or len(shape) > 16:
+    if (
+        not isinstance(shape, list)
+        or not all(type(size) is int and 0 <= size < 2**63 for size in shape)
+        or len(shape) > 16
+    ):
         raise FileFormatError(f"{where}: shape {_short(shape)}; a list of at most 16 sizes of zero or more is needed")
     if (
         not isinstance(offsets, list)
@@ -302,7 +311,8 @@ def _entry(where: str, field: object) -> Entry:
     needed = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != needed:
         raise FileFormatError(
-            f"{where}: data_offsets span {offsets[1] - offsets[0]:,} bytes, {dtype} {_short(shape)} takes {_short(needed)}"
+            f"{where}: data_offsets span {offsets[1] - offsets[0]:,} bytes, {dtype} {_short(shape)} takes "
+            f"{_short(needed)}"
         )
     return Entry(DTYPES[dtype], tuple(shape), offsets[0], offsets[1])
 
@@ -313,11 +323,15 @@ def _check_extent(path: str | os.PathLike[str], entries: Mapping[str, Entry], da
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
         if entry.start != end:
             how = "overlaps" if entry.start < end else "leaves a gap after"
-            raise FileFormatError(f"{path}: {name}: data_offsets begin at {entry.start:,}, which {how} {before} (byte {end:,})")
+            raise FileFormatError(
+                f"{path}: {name}: data_offsets begin at {entry.start:,}, which {how} {before} (byte {end:,})"
+            )
         end, before = entry.end, name
     if end != data_bytes:
         what = "is truncated" if end > data_bytes else "holds bytes that belong to no tensor"
-        raise FileFormatError(f"{path}: the tensors end at byte {end:,}, the file's data at {data_bytes:,}; the file {what}")
+        raise FileFormatError(
+            f"{path}: the tensors end at byte {end:,}, the file's data at {data_bytes:,}; the file {what}"
+        )
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -346,14 +360,15 @@ def _read(file: BinaryIO, header: Header, entry: Entry) -> Tensor:
 def _write(file: BinaryIO, tensor: Tensor) -> None:
     if tensor.numel():
         plain = tensor.detach().cpu().contiguous().reshape(-1)
-        file.write(memoryview(plain.view(torch.uint8).numpy()))
+        file.write(plain.view(torch.uint8).numpy().data)
 
 
 def _no_weights(folder: Path, stem: str) -> str:
     pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
     if pickles:
         return (
-            f"{folder}: holds no {stem}.safetensors, only pickled weights ({', '.join(pickles[:3])}). Opening a pickle runs the "
+            f"{folder}: holds no {stem}.safetensors, only pickled weights ({', '.join(pickles[:3])}). Opening a pickle "
+            "runs the "
             "code in it, so strop does not; convert them to safetensors on a machine that trusts them"
         )
     return f"{folder}: holds no weights ({stem}.safetensors, or {stem}.safetensors.index.json with the files it names)"

@@ -1,0 +1,331 @@
+"""Integer and fp8 weights as compressed-tensors holds them: what transformers and vLLM open without strop.
+
+`pack-quantized`, for 2 to 8 bits, of a layer NAME whose weight is [out, in], b bits, groups of g (one per row without):
+
+    NAME.weight_packed      int32 [out, ceil(in * b / 32)]; code q + 2^(b-1), dense, least significant bit first
+    NAME.weight_scale       [out, in / g]; per tensor [1]
+    NAME.weight_shape       int64 [2]: out, in
+    NAME.weight_zero_point  asymmetric only: int32 [ceil(out * b / 32), in / g], z + 2^(b-1) packed along dim 0;
+                            per tensor int8 [1], not packed
+
+A row of ours, padded with zero bytes to a multiple of four, is a row of `weight_packed`. `float-quantized` (fp8) holds
+`NAME.weight` in float8_e4m3 and `NAME.weight_scale`; `int-quantized` and `naive-quantized` (one int8 each) are read,
+not written. W = scale * (q - z); the scale of a full-range grid may be negative, which the format and its readers
+carry.
+
+What transformers 5.23 with compressed-tensors 0.20 does with such a folder (found by experiment, tests/files):
+- symmetric grids open with `from_pretrained(folder, dtype=torch.float32)` and give the same weights bit for bit; in a
+  16-bit model the scales are rounded to that dtype first.
+- asymmetric grids per channel or group open only dequantized while loading (else the library expects zero points that
+  are not packed), and are then computed in the scale's dtype. So those folders carry `"dequantize": true` in their
+  configuration and scales in float32 (of the same values), and open as plainly and as exactly.
+
+Not here: GPT-2's Conv1D, which the library cannot hold packed (`saving` refuses it); quantized activations and caches,
+groups of layers with different grids, and activation order, which are refused by name on reading.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strop.errors import FileFormatError, FormatError
+from strop.numerics.formats import FORMATS, CodebookFormat, FloatFormat, IntFormat
+from strop.numerics.packing import pack, packed_size, unpack
+from strop.numerics.qtensor import QuantizedTensor
+from strop.numerics.scheme import Granularity, Mode, Scheme, parse_scheme
+
+METHOD = "compressed-tensors"
+"""The value of `quant_method` in a model's configuration."""
+
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+"""What the tensors of a layer end in, besides `weight` itself where nothing is packed."""
+
+_ONE_EACH = {"int-quantized": torch.int8, "naive-quantized": None, "float-quantized": torch.float8_e4m3fn}
+_SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def check_scheme(scheme: Scheme) -> None:
+    """Refuse a scheme that compressed-tensors cannot express.
+
+    Raises:
+        FormatError: codebooks, or another float than e4m3; the message names the nearest.
+    """
+    if isinstance(scheme.format, CodebookFormat):
+        raise FormatError(
+            f"{scheme}: compressed-tensors holds no codebooks; it is saved as bitsandbytes, or use int4-g32"
+        )
+    if isinstance(scheme.format, FloatFormat) and scheme.format != FORMATS["fp8_e4m3"]:
+        raise FormatError(f"{scheme}: of 8-bit floats compressed-tensors holds e4m3 alone; the nearest is fp8")
+
+
+def config_for(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+    """Return the `quantization_config` of a model whose linear layers, but for `ignore`, are quantized by `scheme`.
+
+    The group bears the scheme's own name (the name is free), so that what the other fields leave out comes back: a
+    full-range grid, and the dtype of scales that were widened.
+
+    Raises:
+        FormatError: as `check_scheme`.
+    """
+    check_scheme(scheme)
+    is_float = isinstance(scheme.format, FloatFormat)
+    weights = {
+        "num_bits": scheme.bits,
+        "type": "float" if is_float else "int",
+        "symmetric": scheme.mode is not Mode.ASYMMETRIC,
+        "strategy": scheme.granularity.value,
+        "group_size": scheme.group_size,
+        "dynamic": False,
+    }
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    config: dict[str, Any] = {
+        "quant_method": METHOD,
+        "format": "float-quantized" if is_float else "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "config_groups": {scheme.name: group},
+        "ignore": list(ignore),
+    }
+    if _is_widened(scheme):
+        config["dequantize"] = True
+    return config
+
+
+def scheme_from_config(config: Mapping[str, Any]) -> Scheme:
+    """Return the one scheme that a `quantization_config` describes.
+
+    The dtype of the scales is the default of the granularity, unless the group's name says otherwise; `decode` takes it
+    from the tensors.
+
+    Raises:
+        FormatError: several groups, quantized activations or cache, or a kind of weight that strop does not read; all
+            named.
+    """
+    groups = config.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups:
+        raise FormatError("quantization_config: config_groups is missing or empty; no weight is described")
+    problems = []
+    if len(groups) > 1:
+        problems.append(f"{len(groups)} groups of layers with grids of their own ({', '.join(groups)}); one is read")
+    if config.get("kv_cache_scheme"):
+        problems.append("a quantized key-value cache")
+    form = config.get("format")
+    if form != "pack-quantized" and form not in _ONE_EACH:
+        problems.append(f"format {form!r}; {', '.join(['pack-quantized', *_ONE_EACH])} are read")
+    if config.get("quantization_status", "compressed") != "compressed":
+        problems.append(f"quantization_status {config['quantization_status']!r}; the weights must be 'compressed'")
+    name, group = next(iter(groups.items()))
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        raise FormatError(f"quantization_config: group {name!r} says nothing of weights")
+    problems += [
+        f"quantized {kind.replace('_', ' ')} (weights alone are read)"
+        for kind in ("input_activations", "output_activations")
+        if group.get(kind)
+    ]
+    if weights.get("dynamic") or weights.get("block_structure"):
+        problems.append("weights in two-dimensional blocks, or with dynamic scales")
+    if weights.get("actorder") in ("group", "dynamic"):
+        problems.append("activation order by group (weight_g_idx)")
+    if problems:
+        raise FormatError("compressed-tensors: this model has what strop does not read: " + "; ".join(problems))
+    return _scheme(name, weights)
+
+
+def encode(qtensor: QuantizedTensor, name: str) -> dict[str, Tensor]:
+    """Return the tensors of a layer `name` as the file holds them (the module's docstring gives them).
+
+    Raises:
+        FormatError: as `check_scheme`.
+    """
+    scheme = qtensor.scheme
+    check_scheme(scheme)
+    assert qtensor.scale is not None  # only codebooks nest their scales
+    rows, columns = qtensor.shape
+    scale = qtensor.scale.reshape(-1) if scheme.granularity is Granularity.TENSOR else qtensor.scale
+    if isinstance(scheme.format, FloatFormat):
+        weight = qtensor.codes.view(scheme.format.dtype)
+        return {f"{name}.weight": weight, f"{name}.weight_scale": scale}
+    if _is_widened(scheme):
+        scale = scale.float()
+    tensors = {
+        f"{name}.weight_packed": _to_words(qtensor.codes),
+        f"{name}.weight_scale": scale,
+        f"{name}.weight_shape": torch.tensor([rows, columns], dtype=torch.int64),
+    }
+    if qtensor.zero_point is not None:
+        if scheme.granularity is Granularity.TENSOR:
+            zero_point = (qtensor.zero_point.reshape(-1).to(torch.int16) - (1 << (scheme.bits - 1))).to(torch.int8)
+        else:
+            zero_point = _to_words(pack(qtensor.zero_point.T.contiguous(), scheme.bits)).T.contiguous()
+        tensors[f"{name}.weight_zero_point"] = zero_point
+    return tensors
+
+
+def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: str = "weight") -> QuantizedTensor:
+    """Return the quantized weight that a layer's tensors hold, codes and scales bit for bit.
+
+    Args:
+        tensors: by their own names, without the layer's: `weight_packed`, `weight_scale`, ... or `weight`,
+            `weight_scale`.
+        config: the model's `quantization_config`.
+        where: the layer's name, for messages.
+
+    Raises:
+        FormatError: as `scheme_from_config`.
+        FileFormatError: tensors are missing or too many, or have another shape or dtype than the format demands.
+    """
+    scheme = scheme_from_config(config)
+    packed = config.get("format") == "pack-quantized"
+    needed = {"weight_packed", "weight_scale", "weight_shape"} if packed else {"weight", "weight_scale"}
+    if scheme.mode is Mode.ASYMMETRIC:
+        needed.add("weight_zero_point")
+    if tensors.keys() != needed:
+        raise FileFormatError(f"{where}: tensors {_listed(tensors)} found, {_listed(needed)} are needed for {scheme}")
+    scale = tensors["weight_scale"]
+    if scale.dtype not in _SCALE_DTYPES:
+        raise FileFormatError(f"{where}: weight_scale is {scale.dtype}; float16, bfloat16 or float32 is needed")
+    codes, shape = _packed_codes(tensors, scheme, where) if packed else _plain_codes(tensors, scheme, config, where)
+    scheme, scale = _narrow(scheme, scale)
+    scale_shape = scheme.scale_shape(shape)
+    if scale.numel() != scale_shape[0] * scale_shape[1] or scale.shape[0] != scale_shape[0]:
+        raise FileFormatError(
+            f"{where}: weight_scale is {list(scale.shape)}; {scheme} of {list(shape)} needs {list(scale_shape)}"
+        )
+    parts = {"codes": codes, "scale": scale.reshape(scale_shape).contiguous()}
+    if scheme.mode is Mode.ASYMMETRIC:
+        parts["zero_point"] = _zero_point(tensors["weight_zero_point"], scheme, scale_shape, packed=packed, where=where)
+    try:
+        return QuantizedTensor.from_tensors(parts, scheme, shape)
+    except FormatError as error:
+        raise FileFormatError(f"{where}: {error}") from error
+
+
+def _is_widened(scheme: Scheme) -> bool:
+    """Whether the file holds scales in float32 whatever their dtype, and says that it is dequantized on loading."""
+    return scheme.mode is Mode.ASYMMETRIC and scheme.granularity is not Granularity.TENSOR
+
+
+def _scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
+    bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
+    group_size = weights.get("group_size")
+    if strategy is None:  # the library's own rule for what is left out
+        strategy = "tensor" if group_size is None else "channel" if group_size == -1 else "group"
+    format_name = {"int": f"int{bits}", "float": "fp8_e4m3" if bits == 8 else ""}.get(str(kind), "")
+    if format_name not in FORMATS or strategy not in ("tensor", "channel", "group"):
+        raise FormatError(
+            f"compressed-tensors: weights of {bits} bits, type {kind}, strategy {strategy} are not read; int of 2 to 8 "
+            "bits and "
+            "float of 8, by tensor, channel or group, are"
+        )
+    granularity = Granularity(strategy)
+    if granularity is Granularity.GROUP and (type(group_size) is not int or group_size < 2):
+        raise FormatError(f"compressed-tensors: strategy group with group_size {group_size!r}; at least 2 is needed")
+    symmetric = weights.get("symmetric", True)
+    try:
+        named = parse_scheme(name)
+    except FormatError:
+        named = None
+    number = FORMATS[format_name]
+    if (
+        named is not None
+        and named.bits == bits
+        and isinstance(named.format, IntFormat) == isinstance(number, IntFormat)
+        and named.granularity is granularity
+        and (granularity is not Granularity.GROUP or named.group_size == group_size)
+        and (named.mode is not Mode.ASYMMETRIC) == symmetric
+    ):
+        return named
+    base = format_name + (f"-g{group_size}" if granularity is Granularity.GROUP else "")
+    return parse_scheme(
+        base + ("-tensor" if granularity is Granularity.TENSOR else "") + ("" if symmetric else "-asym")
+    )
+
+
+def _narrow(scheme: Scheme, scale: Tensor) -> tuple[Scheme, Tensor]:
+    """The scale in the scheme's dtype where it was only widened for the file, else the scheme with the scale's
+    dtype.
+    """
+    if scale.dtype == scheme.scale_dtype:
+        return scheme, scale
+    narrow = scale.to(scheme.scale_dtype)
+    if _is_widened(scheme) and scale.dtype == torch.float32 and narrow.float().equal(scale):
+        return scheme, narrow
+    return dataclasses.replace(scheme, scale_dtype=scale.dtype), scale
+
+
+def _packed_codes(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> tuple[Tensor, tuple[int, int]]:
+    words, given = tensors["weight_packed"], tensors["weight_shape"]
+    sizes = given.reshape(-1).tolist() if given.dtype in (torch.int64, torch.int32) else []
+    if len(sizes) != 2 or min(sizes) < 1:
+        raise FileFormatError(
+            f"{where}: weight_shape is {given.dtype} {sizes or list(given.shape)}; two sizes are needed"
+        )
+    rows, columns = sizes
+    expected = [rows, -(-columns * scheme.bits // 32)]
+    if words.dtype != torch.int32 or list(words.shape) != expected:
+        raise FileFormatError(
+            f"{where}: weight_packed is {words.dtype} {list(words.shape)}; {scheme} of {sizes} needs int32 {expected}"
+        )
+    return _to_bytes(words, packed_size(columns, scheme.bits)), (rows, columns)
+
+
+def _plain_codes(
+    tensors: Mapping[str, Tensor], scheme: Scheme, config: Mapping[str, Any], where: str
+) -> tuple[Tensor, tuple[int, int]]:
+    weight = tensors["weight"]
+    dtype = _ONE_EACH[config["format"]] or (torch.int8 if isinstance(scheme.format, IntFormat) else torch.float8_e4m3fn)
+    if weight.ndim != 2 or weight.dtype != dtype or 0 in weight.shape:
+        raise FileFormatError(f"{where}: weight is {weight.dtype} {list(weight.shape)}; {dtype} [out, in] is needed")
+    shape = (weight.shape[0], weight.shape[1])
+    if isinstance(scheme.format, FloatFormat):
+        return weight.contiguous().view(torch.uint8), shape
+    half = 1 << (scheme.bits - 1)
+    if weight.min() < -half or weight.max() >= half:
+        raise FileFormatError(
+            f"{where}: codes from {int(weight.min())} to {int(weight.max())} do not fit {scheme.bits} bits"
+        )
+    return pack((weight.to(torch.int16) + half).to(torch.uint8), scheme.bits), shape
+
+
+def _zero_point(zero_point: Tensor, scheme: Scheme, shape: tuple[int, ...], *, packed: bool, where: str) -> Tensor:
+    rows, groups = shape
+    if packed and scheme.granularity is not Granularity.TENSOR:
+        expected = [-(-rows * scheme.bits // 32), groups]
+        if zero_point.dtype != torch.int32 or list(zero_point.shape) != expected:
+            raise FileFormatError(
+                f"{where}: weight_zero_point is {zero_point.dtype} {list(zero_point.shape)}; int32 {expected} is needed"
+            )
+        columns = _to_bytes(zero_point.T.contiguous(), packed_size(rows, scheme.bits))  # [groups, ceil(out * b / 8)]
+        return unpack(columns, scheme.bits, rows).T.contiguous()
+    half = 1 << (scheme.bits - 1)
+    if zero_point.dtype != torch.int8 or zero_point.numel() != rows * groups:
+        raise FileFormatError(
+            f"{where}: weight_zero_point is {zero_point.dtype} {list(zero_point.shape)}; int8 {shape} is needed"
+        )
+    if zero_point.min() < -half or zero_point.max() >= half:
+        raise FileFormatError(f"{where}: weight_zero_point does not fit {scheme.bits} bits")
+    return (zero_point.reshape(shape).to(torch.int16) + half).to(torch.uint8)
+
+
+def _to_words(rows: Tensor) -> Tensor:
+    """Rows of bytes as rows of int32, padded with zero bytes; little-endian."""
+    missing = -rows.shape[-1] % 4
+    if missing:
+        rows = torch.nn.functional.pad(rows, (0, missing))
+    return rows.contiguous().view(torch.int32)
+
+
+def _to_bytes(words: Tensor, count: int) -> Tensor:
+    """The first `count` bytes of each row of int32 words."""
+    return words.contiguous().view(torch.uint8)[:, :count].contiguous()
+
+
+def _listed(names: Any) -> str:
+    return ", ".join(sorted(names)) or "none"
