@@ -1,1 +1,1 @@
-"""strop.training."""
+"""Training: losses, optimizers, schedules, checkpoints, and the loop that joins them."""

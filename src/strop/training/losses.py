@@ -1,0 +1,129 @@
+"""The loss of a micro-batch: cross-entropy summed over supervised tokens, never a mean.
+
+    loss_sum = - sum over supervised positions t of log p(token_t | tokens before t)        [nats]
+
+The caller divides by the supervised tokens of the whole optimizer step, so that accumulation, ragged lengths and
+packing do not change what a token weighs (a mean of means would). Labels are not shifted: the label at t is predicted
+by the hidden state at t - 1, and -100 marks a token without loss.
+
+Hidden states whose token is not supervised are dropped before the output head, and the head runs over at most
+`CHUNK_LOGITS` logits at a time, which are computed again in the backward pass: with answers of a tenth of the tokens
+and a vocabulary of 150,000 this is most of a step's memory. `find_head` allows that only for models whose logits are,
+bit for bit, `head(base(...).last_hidden_state)`; the others (a soft cap or a scale on the logits) go through their own
+forward.
+
+Shapes: hidden [rows, length, hidden], logits [tokens, vocabulary]. Sums are fp32, or fp64 where the logits are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+IGNORED: Final = -100
+"""The label of a token that carries no loss."""
+
+CHUNK_LOGITS: Final = 2**24
+"""Logits computed at once: 64 MiB in fp32."""
+
+
+class TokenBatch(Protocol):
+    """What a loss needs of a micro-batch; `strop.data.batches.Batch` offers it."""
+
+    @property
+    def labels(self) -> Tensor:
+        """[rows, length] int64, -100 where there is no loss, not shifted."""
+        ...
+
+    def inputs(self) -> dict[str, Any]:
+        """Keyword arguments for the model's forward, without labels."""
+        ...
+
+
+@dataclass(frozen=True)
+class Head:
+    """A model in two pieces: logits = projection(base(...).last_hidden_state)."""
+
+    base: nn.Module
+    projection: nn.Module
+
+
+def find_head(model: nn.Module, batch: TokenBatch) -> Head | None:
+    """Split `model` into base and output projection, if the two give its logits on `batch` bit for bit; else None.
+
+    Two forward passes over `batch` without gradient. The model's mode is left as it was.
+    """
+    base = getattr(model, "base_model", None)
+    get_head = getattr(model, "get_output_embeddings", None)
+    projection = get_head() if callable(get_head) else None
+    if not isinstance(base, nn.Module) or not isinstance(projection, nn.Module) or base is model:
+        return None
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            inputs = _on(batch.inputs(), next(model.parameters()).device)
+            hidden = getattr(base(**inputs), "last_hidden_state", None)
+            if hidden is None:
+                return None
+            logits = model(**inputs).logits
+            same = torch.equal(projection(hidden).to(logits.dtype), logits)
+    finally:
+        model.train(training)
+    return Head(base, projection) if same else None
+
+
+def token_loss_sum(model: nn.Module, batch: TokenBatch, *, head: Head | None = None) -> tuple[Tensor, int]:
+    """Cross-entropy of one micro-batch, summed over its supervised tokens.
+
+    Args:
+        model: A causal language model whose forward returns `.logits` [rows, length, vocabulary].
+        batch: Token ids and labels.
+        head: The model's two pieces from `find_head`; None computes all logits through the model itself.
+
+    Returns:
+        The sum (a scalar with gradient, fp32 or fp64) and the number of supervised tokens. With no supervised token
+        the sum is zero, still attached to the graph.
+    """
+    device = next(model.parameters()).device
+    inputs = _on(batch.inputs(), device)
+    targets = batch.labels[:, 1:].reshape(-1).to(device)  # [rows, length] -> [rows * (length - 1)]
+    kept = (targets != IGNORED).nonzero().flatten()
+    targets = targets[kept]
+    if head is None:
+        logits = model(**inputs).logits[:, :-1]
+        return _cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[kept], targets), len(kept)
+    hidden = head.base(**inputs).last_hidden_state[:, :-1]
+    hidden = hidden.reshape(-1, hidden.shape[-1])[kept]  # [rows, length - 1, hidden] -> [tokens, hidden]
+    rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
+    if len(kept) <= rows:
+        return _cross_entropy_sum(head.projection(hidden), targets), len(kept)
+
+    def chunk_sum(part: Tensor, part_targets: Tensor) -> Tensor:
+        return _cross_entropy_sum(head.projection(part), part_targets)
+
+    total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+    for start in range(0, len(kept), rows):
+        part, part_targets = hidden[start : start + rows], targets[start : start + rows]
+        total = total + checkpoint(chunk_sum, part, part_targets, use_reentrant=False, preserve_rng_state=False)
+    return total, len(kept)
+
+
+def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
+    """Logits [tokens, vocabulary], targets [tokens] -> scalar, computed in fp32 at least."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    return functional.cross_entropy(wide, targets, reduction="sum")
+
+
+def _vocabulary(projection: nn.Module) -> int:
+    weight = getattr(projection, "weight", None)
+    return int(weight.shape[0]) if isinstance(weight, Tensor) else 1
+
+
+def _on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
