@@ -14,12 +14,13 @@ Of a layer NAME with weight [out, in], n = out * in values in blocks of g (64):
 W = table[code] * absmax(block). The weight is always [out, in]; GPT-2's Conv1D is held transposed, as transformers
 holds it.
 
-What transformers 5.23 with bitsandbytes 0.50 does with such a folder on a CPU (found by experiment, tests/files): it
-opens, and with dtype=torch.float32 gives the same logits as ours in fp32. On a CPU with AVX512-BF16, evaluation mode
-alone takes another
-way: it rounds the blocks' scales to bf16 and packs the weight anew (differences of 1e-2 in logits), and it fails where
-`out` is no multiple of 32 or `in` none of the block. Setting `support_avx512bf16_for_cpu = False` on its `Linear4bit`
-layers avoids both. `dtype` in the state is float32, so that nothing is rounded between the table and the matmul.
+What transformers 5.23 with bitsandbytes 0.50.2 does with such a folder on a CPU (found by experiment, tests/files):
+- it opens, and with dtype=torch.float32 gives the same logits as ours in fp32;
+- where `in` is even and no multiple of the block, its CPU kernel restarts the blocks at every row and returns other
+  weights, in silence. `check_shape` refuses to write such a layer; reading one, and training over one, is right here;
+- on a CPU with AVX512-BF16, evaluation mode alone rounds the blocks' scales to bf16 (differences of 1e-2 in logits),
+  and fails where `out` is no multiple of 32; `support_avx512bf16_for_cpu = False` on its `Linear4bit` layers avoids
+both. `dtype` in the state is float32, so that nothing is rounded between the table and the matmul.
 
 Not here: 8-bit weights (LLM.int8) and storage in other dtypes than uint8, which are refused by name.
 """
@@ -65,6 +66,21 @@ def check_scheme(scheme: Scheme) -> None:
     if not isinstance(scheme.format, CodebookFormat):
         raise FormatError(
             f"{scheme}: bitsandbytes' 4-bit layout holds nf4 and fp4 alone; integers are saved as compressed-tensors"
+        )
+
+
+def check_shape(scheme: Scheme, shape: tuple[int, int], *, where: str = "weight") -> None:
+    """Refuse to write a weight that bitsandbytes would read wrongly on a CPU.
+
+    Raises:
+        FormatError: a row of the weight is no multiple of the block.
+    """
+    assert scheme.group_size is not None
+    if shape[1] % scheme.group_size:
+        raise FormatError(
+            f"{where}: in_features {shape[1]} is no multiple of the block {scheme.group_size} of {scheme}; "
+            "bitsandbytes "
+            "would read other weights from it on a CPU. Keep this layer in 16 bits, or use an integer format"
         )
 
 
@@ -195,7 +211,10 @@ def decode(
         raise FileFormatError(
             f"{where}: weight is {weight.dtype} {list(weight.shape)}; {list(shape)} needs uint8 [{-(-count // 2)}, 1]"
         )
-    parts = {"codes": _swap(weight.reshape(-1))}
+    codes = _swap(weight.reshape(-1))
+    if count % 2:
+        codes[-1] &= 0x0F  # what fills the last byte up is no code
+    parts = {"codes": codes}
     absmax = tensors["weight.absmax"].reshape(-1)
     if double_quant:
         offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=weight.device)

@@ -163,7 +163,8 @@ def encode(qtensor: QuantizedTensor, name: str) -> dict[str, Tensor]:
         if scheme.granularity is Granularity.TENSOR:
             zero_point = (qtensor.zero_point.reshape(-1).to(torch.int16) - (1 << (scheme.bits - 1))).to(torch.int8)
         else:
-            zero_point = _to_words(pack(qtensor.zero_point.T.contiguous(), scheme.bits)).T.contiguous()
+            columns_first = qtensor.zero_point.T.clone(memory_format=torch.contiguous_format)
+            zero_point = _to_words(pack(columns_first, scheme.bits)).T.contiguous()
         tensors[f"{name}.weight_zero_point"] = zero_point
     return tensors
 
@@ -286,12 +287,7 @@ def _plain_codes(
     shape = (weight.shape[0], weight.shape[1])
     if isinstance(scheme.format, FloatFormat):
         return weight.contiguous().view(torch.uint8), shape
-    half = 1 << (scheme.bits - 1)
-    if weight.min() < -half or weight.max() >= half:
-        raise FileFormatError(
-            f"{where}: codes from {int(weight.min())} to {int(weight.max())} do not fit {scheme.bits} bits"
-        )
-    return pack((weight.to(torch.int16) + half).to(torch.uint8), scheme.bits), shape
+    return pack(_stored(weight, scheme, f"{where}: weight"), scheme.bits), shape
 
 
 def _zero_point(zero_point: Tensor, scheme: Scheme, shape: tuple[int, ...], *, packed: bool, where: str) -> Tensor:
@@ -304,14 +300,20 @@ def _zero_point(zero_point: Tensor, scheme: Scheme, shape: tuple[int, ...], *, p
             )
         columns = _to_bytes(zero_point.T.contiguous(), packed_size(rows, scheme.bits))  # [groups, ceil(out * b / 8)]
         return unpack(columns, scheme.bits, rows).T.contiguous()
-    half = 1 << (scheme.bits - 1)
     if zero_point.dtype != torch.int8 or zero_point.numel() != rows * groups:
         raise FileFormatError(
-            f"{where}: weight_zero_point is {zero_point.dtype} {list(zero_point.shape)}; int8 {shape} is needed"
+            f"{where}: weight_zero_point is {zero_point.dtype} {list(zero_point.shape)}; int8 {list(shape)} is needed"
         )
-    if zero_point.min() < -half or zero_point.max() >= half:
-        raise FileFormatError(f"{where}: weight_zero_point does not fit {scheme.bits} bits")
-    return (zero_point.reshape(shape).to(torch.int16) + half).to(torch.uint8)
+    return _stored(zero_point.reshape(shape), scheme, f"{where}: weight_zero_point")
+
+
+def _stored(signed: Tensor, scheme: Scheme, where: str) -> Tensor:
+    """Codes q as int8 to q + 2^(b-1) as uint8."""
+    half = 1 << (scheme.bits - 1)
+    least, most = int(signed.min()), int(signed.max())
+    if least < -half or most >= half:
+        raise FileFormatError(f"{where}: values from {least} to {most} do not fit {scheme.bits} bits")
+    return (signed.to(torch.int16) + half).to(torch.uint8)
 
 
 def _to_words(rows: Tensor) -> Tensor:
@@ -319,12 +321,12 @@ def _to_words(rows: Tensor) -> Tensor:
     missing = -rows.shape[-1] % 4
     if missing:
         rows = torch.nn.functional.pad(rows, (0, missing))
-    return rows.contiguous().view(torch.int32)
+    return rows.reshape(-1).view(torch.int32).reshape(rows.shape[0], -1)
 
 
 def _to_bytes(words: Tensor, count: int) -> Tensor:
     """The first `count` bytes of each row of int32 words."""
-    return words.contiguous().view(torch.uint8)[:, :count].contiguous()
+    return words.reshape(-1).view(torch.uint8).reshape(words.shape[0], -1)[:, :count].contiguous()
 
 
 def _listed(names: Any) -> str:
