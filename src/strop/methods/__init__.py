@@ -1,1 +1,18 @@
-"""strop.methods."""
+"""Methods: (weight, scheme, statistics of its inputs) to a `QuantizedTensor`. One file each, one table of names.
+
+base.py     Statistics, and what every method is called with
+rtn.py      rounding to nearest, over the range that an observer chooses
+search.py   rounding to nearest, with the scale searched for the least weighted squared error
+"""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from strop.methods.base import Method, Statistics, weighted_error
+from strop.methods.rtn import rtn
+from strop.methods.search import search
+
+METHODS: Mapping[str, Method] = MappingProxyType({"rtn": rtn, "search": search})
+"""Every method by name."""
+
+__all__ = ["METHODS", "Method", "Statistics", "rtn", "search", "weighted_error"]

@@ -1,8 +1,8 @@
 """Affine quantization: code = clamp(round(x / scale) + zero_point), restored = (code - zero_point) * scale.
 
-`quantize` and `dequantize` are the two formulas, on any shapes that broadcast, in float32; scales keep the dtype in which
-they are stored, and codes are chosen against that stored value. `fake_quantize` is the two in one with a gradient, for any
-scheme, codebooks and floats included. `choose_scale` (from `scales`) finds scale and zero point of a range.
+`quantize` and `dequantize` are the two formulas, on any shapes that broadcast, in float32; scales keep the dtype in
+which they are stored, and codes are chosen against that stored value. `fake_quantize` is the two in one with a
+gradient, for any scheme, codebooks and floats included. `choose_scale` (from `scales`) finds scale and zero point.
 
 What the rounding costs: with a range that covers the values, at most half a stored step plus the number of steps times
 the scale's own rounding error; the full-range mode clips one side and can err by one step there.
@@ -10,7 +10,8 @@ the scale's own rounding error; the full-range mode clips one side and can err b
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from strop.numerics import grid
 from strop.numerics.codebook import nest
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
-from strop.numerics.scales import check_scale, choose_scale, default_scale, stored_zero_point
+from strop.numerics.scales import choose_scale, settle_scale, stored_zero_point
 from strop.numerics.scheme import Mode, Scheme
 
 __all__ = ["choose_scale", "dequantize", "fake_quantize", "quantize"]
@@ -57,11 +58,12 @@ def dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tenso
 def fake_quantize(
     weight: Tensor, scheme: Scheme, *, scale: Tensor | None = None, zero_point: Tensor | None = None
 ) -> Tensor:
-    """Round a weight to a scheme's grid and stay differentiable: bitwise `quantize_tensor(...).dequantize(weight.dtype)`.
+    """Round a weight to a scheme's grid and stay differentiable.
 
-    The gradient passes straight through (Bengio, Leonard and Courville, 2013), and is zero where the grid clips: beyond
-    half a step outside an integer's codes, beyond the largest level of a float or codebook. A grid that covers the
-    weight's own range clips nothing, so there every gradient passes.
+    The values are bitwise those of `quantize_tensor(weight, ...).dequantize(weight.dtype)`. The gradient passes
+    straight through (Bengio, Leonard and Courville, 2013), and is zero where the grid clips: more than half a step
+    beyond an integer's outermost codes, beyond the largest level of a float or codebook. A grid that covers the
+    weight's own range clips nothing, so there every gradient passes; only the full-range grid is short on one side.
 
     Args:
         weight: [out, in], any float dtype; worked on in float32.
@@ -73,10 +75,10 @@ def fake_quantize(
         [out, in], the weight's dtype.
 
     Raises:
-        FormatError: As `quantize_tensor`, except that NaN under a given scale is passed on.
+        FormatError: As `quantize_tensor`.
     """
-    result: Tensor = _FakeQuantize.apply(weight, scheme, scale, zero_point)  # type: ignore[no-untyped-call]
-    return result
+    apply = cast(Callable[..., Tensor], _FakeQuantize.apply)  # pyright: ignore[reportUnknownMemberType]
+    return apply(weight, scheme, scale, zero_point)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -88,16 +90,13 @@ class _FakeQuantize(torch.autograd.Function):
         shape = (weight.shape[0], weight.shape[1])
         groups = split(weight, scheme)
         clips = scale is not None or scheme.mode is Mode.SYMMETRIC_FULL
-        if scale is None:
-            scale, zero_point = default_scale(groups, scheme)
-        else:
-            scale, zero_point = check_scale(scale, zero_point, scheme, shape, where="weight")
+        scale, zero_point = settle_scale(groups, scheme, shape, scale, zero_point, where="weight")
         code_scale = spread(scale.float())
         value_scale = spread(nest(scale).dequantize()) if scheme.double_quant else code_scale
-        zeros = None if zero_point is None else spread(stored_zero_point(zero_point, scheme))
+        zeros = None if zero_point is None else spread(stored_zero_point(zero_point, scheme.format))
         result = torch.empty(groups.shape, dtype=weight.dtype, device=weight.device)
         inside = torch.empty(groups.shape, dtype=torch.bool, device=weight.device) if clips else None
-        for rows in row_chunks(groups):
+        for rows in row_chunks(groups.shape[0], groups[0].numel()):
             x = groups[rows].float()
             zero = None if zeros is None else rows_of(zeros, rows)
             own_scale = rows_of(code_scale, rows)

@@ -237,16 +237,16 @@ def _nf4_levels() -> tuple[float, ...]:
     probability 0.9677083 and probabilities spaced evenly in float32, as bitsandbytes has them, give all sixteen.
     """
     quantile = NormalDist().inv_cdf
-    above = [quantile(p) for p in torch.linspace(0.9677083, 0.5, 9, dtype=torch.float32)[:-1].tolist()]
-    below = [-quantile(p) for p in torch.linspace(0.9677083, 0.5, 8, dtype=torch.float32)[:-1].tolist()]
+    above = [quantile(p.item()) for p in torch.linspace(0.9677083, 0.5, 9, dtype=torch.float32)[:-1]]
+    below = [-quantile(p.item()) for p in torch.linspace(0.9677083, 0.5, 8, dtype=torch.float32)[:-1]]
     levels = torch.tensor(sorted([*below, 0.0, *above]), dtype=torch.float32)
-    return tuple((levels / levels.max()).tolist())
+    return tuple(level.item() for level in levels / levels.max())
 
 
 def _fp4_levels() -> tuple[float, ...]:
     """FP4's levels as bitsandbytes numbers them: a sign bit, then 0, 1/16, 8, 12, 4, 6, 2, 3 twelfths in float32."""
     magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], dtype=torch.float32)
-    return tuple((torch.cat([magnitudes, -magnitudes]) / 12.0).tolist())
+    return tuple(level.item() for level in torch.cat([magnitudes, -magnitudes]) / 12.0)
 
 
 def _all_formats() -> dict[str, Format]:

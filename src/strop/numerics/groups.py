@@ -27,8 +27,8 @@ def plan_shape(shape: tuple[int, ...], scheme: Scheme, *, where: str = "weight")
     """Shape of the scales that a weight of `shape` gets; refuses before any work what cannot be cut into groups.
 
     Raises:
-        FormatError: The shape is not [out, in] of at least one value, or the group size does not divide `in`; the message
-            names the divisors nearest to the group size.
+        FormatError: The shape is not [out, in] of at least one value, or the group size does not divide `in`; the
+            message names the divisors nearest to the group size.
 
     >>> from strop.numerics.scheme import parse_scheme
     >>> plan_shape((8, 64), parse_scheme("int4-g32"))
@@ -47,7 +47,7 @@ def plan_shape(shape: tuple[int, ...], scheme: Scheme, *, where: str = "weight")
 
 
 def split(weight: Tensor, scheme: Scheme) -> Tensor:
-    """Cut a weight [out, in] into [rows, groups, size], in its own dtype (table above); no copy unless a block is short."""
+    """Cut a weight [out, in] into [rows, groups, size] (table above), dtype kept; no copy unless a block is short."""
     rows, columns = weight.shape
     if scheme.granularity is Granularity.BLOCK and scheme.group_size is not None:
         flat = weight.reshape(-1)
@@ -70,15 +70,22 @@ def spread(scale: Tensor) -> Tensor:
 
 
 def group_range(groups: Tensor) -> tuple[Tensor, Tensor]:
-    """Smallest and largest value of each group: [rows, groups, size] to two of [rows, groups]; NaN where a group has one."""
-    low, high = torch.aminmax(groups, dim=-1)
+    """Smallest and largest value of each group, float32: [rows, groups, size] to two of [rows, groups].
+
+    NaN where a group holds one. Two passes, because `aminmax` over a short dimension takes ten times as long.
+    """
+    low = torch.empty(groups.shape[:-1], dtype=torch.float32, device=groups.device)
+    high = torch.empty_like(low)
+    for rows in row_chunks(groups.shape[0], groups[0].numel()):
+        piece = groups[rows].float()
+        torch.amin(piece, dim=-1, out=low[rows])
+        torch.amax(piece, dim=-1, out=high[rows])
     return low, high
 
 
-def row_chunks(groups: Tensor, *, values: int = CHUNK_VALUES) -> Iterator[slice]:
-    """Slices of rows of [rows, groups, size] that hold about `values` values each, an even number of rows but the last."""
-    rows = groups.shape[0]
-    step = max(2, values // max(1, groups.shape[1] * groups.shape[2]) // 2 * 2)
+def row_chunks(rows: int, values_per_row: int, *, values: int = CHUNK_VALUES) -> Iterator[slice]:
+    """Slices of `rows` rows that hold about `values` values each, at least one row."""
+    step = max(1, values // values_per_row)
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 

@@ -9,14 +9,23 @@ significant bit of its first byte. Two 4-bit codes a, b make the byte `b << 4 | 
     byte 2 h2 h1 h0 g2 g1 g0 f2 f1
 
 A row is padded with zero bits to a whole byte. Other orders (the high nibble first, 32-bit words) belong to `files`.
+
+2 and 4 bits, which training steps unpack again and again, are spread within whole machine words; the other widths are
+shifted slot by slot. Both give the same bytes (on a big-endian machine only the second is used).
 """
 
 from __future__ import annotations
 
 import math
+import sys
 
 import torch
 from torch import Tensor
+
+# A byte of codes spread over a word with a code in each byte: the shifts that move its halves (and theirs) apart.
+_WORDS: dict[int, tuple[torch.dtype, tuple[int, ...], int]] = (
+    {4: (torch.int16, (4,), 0x0F0F), 2: (torch.int32, (12, 6), 0x03030303)} if sys.byteorder == "little" else {}
+)
 
 
 def packed_size(count: int, bits: int) -> int:
@@ -44,6 +53,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes.clone()
     if count % slots:
         codes = torch.nn.functional.pad(codes, (0, slots - count % slots))
+    if bits in _WORDS:
+        return _gather_words(codes, bits)
     periods = codes.reshape(*codes.shape[:-1], -1, slots)  # [..., count] -> [..., periods, slots]
     packed = torch.zeros((*periods.shape[:-1], size), dtype=torch.uint8, device=codes.device)
     for slot in range(slots):
@@ -76,6 +87,9 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         )
     if bits == 8:
         return packed.clone()
+    if bits in _WORDS:
+        codes = _spread_words(packed, bits)
+        return codes if codes.shape[-1] == count else codes[..., :count].contiguous()
     if packed.shape[-1] % size:
         packed = torch.nn.functional.pad(packed, (0, size - packed.shape[-1] % size))
     periods = packed.reshape(*packed.shape[:-1], -1, size)  # [..., bytes] -> [..., periods, size]
@@ -89,6 +103,27 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
         if shift + bits != 8:
             target &= (1 << bits) - 1
     return codes.flatten(-2)[..., :count].contiguous()
+
+
+def _spread_words(packed: Tensor, bits: int) -> Tensor:
+    """Each byte of codes into a word, one code a byte: 4 bits 0xBA to 0x0B0A, 2 bits 0bDDCCBBAA to 0x0D0C0B0A."""
+    dtype, shifts, mask = _WORDS[bits]
+    words = packed.to(dtype)
+    for shift in shifts:
+        words |= words << shift
+    words &= mask
+    return words.view(torch.uint8)
+
+
+def _gather_words(codes: Tensor, bits: int) -> Tensor:
+    """Undo `_spread_words`; the last dimension is a whole number of words."""
+    dtype, shifts, _ = _WORDS[bits]
+    if not codes.is_contiguous() or codes.storage_offset() % dtype.itemsize:
+        codes = codes.clone(memory_format=torch.contiguous_format)
+    words = codes.view(dtype)
+    for shift in reversed(shifts):
+        words = words | words >> shift
+    return words.to(torch.uint8)  # keeps the lowest byte
 
 
 def _period(bits: int) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`QuantizedTensor`: a weight as packed codes, scales and zero points; made by `quantize_tensor`, undone by `dequantize`.
+"""`QuantizedTensor`: a weight as packed codes, scales and zero points. `quantize_tensor` makes one.
 
     codes       uint8  [out, ceil(in * bits / 8)]; codebooks [ceil(out * in * bits / 8)] over the flattened weight
     scale       the scheme's scale dtype, [1, 1], [out, 1], [out, groups] or [blocks]; None under double quantization
@@ -22,7 +22,7 @@ from strop.numerics import grid
 from strop.numerics.codebook import NestedScale, nest
 from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
 from strop.numerics.packing import pack, packed_size, unpack
-from strop.numerics.scales import check_finite_range, check_scale, default_scale, stored_zero_point
+from strop.numerics.scales import settle_scale, stored_zero_point
 from strop.numerics.scheme import Granularity, Mode, Scheme
 
 
@@ -64,15 +64,26 @@ class QuantizedTensor:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [out, in], computed in float32 and rounded once to `dtype`."""
-        form = self.scheme.format
-        stored = split(self.stored_codes(), self.scheme)
+        scheme = self.scheme
         scale = spread(self.scales())
         zero_point = None if self.zero_point is None else spread(self.zero_point)
-        result = torch.empty(stored.shape, dtype=dtype, device=stored.device)
-        for rows in row_chunks(stored):
+        packed = self._packed_rows()
+        size = scheme.group_size or self.shape[1]
+        groups = self.shape[1] // size if scheme.granularity is Granularity.GROUP else 1
+        result = torch.empty((packed.shape[0], groups, size), dtype=dtype, device=packed.device)
+        for rows in row_chunks(packed.shape[0], groups * size):
             zero = None if zero_point is None else rows_of(zero_point, rows)
-            result[rows] = grid.values(stored[rows], rows_of(scale, rows), zero, form)
+            result[rows] = grid.packed_values(packed[rows], groups, size, rows_of(scale, rows), zero, scheme.format)
         return restore(result, self.shape)
+
+    def _packed_rows(self) -> Tensor:
+        """The packed codes, a row for each row of groups: [out, bytes], or [blocks, bytes], a short block filled."""
+        if self.codes.ndim == 2 or self.scheme.group_size is None:
+            return self.codes
+        block_bytes = packed_size(self.scheme.group_size, self.scheme.bits)
+        missing = -self.codes.numel() % block_bytes
+        codes = torch.nn.functional.pad(self.codes, (0, missing)) if missing else self.codes
+        return codes.view(-1, block_bytes)
 
     def tensors(self) -> dict[str, Tensor]:
         """The parts that there are, by name: codes, scale, zero_point, nested_codes, nested_scale, nested_offset."""
@@ -88,7 +99,8 @@ class QuantizedTensor:
         """Build from the parts that `tensors` names.
 
         Raises:
-            FormatError: Parts are missing or too many, or have another shape or dtype than the scheme demands; all are listed.
+            FormatError: Parts are missing or too many, or have another shape or dtype than the scheme demands; all of
+                them are listed.
         """
         expected = _expected_parts(scheme, shape)
         problems = [f"unexpected {name}" for name in tensors if name not in expected]
@@ -130,17 +142,12 @@ def quantize_tensor(
     weight = weight.detach()
     shape = _two_sizes(weight, scheme, where)
     groups = split(weight, scheme)
-    if scale is None:
-        scale, zero_point = default_scale(groups, scheme, where=where)
-    else:
-        low, high = torch.aminmax(weight)
-        check_finite_range(low, high, where=where)
-        scale, zero_point = check_scale(scale, zero_point, scheme, shape, where=where)
+    scale, zero_point = settle_scale(groups, scheme, shape, scale, zero_point, where=where)
     scale_rows = spread(scale.float())
-    stored_zero = None if zero_point is None else stored_zero_point(zero_point, scheme)
+    stored_zero = None if zero_point is None else stored_zero_point(zero_point, scheme.format)
     zero_rows = None if stored_zero is None else spread(stored_zero)
     stored = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
-    for rows in row_chunks(groups):
+    for rows in row_chunks(groups.shape[0], groups[0].numel()):
         zero = None if zero_rows is None else rows_of(zero_rows, rows)
         stored[rows] = grid.codes(groups[rows].float(), rows_of(scale_rows, rows), zero, scheme.format)
     codes = restore(stored, shape)

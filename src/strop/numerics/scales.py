@@ -1,7 +1,7 @@
 """Scale and zero point of a range, of a weight's groups, or given from outside; rounded to the dtype that stores them.
 
-Scales live in the shape in which they are stored: [1, 1], [out, 1], [out, groups], or [blocks] for codebooks. Zero points
-go with them in the format's own codes (`qmin` to `qmax`); `stored_zero_point` turns them into what is stored.
+Scales live in the shape in which they are stored: [1, 1], [out, 1], [out, groups], or [blocks] for codebooks. Zero
+points go with them in the format's own codes (`qmin` to `qmax`); `stored_zero_point` turns them into what is stored.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def choose_scale(
         where: What the range belongs to, for messages.
 
     Returns:
-        The scale in `scale_dtype`, and the zero point in the format's own codes (int8, or uint8 for unsigned formats) or
-        None without one.
+        The scale in `scale_dtype`, and the zero point in the format's own codes (int8, or uint8 for unsigned formats)
+        or None without one.
 
     Raises:
         FormatError: The range is not finite, the scale overflows its dtype, or the format cannot hold the range.
@@ -56,6 +56,17 @@ def choose_scale(
     low = torch.as_tensor(xmin, dtype=torch.float32).clamp(max=0.0)
     high = torch.as_tensor(xmax, dtype=torch.float32).clamp(min=0.0)
     check_finite_range(low, high, where=where)
+    if isinstance(form, IntFormat) and not form.signed and mode is not Mode.ASYMMETRIC:
+        _check_unsigned(low, form, mode, where)
+    scale, zero_point = fit_scale(low, high, form, mode, scale_dtype=scale_dtype)
+    _check_overflow(scale, where)
+    return scale, zero_point
+
+
+def fit_scale(
+    low: Tensor, high: Tensor, form: Format, mode: Mode, *, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """`choose_scale` for float32 ranges, finite and holding zero, unchecked: a scale that overflows is infinite."""
     magnitude = torch.maximum(-low, high)
     if isinstance(form, CodebookFormat):
         return magnitude, None
@@ -64,25 +75,43 @@ def choose_scale(
     elif mode is Mode.ASYMMETRIC:
         ideal = (high - low) / form.steps
     elif not form.signed:
-        _check_unsigned(low, form, mode, where)
         ideal = high / form.qmax
     elif mode is Mode.SYMMETRIC:
         ideal = magnitude / (form.steps / 2)
     else:
         ideal = magnitude / -form.qmin
-    scale = _store_scale(ideal, magnitude, scale_dtype, where)
-    if mode is Mode.SYMMETRIC_FULL:
-        scale = torch.where(high > -low, -scale, scale)
-    if not isinstance(form, IntFormat) or mode is not Mode.ASYMMETRIC:
+    scale = ideal.clamp_(min=smallest_positive(scale_dtype)).to(scale_dtype)
+    scale = torch.where(magnitude > 0, scale, torch.ones_like(scale))
+    if not isinstance(form, IntFormat) or mode is Mode.SYMMETRIC:
         return scale, None
+    if mode is Mode.SYMMETRIC_FULL:
+        return torch.where(high > -low, -scale, scale), None
     zero_point = torch.round(form.qmin - low / scale.float()).clamp_(form.qmin, form.qmax)
     return scale, zero_point.to(torch.int8 if form.signed else torch.uint8)
 
 
-def default_scale(groups: Tensor, scheme: Scheme, *, where: str = "weight") -> tuple[Tensor, Tensor | None]:
-    """Scale and zero point that cover the whole range of each group of `split`, in their stored shapes."""
-    seen = groups.reshape(1, 1, -1) if scheme.granularity is Granularity.TENSOR else groups
-    low, high = group_range(seen)
+def settle_scale(
+    groups: Tensor,
+    scheme: Scheme,
+    shape: tuple[int, int],
+    scale: Tensor | None,
+    zero_point: Tensor | None,
+    *,
+    where: str,
+) -> tuple[Tensor, Tensor | None]:
+    """Scale and zero point of a weight's groups (of `groups.split`), in their stored shapes.
+
+    Those given are checked; where none is given, those that cover the whole range of each group.
+
+    Raises:
+        FormatError: The weight holds NaN or infinite values, or the scale does not fit the scheme.
+    """
+    low, high = group_range(groups)
+    if scale is not None:
+        check_finite_range(low, high, where=where)
+        return _check_scale(scale, zero_point, scheme, shape, where=where)
+    if scheme.granularity is Granularity.TENSOR:
+        low, high = low.min().view(1, 1), high.max().view(1, 1)
     return scale_of_range(low, high, scheme, where=where)
 
 
@@ -93,41 +122,9 @@ def scale_of_range(low: Tensor, high: Tensor, scheme: Scheme, *, where: str) -> 
     return choose_scale(low, high, scheme.format, scheme.mode, scale_dtype=scheme.scale_dtype, where=where)
 
 
-def check_scale(
-    scale: Tensor, zero_point: Tensor | None, scheme: Scheme, shape: tuple[int, int], *, where: str
-) -> tuple[Tensor, Tensor | None]:
-    """Scales and zero points given from outside, in the stored dtype.
-
-    Raises:
-        FormatError: Shape, dtype or values do not fit the scheme.
-    """
-    size = plan_shape(shape, scheme, where=where)
-    if tuple(scale.shape) != size:
-        raise FormatError(f"{where}: {scheme.name} has scales of shape {list(size)}, got {list(scale.shape)}")
-    stored = scale.to(scheme.scale_dtype)
-    is_codebook = scheme.granularity is Granularity.BLOCK
-    if not torch.isfinite(stored).all() or (not is_codebook and (stored == 0).any()):
-        raise FormatError(f"{where}: scales must be finite and not zero in {scheme.scale_dtype}")
-    if (zero_point is None) == (scheme.mode is Mode.ASYMMETRIC):
-        needed = "a zero point beside its scale" if zero_point is None else "no zero point"
-        raise FormatError(f"{where}: {scheme.name} takes {needed}")
-    if zero_point is not None:
-        if tuple(zero_point.shape) != size:
-            raise FormatError(
-                f"{where}: {scheme.name} has zero points of shape {list(size)}, got {list(zero_point.shape)}"
-            )
-        form = scheme.format
-        if isinstance(form, IntFormat) and form.signed and zero_point.dtype == torch.uint8:
-            raise FormatError(
-                f"{where}: zero points are given in the codes of {form.name} ({form.qmin} to {form.qmax}), as choose_scale "
-                "returns them; these are stored ones (uint8): add qmin in a signed dtype"
-            )
-    return stored, zero_point
-
-
-def stored_zero_point(zero_point: Tensor, scheme: Scheme) -> Tensor:
+def stored_zero_point(zero_point: Tensor, form: Format) -> Tensor:
     """A zero point in the format's own codes, as it is stored: uint8, less qmin."""
-    smallest = scheme.format.qmin if isinstance(scheme.format, IntFormat) else 0
+    smallest = form.qmin if isinstance(form, IntFormat) else 0
     return (zero_point.to(torch.int16) - smallest).to(torch.uint8)
 
 
@@ -156,16 +153,16 @@ def smallest_positive(dtype: torch.dtype) -> float:
     return limits.smallest_normal * limits.eps
 
 
-def _store_scale(ideal: Tensor, magnitude: Tensor, dtype: torch.dtype, where: str) -> Tensor:
-    """A positive scale rounded to the dtype that holds it: never zero, 1 for a range of zeros, overflow refused."""
-    stored = ideal.clamp(min=smallest_positive(dtype)).to(dtype)
-    stored = torch.where(magnitude > 0, stored, torch.ones_like(stored))
-    if not torch.isfinite(stored).all():
-        raise FormatError(
-            f"{where}: a scale of {ideal.max().item():.4g} overflows {str(dtype).removeprefix('torch.')} (largest "
-            f"{torch.finfo(dtype).max:.6g}); store scales in float32 (-sf32) or quantize per channel, whose scales are float32"
-        )
-    return stored
+def _check_overflow(scale: Tensor, where: str) -> None:
+    """Refuse scales that their dtype cannot hold."""
+    if torch.isfinite(scale).all():
+        return
+    limit = torch.finfo(scale.dtype).max
+    advice = "scale the weights down"
+    if scale.dtype != torch.float32:
+        advice = "quantize per channel, whose scales are float32, or store float32 scales (-sf32)"
+    name = str(scale.dtype).removeprefix("torch.")
+    raise FormatError(f"{where}: a scale overflows {name}, whose largest value is {limit:.6g}; {advice}")
 
 
 def _check_unsigned(low: Tensor, form: IntFormat, mode: Mode, where: str) -> None:
@@ -177,3 +174,35 @@ def _check_unsigned(low: Tensor, form: IntFormat, mode: Mode, where: str) -> Non
             f"{where}: {form.name} without a zero point starts at 0 and the range at {low.min().item():.6g}; "
             f"use the asymmetric scheme, or int{form.bits}"
         )
+
+
+def _check_scale(
+    scale: Tensor, zero_point: Tensor | None, scheme: Scheme, shape: tuple[int, int], *, where: str
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points given from outside, in the stored dtype.
+
+    Raises:
+        FormatError: Shape, dtype or values do not fit the scheme.
+    """
+    size = plan_shape(shape, scheme, where=where)
+    if tuple(scale.shape) != size:
+        raise FormatError(f"{where}: {scheme.name} has scales of shape {list(size)}, got {list(scale.shape)}")
+    stored = scale.to(scheme.scale_dtype)
+    is_codebook = scheme.granularity is Granularity.BLOCK
+    if not torch.isfinite(stored).all() or (not is_codebook and (stored == 0).any()):
+        raise FormatError(f"{where}: scales must be finite and not zero in {scheme.scale_dtype}")
+    if (zero_point is None) == (scheme.mode is Mode.ASYMMETRIC):
+        needed = "a zero point beside its scale" if zero_point is None else "no zero point"
+        raise FormatError(f"{where}: {scheme.name} takes {needed}")
+    if zero_point is not None:
+        if tuple(zero_point.shape) != size:
+            raise FormatError(
+                f"{where}: {scheme.name} has zero points of shape {list(size)}, got {list(zero_point.shape)}"
+            )
+        form = scheme.format
+        if isinstance(form, IntFormat) and form.signed and zero_point.dtype == torch.uint8:
+            raise FormatError(
+                f"{where}: zero points are given in the codes of {form.name} ({form.qmin} to {form.qmax}), as "
+                "choose_scale returns them; these are stored ones (uint8): add qmin in a signed dtype"
+            )
+    return stored, zero_point

@@ -40,8 +40,8 @@ class Mode(enum.Enum):
 class Granularity(enum.Enum):
     """Which values share a scale.
 
-    All of a tensor; an output channel; `group_size` inputs of one channel; `group_size` values in a row of the flattened
-    weight (BLOCK, for codebooks).
+    All of a tensor; an output channel; `group_size` inputs of one channel; `group_size` values in a row of the
+    flattened weight (BLOCK, for codebooks).
     """
 
     TENSOR = "tensor"
