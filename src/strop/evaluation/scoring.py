@@ -1,0 +1,145 @@
+"""One forward pass over the rows, its logits handed piece by piece to whatever measures them.
+
+A `Piece` holds the logits of some supervised tokens, in the dtype that the model gave them: [tokens, vocabulary]. A
+token is supervised where its label is not -100; label t is predicted by the logits at t - 1, so the first position of
+a row never counts. Likelihood, divergence and exact match are `Measure`s and share one pass. Pieces come in the same
+order for the same samples and batch size, whatever the model.
+
+Nothing is sampled and no gradient is kept. Only the logits that are needed are computed where the model can leave out
+the rest, and at most `PIECE_NUMBERS` of them are worked on at once.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Final, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from strop.data.batches import Batch, eval_batches
+from strop.data.templates import Sample
+from strop.errors import DataError, ModelError
+from strop.progress import SILENT, Reporter
+
+PIECE_NUMBERS: Final = 2_000_000
+"""Logits in one piece: 8 MB as fp32, a few times that while a measure works on them."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Logits of consecutive supervised tokens.
+
+    Attributes:
+        logits: As the model gave them [tokens, vocabulary].
+        targets: The token that stands there [tokens], int64.
+        rows: The sample each belongs to, its place in the list that is scored [tokens], int64.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    rows: Tensor
+
+    @cached_property
+    def log_probabilities(self) -> Tensor:
+        """The log softmax of the logits, fp32 [tokens, vocabulary]."""
+        return torch.log_softmax(self.logits.float(), dim=-1)
+
+    @cached_property
+    def choices(self) -> Tensor:
+        """The token that greedy decoding takes [tokens]; in fp32, as generation chooses."""
+        return self.logits.float().argmax(dim=-1)
+
+
+class Measure(Protocol):
+    """What can listen to a pass."""
+
+    def add(self, piece: Piece) -> None:
+        """Take the next piece."""
+        ...
+
+
+def score(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    measures: Sequence[Measure],
+    *,
+    batch_size: int = 8,
+    reporter: Reporter = SILENT,
+) -> None:
+    """Run `model` once over `samples` and give every measure all supervised logits, sample after sample.
+
+    Args:
+        model: A causal language model; it is left in the mode it came in.
+        samples: Token ids and labels (-100: not supervised) per row.
+        measures: What listens.
+        batch_size: Rows per forward pass.
+        reporter: Told the rows done; the caller starts and ends the step.
+
+    Raises:
+        DataError: A row has no supervised token.
+        ModelError: The logits are not finite.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            done = 0
+            for batch in eval_batches(samples, batch_size):
+                for piece in _pieces(model, batch):
+                    for measure in measures:
+                        measure.add(piece)
+                done += len(batch.rows)
+                reporter.advance(done)
+    finally:
+        model.train(training)
+
+
+def supervised_counts(samples: Sequence[Sample]) -> Tensor:
+    """Supervised tokens of each row [rows], int64: the labels after the first position that are not -100.
+
+    Raises:
+        DataError: A row has none; all such rows are named.
+    """
+    counts = torch.tensor([sum(int(label) != -100 for label in sample.labels[1:]) for sample in samples])
+    empty = (counts == 0).nonzero().flatten().tolist()
+    if empty:
+        shown = ", ".join(str(row) for row in empty[:10])
+        more = f" and {len(empty) - 10} more" if len(empty) > 10 else ""
+        raise DataError(
+            f"no token to score in rows {shown}{more}: every row needs an answer that fits the length limit"
+        )
+    return counts
+
+
+def _pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
+    labels = batch.labels  # [rows, length]
+    supervised = torch.zeros_like(labels, dtype=torch.bool)
+    supervised[:, :-1] = labels[:, 1:] != -100
+    positions = supervised.any(dim=0).nonzero().flatten()  # every position that some row needs
+    inputs = batch.to(model.device).inputs()
+    if _keeps_chosen_positions(model):
+        logits = model(**inputs, logits_to_keep=positions.to(model.device)).logits  # [rows, positions, vocabulary]
+    else:
+        logits = model(**inputs).logits[:, positions.to(model.device)]
+    row, column = supervised[:, positions].nonzero(as_tuple=True)  # row after row, left to right
+    targets = labels[row, positions[column] + 1]
+    samples = torch.tensor([places[0] for places in batch.rows])[row]
+    step = max(1, PIECE_NUMBERS // logits.shape[-1])
+    for start in range(0, len(row), step):
+        part = slice(start, start + step)
+        taken = logits[row[part], column[part]].cpu()
+        if not torch.isfinite(taken).all():
+            raise ModelError(
+                f"the model's logits hold NaN or infinity (first seen on sample {int(samples[part][0])}): its weights "
+                "or scales are broken, or its dtype overflows; check the file, or open it in float32"
+            )
+        yield Piece(taken, targets[part], samples[part])
+
+
+def _keeps_chosen_positions(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
