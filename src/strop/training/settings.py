@@ -1,0 +1,82 @@
+"""What the training loop is given, what it counts, and what it gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from strop.config import Epochs, Minutes, Steps
+from strop.training.schedules import Schedule
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What decides a run beside its model and data.
+
+    Attributes:
+        length: How long.
+        learning_rate: Peak.
+        schedule: How the rate falls.
+        warmup_ratio: Share of the steps that warms up.
+        weight_decay: Of matrices.
+        clip_norm: Largest gradient norm; 0 does not clip.
+        compute_dtype: Of the products.
+        checkpointing: Whether activations are computed again in the backward pass.
+        eval_steps: Steps between evaluations; None: about a tenth of the run.
+        eval_batch_size: Rows of an evaluation batch.
+        save_steps: Steps between checkpoints; None: every ten minutes.
+        patience: Evaluations without a better one after which the run stops; None: never.
+        seed: Of dropout.
+        identity: JSON values that must be the same when the run is resumed.
+    """
+
+    length: Steps | Epochs | Minutes
+    learning_rate: float
+    schedule: Schedule = "cosine"
+    warmup_ratio: float = 0.0
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    compute_dtype: torch.dtype = torch.float32
+    checkpointing: bool = False
+    eval_steps: int | None = None
+    eval_batch_size: int = 8
+    save_steps: int | None = None
+    patience: int | None = None
+    seed: int = 0
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run came to. Losses are nats per supervised token; None where nothing was evaluated."""
+
+    steps: int
+    total_steps: int
+    tokens: int
+    supervised_tokens: int
+    train_seconds: float
+    loss: float | None
+    valid_loss: float | None
+    best_valid_loss: float | None
+    best_step: int | None
+    ended: str
+
+
+@dataclass
+class Progress:
+    """The loop's own counters; they travel in `state.json`."""
+
+    total_steps: int = 0
+    tokens: int = 0
+    supervised_tokens: int = 0
+    train_seconds: float = 0.0
+    loss: float | None = None
+    valid_loss: float | None = None
+    best_valid_loss: float | None = None
+    best_step: int | None = None
+    worse_evaluations: int = 0
+    ended: str | None = None
+    pending: dict[str, Any] | None = None

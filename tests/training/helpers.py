@@ -1,0 +1,104 @@
+"""Random samples, a stream over them, and a run of the loop in a folder, for the tests of training."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from strop.config import Steps
+from strop.data.batches import BatchStream
+from strop.data.packing import packed_attention
+from strop.data.templates import IGNORED, Sample
+from strop.files.shards import Part, read_file, write_file
+from strop.training.loop import train
+from strop.training.settings import TrainResult, TrainSettings
+
+
+class Notes:
+    """A reporter that remembers, and calls `at_step` after each step."""
+
+    def __init__(self, at_step: Callable[[int], None] | None = None) -> None:
+        self.notes: list[str] = []
+        self.steps: list[tuple[float, dict[str, Any]]] = []
+        self.finished = 0
+        self._at_step = at_step
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def start(self, title: str, total: float | None, unit: str) -> None:
+        self.title, self.total = title, total
+
+    def advance(self, done: float, **fields: float | int | str) -> None:
+        self.steps.append((done, fields))
+        if self._at_step is not None:
+            self._at_step(int(done))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def ragged_samples(count: int = 12, *, seed: int = 0, longest: int = 20, vocabulary: int = 300) -> list[Sample]:
+    """Random token rows of different lengths with different shares of supervised tokens."""
+    draw = random.Random(seed)
+    samples = []
+    for index in range(count):
+        ids = [draw.randrange(5, vocabulary) for _ in range(draw.randint(4, longest))]
+        begin = draw.randint(1, len(ids) - 1)
+        labels = [IGNORED] * begin + ids[begin:]
+        samples.append(Sample(ids, labels, index, ((begin, len(ids)),)))
+    return samples
+
+
+def stream_of(
+    samples: list[Sample], model: nn.Module | None = None, *, packing: bool = False, **changes: Any
+) -> BatchStream:
+    settings: dict[str, Any] = {"batch_size": 2, "accumulation": 2, "max_length": 64, "seed": 0} | changes
+    attention = packed_attention(model, settings["max_length"]) if packing else None
+    return BatchStream(samples, packing=packing, attention=attention, **settings)
+
+
+def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def run_loop(
+    model: nn.Module,
+    run_dir: Path,
+    *,
+    samples: list[Sample] | None = None,
+    valid: list[Sample] | None = None,
+    packing: bool = False,
+    resume: bool = False,
+    reporter: Notes | None = None,
+    stream: BatchStream | None = None,
+    batch: dict[str, Any] | None = None,
+    **changes: Any,
+) -> TrainResult:
+    """Train with small defaults; RUN/best and RUN/last hold the trained tensors."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+
+    def export(folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        write_file(folder / "weights.safetensors", [Part.of(trained_tensors(model))])
+
+    settings = TrainSettings(**({"length": Steps(max_steps=6), "learning_rate": 1e-2} | changes))
+    return train(
+        model,
+        stream or stream_of(samples or ragged_samples(), model, packing=packing, **(batch or {})),
+        ragged_samples(4, seed=9) if valid is None else valid,
+        settings,
+        run_dir,
+        export=export,
+        resume=resume,
+        reporter=reporter or Notes(),
+    )
+
+
+def exported(folder: Path) -> dict[str, torch.Tensor]:
+    return read_file(folder / "weights.safetensors")
