@@ -1,1 +1,1 @@
-"""From files to batches: records (`records`), tokens and labels (`templates`, `samples`), steps (`batches`, `packing`)."""
+"""From files to batches: records, their tokens and labels through the chat template, and the steps of training."""

@@ -56,8 +56,8 @@ class Batch:
         return int(self.lengths.sum())
 
     @property
-    def attention_mask(self) -> Tensor:
-        """Padded: 1 at tokens, 0 at padding [B, T] int64. Packed: the block mask [B, 1, T, T], added to the scores."""
+    def attention_mask(self) -> Tensor | dict[str, Tensor]:
+        """Padded: 1 at tokens, 0 at padding [B, T] int64. Packed: what `block_mask` gives, added to the scores."""
         if self.documents is not None:
             return block_mask(self.documents, self.attention)
         positions = torch.arange(self.input_ids.shape[1], device=self.input_ids.device)

@@ -32,11 +32,14 @@ class PackedAttention:
 
     Attributes:
         dtype: The model's dtype; the mask is added to the scores (0 or the dtype's lowest value).
-        window: How many tokens back, itself included, a token sees in every layer; None for all.
+        window: How many tokens back, itself included, a token sees in the sliding layers; None where there are none, or
+            where the window is longer than any row.
+        mixed: Whether other layers see all tokens; the mask is then one for each kind of layer.
     """
 
     dtype: torch.dtype = torch.float32
     window: int | None = None
+    mixed: bool = False
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -65,32 +68,46 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def block_mask(documents: Tensor, attention: PackedAttention) -> Tensor:
+def block_mask(documents: Tensor, attention: PackedAttention) -> Tensor | dict[str, Tensor]:
     """The additive mask [B, 1, T, T] in `attention.dtype`: 0 where a token may look, the lowest value elsewhere.
+
+    Token q sees token k if both belong to one document and 0 <= q - k (< window, in sliding layers). Additive, since a
+    mask of booleans is right for sdpa and silently wrong for eager attention, which adds it.
 
     Args:
         documents: The number of each token's document [B, T].
         attention: dtype and window.
+
+    Returns:
+        One mask, or for mixed layers one for each kind, ``full_attention`` and ``sliding_attention``, as models with
+        such layers take them.
     """
     positions = torch.arange(documents.shape[1], device=documents.device)
     distance = positions[:, None] - positions[None, :]  # [T, T], query minus key
     seen = (documents[:, :, None] == documents[:, None, :]) & (distance >= 0)  # [B, T, T]
-    if attention.window is not None:
-        seen &= distance < attention.window
-    lowest = torch.finfo(attention.dtype).min
-    mask = torch.zeros(seen.shape, dtype=attention.dtype, device=documents.device).masked_fill_(~seen, lowest)
-    return mask[:, None]
+    if attention.window is None:
+        return _additive(seen, attention.dtype)
+    near = _additive(seen & (distance < attention.window), attention.dtype)
+    if not attention.mixed:
+        return near
+    return {"full_attention": _additive(seen, attention.dtype), "sliding_attention": near}
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where True, the dtype's lowest value where False: [B, T, T] -> [B, 1, T, T]."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
 def packed_attention(model: Any, max_length: int) -> PackedAttention:
-    """Read from a model what the mask must hold for rows of `max_length` tokens.
+    """Read from a model's configuration what the mask must hold for rows of `max_length` tokens.
 
-    A document is never longer than a row, so a sliding window at least that long changes nothing. A shorter one that
-    all layers share is put into the mask. Where layers differ (some sliding, some not), one explicit mask cannot serve
-    both.
+    A document is never longer than a row, so a sliding window at least that long changes nothing. A shorter one goes
+    into the mask; where only some layers slide, each kind of layer gets its own. `check_isolation` then measures the
+    result.
 
     Raises:
-        TrainingError: If the attention cannot be written as one explicit mask.
+        TrainingError: If the attention cannot be written as an explicit mask.
     """
     config = model.config.get_text_config()
     implementation = getattr(config, "_attn_implementation", "sdpa")
@@ -99,28 +116,25 @@ def packed_attention(model: Any, max_length: int) -> PackedAttention:
             f"packing needs an explicit attention mask, which attention {implementation!r} does not take; load the "
             f"model with sdpa or eager attention, or {_NEXT_STEP}"
         )
-    window = getattr(config, "sliding_window", None)
-    if getattr(config, "use_sliding_window", True) is False:
-        window = None
     kinds = set(getattr(config, "layer_types", None) or ())
-    chunk = getattr(config, "attention_chunk_size", None)
-    if "linear_attention" in kinds or "mamba" in kinds:
+    unknown = sorted(kinds - {"full_attention", "sliding_attention", "chunked_attention"})
+    if unknown:
         raise TrainingError(
-            f"packing cannot isolate documents in a model with recurrent layers ({', '.join(sorted(kinds))}); "
-            f"{_NEXT_STEP}"
+            f"packing cannot keep documents apart in layers of the kind {', '.join(unknown)} of "
+            f"{type(model).__name__}; {_NEXT_STEP}"
         )
-    if kinds and "sliding_attention" not in kinds:
+    chunk = getattr(config, "attention_chunk_size", None)
+    if "chunked_attention" in kinds and chunk is not None and chunk < max_length:
+        raise TrainingError(
+            f"packing: rows of max_length {max_length} tokens are longer than the chunks of {chunk} that "
+            f"{type(model).__name__} attends in; set max_length to {chunk} or less, or {_NEXT_STEP}"
+        )
+    window = getattr(config, "sliding_window", None)
+    if (kinds and "sliding_attention" not in kinds) or not getattr(config, "use_sliding_window", True):
         window = None
     if window is not None and window >= max_length:
         window = None
-    narrow = window if window is not None else (chunk if chunk is not None and chunk < max_length else None)
-    if narrow is not None and (len(kinds) > 1 or window is None):
-        raise TrainingError(
-            f"packing: rows of max_length {max_length} tokens are longer than the attention window of {narrow} that "
-            f"some layers have and others have not, and one explicit mask cannot serve both; set max_length to "
-            f"{narrow} or less, or {_NEXT_STEP}"
-        )
-    return PackedAttention(dtype=model.dtype, window=window)
+    return PackedAttention(dtype=model.dtype, window=window, mixed=window is not None and len(kinds) > 1)
 
 
 @torch.no_grad()
@@ -158,20 +172,24 @@ def check_isolation(model: Any, batch: Batch) -> None:
         ) from error
     finally:
         model.train(was_training)
-    scale = max(float(before[inside].float().std()), 1e-6)
-    moved = float((after[inside] - before[inside]).float().abs().max()) / scale
-    precision = torch.finfo(before.dtype).eps
-    if moved > 64 * precision:
+    spread = max(float(before[inside].float().std()), 1e-6)
+    rounding = float(torch.finfo(before.dtype).eps)
+    moved = _root_mean_square(after[inside] - before[inside]) / spread
+    if not moved <= max(4 * rounding, 1e-6):
         raise TrainingError(
             f"packing: in {type(model).__name__} packed documents see each other: replacing one moved another's logits "
             f"by {moved:.1e} of their spread; {_NEXT_STEP}"
         )
-    apart = float((alone - before[inside]).float().abs().max()) / scale
-    if apart > 4096 * precision**0.9 if before.dtype != torch.float32 else apart > 1e-3:
+    apart = _root_mean_square(alone - before[inside]) / spread
+    if not apart <= max(16 * rounding, 1e-4):
         raise TrainingError(
             f"packing: in {type(model).__name__} a packed document does not read as it does alone: its logits differ "
             f"by {apart:.1e} of their spread; {_NEXT_STEP}"
         )
+
+
+def _root_mean_square(difference: Tensor) -> float:
+    return float(difference.float().square().mean().sqrt())
 
 
 def _logits(model: Any, inputs: dict[str, Any]) -> Tensor:

@@ -48,18 +48,24 @@ class Problems:
 
     source: str
     unit: str = "line"
-    messages: list[str] = field(default_factory=list)
+    found: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, number: int, message: str) -> None:
         """Note one problem at row `number`."""
-        self.messages.append(f"{self.source}, {self.unit} {number}: {message}")
+        self.found.append((number, message))
 
-    def raise_any(self) -> None:
-        """Raise a `DataError` with up to ten problems and the count of the others, if there are any."""
-        if not self.messages:
+    def raise_any(self, rows: int = 0) -> None:
+        """Raise a `DataError` with up to ten problems and the count of the others, if there are any.
+
+        Args:
+            rows: How many rows there are; one problem that all of them share is said once.
+        """
+        if not self.found:
             return
-        shown = self.messages[:MAX_PROBLEMS]
-        more = len(self.messages) - len(shown)
+        if len(self.found) == rows > 1 and len({message for _, message in self.found}) == 1:
+            raise DataError(f"{self.source}, each of the {rows:,} rows: {self.found[0][1]}")
+        shown = [f"{self.source}, {self.unit} {number}: {message}" for number, message in self.found[:MAX_PROBLEMS]]
+        more = len(self.found) - len(shown)
         if more:
             shown.append(f"... and {more} more of {self.source}")
         raise DataError("\n".join(shown))
@@ -264,17 +270,17 @@ def read_file(path: Path, known: Iterable[str]) -> tuple[list[RawRow], Problems]
             ]
         else:
             rows = list(_rows_of_csv(text, problems, "\t" if extension == ".tsv" else ",;\t", known))
-    if not rows and not problems.messages:
+    if not rows and not problems.found:
         raise DataError(f"{path}: there is no row in it; it needs at least one")
     return rows, problems
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a text has the form of a hub id: ``name`` or ``owner/name``."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", name) is not None
+    """Whether a text has the form of a hub id: ``name``, ``owner/name``, either with ``:configuration`` behind it."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?", name) is not None
 
 
-def read_dataset(name: str) -> dict[str, list[RawRow]]:
+def read_dataset(name: str, configuration: str | None = None) -> dict[str, list[RawRow]]:
     """Open a hub id or a dataset folder through the `datasets` library: split name -> rows.
 
     Class labels are given as their names. Dataset scripts are never run (the library no longer can).
@@ -290,7 +296,7 @@ def read_dataset(name: str) -> dict[str, list[RawRow]]:
         if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
             opened = datasets.load_from_disk(name)
         else:
-            opened = datasets.load_dataset(name)
+            opened = datasets.load_dataset(name, configuration)
     except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
         raise MissingInputError(
             f"{name}: no such file or folder here, and no dataset of that name could be reached on the hub "

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -343,7 +343,7 @@ def _record(row: RawRow, source: str) -> Record:
     raise _RowError(_unrecognised(fields))
 
 
-def _records(rows: Iterable[RawRow], problems: Problems) -> list[Record]:
+def _records(rows: Sequence[RawRow], problems: Problems) -> list[Record]:
     """Turn rows into records; everything wrong with the source is raised at once."""
     records: list[Record] = []
     for row in rows:
@@ -351,9 +351,7 @@ def _records(rows: Iterable[RawRow], problems: Problems) -> list[Record]:
             records.append(_record(row, problems.source))
         except _RowError as error:
             problems.add(row.number, str(error))
-            if "preference pair" in str(error):
-                break  # all other rows would say the same
-    problems.raise_any()
+    problems.raise_any(len(rows))
     return records
 
 
@@ -378,7 +376,7 @@ def read_records(path: str | Path | Sequence[Mapping[str, Any]]) -> list[Record]
             rows.append(RawRow(number, fields))
         else:
             problems.add(number, f"got {kind_of(fields)}; each row must be a mapping")
-    if not rows and not problems.messages:
+    if not rows and not problems.found:
         raise DataError("rows: the list is empty; it needs at least one row")
     return _records(rows, problems)
 
@@ -414,11 +412,23 @@ def _split_named(name: str) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
-def read_data(data: str | Path | Sequence[Mapping[str, Any]], *, seed: int = 0, valid_fraction: float = 0.05) -> Splits:
+def read_data(
+    data: str | Path | Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    valid_fraction: float = 0.05,
+    need_train: bool = True,
+) -> Splits:
     """Read a data set: a file, a folder with train, valid and test files, a dataset folder, a hub id, or rows.
 
     Where the data have no validation split, `valid_fraction` of the training rows is held out, drawn by `seed` (at
     least one row where there are two). `validation` and `dev` are accepted for `valid`.
+
+    Args:
+        data: A path, a hub id (``name``, ``owner/name``, either with ``:configuration``), or a list of mappings.
+        seed: Draws the rows that are held out.
+        valid_fraction: The share held out, 0 for none.
+        need_train: Whether a folder or dataset without a training split is an error; False for one to judge by.
 
     Raises:
         MissingInputError: If nothing of that name is found here or on the hub.
@@ -431,28 +441,30 @@ def read_data(data: str | Path | Sequence[Mapping[str, Any]], *, seed: int = 0, 
     if path.is_dir():
         files = _files_of_folder(path)
         if files:
-            if "train" not in files:
+            if need_train and "train" not in files:
                 raise DataError(
                     f"{path}: there is no train file beside {', '.join(f.name for f in files.values())}; "
                     f"name it train{next(iter(files.values())).suffix}"
                 )
             parts = {split: read_records(file) for split, file in files.items()}
         else:
-            parts = _read_dataset_splits(str(path))
+            parts = _read_dataset_splits(str(path), need_train=need_train)
     elif path.exists() or path.suffix.lower() in EXTENSIONS or not is_hub_id(str(data)):
         if not path.exists():
-            raise MissingInputError(f"{path}: no such file or folder; check the path")
+            siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise MissingInputError(f"{path}: no such file or folder{nearest(path.name, siblings)}; check the path")
         parts = {"train": read_records(path)}
     else:
-        parts = _read_dataset_splits(str(data))
-    train, valid = parts["train"], parts.get("valid", [])
+        name, _, configuration = str(data).partition(":")
+        parts = _read_dataset_splits(name, configuration or None, need_train=need_train)
+    train, valid = parts.get("train", []), parts.get("valid", [])
     if "valid" not in parts:
         train, valid = _hold_out(train, seed=seed, valid_fraction=valid_fraction)
     return Splits(train, valid, parts.get("test", []))
 
 
-def _read_dataset_splits(name: str) -> dict[str, list[Record]]:
-    splits = read_dataset(name)
+def _read_dataset_splits(name: str, configuration: str | None = None, *, need_train: bool) -> dict[str, list[Record]]:
+    splits = read_dataset(name, configuration)
     parts: dict[str, list[Record]] = {}
     for split_name, rows in splits.items():
         split = _split_named(split_name)
@@ -461,6 +473,6 @@ def _read_dataset_splits(name: str) -> dict[str, list[Record]]:
         if not rows:
             raise DataError(f"{name}, split {split_name}: there is no row in it; it needs at least one")
         parts[split] = _records(rows, Problems(f"{name}, split {split_name}", unit="record"))
-    if "train" not in parts:
+    if need_train and "train" not in parts:
         raise DataError(f"{name}: there is no train split (splits: {', '.join(splits) or 'none'})")
     return parts

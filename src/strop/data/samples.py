@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from strop.data.layout import PrefixError
 from strop.data.records import Message, Record
-from strop.data.templates import IGNORED, PrefixError, Sample, TrainOn, render_all
+from strop.data.templates import IGNORED, Sample, TrainOn, render_all
 from strop.errors import DataError
 
 _SHOWN = 10

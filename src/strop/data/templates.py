@@ -14,16 +14,15 @@ Not done here: truncation and counting (`samples.py`).
 
 from __future__ import annotations
 
-import re
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
-import jinja2
-
+from strop.data.layout import ChatFormat, Layout, added_tokens, compile_template
 from strop.data.records import ROLES, Message, Record
-from strop.data.sandbox import ChatTemplate, Rendered, TemplateLimitError, compiled
 from strop.errors import DataError, MissingInputError, nearest
 
 IGNORED = -100
@@ -61,23 +60,7 @@ class Sample:
     @property
     def supervised(self) -> int:
         """How many tokens are learned."""
-        return sum(label != IGNORED for label in self.labels)
-
-
-class PrefixError(DataError):
-    """A template writes a turn differently once later turns follow, so that serving and training would differ."""
-
-
-@dataclass(frozen=True)
-class Layout:
-    """A rendered conversation: its text, where it is cut, and which ranges are learned (characters)."""
-
-    text: str
-    cuts: tuple[int, ...]
-    answers: tuple[tuple[int, int], ...]
-
-
-# --- the template -----------------------------------------------------------------------------------------------------
+        return len(self.labels) - self.labels.count(IGNORED)
 
 
 def _writes_bos(tokenizer: Any) -> bool:
@@ -97,7 +80,7 @@ def built_in_template(tokenizer: Any, name: str) -> str:
     Raises:
         DataError: If the tokenizer has no end token that could close an answer.
     """
-    added = set(_added_tokens(tokenizer))
+    added = set(added_tokens(tokenizer))
     stop = "<|im_end|>" if name == "chatml" and "<|im_end|>" in added else tokenizer.eos_token
     if not stop:
         raise DataError(
@@ -162,7 +145,7 @@ def chat_template_text(tokenizer: Any, name_or_file: str | Path | None = None) -
             source, origin = path.read_text(encoding="utf-8"), str(path)
         except (UnicodeDecodeError, OSError) as error:
             raise DataError(f"{path}: the chat template cannot be read as UTF-8 text ({error})") from error
-    _compile(source, origin)
+    compile_template(source, origin)
     return source
 
 
@@ -173,179 +156,17 @@ def set_chat_template(tokenizer: Any, name_or_file: str | Path) -> str:
     return source
 
 
-def _compile(source: str, origin: str = "the chat template") -> ChatTemplate:
-    try:
-        return compiled(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"{origin}, line {error.lineno}: not valid Jinja: {error.message}") from error
-    except (jinja2.TemplateError, RecursionError) as error:
-        raise DataError(f"{origin}: refused: {error}") from error
+_FORMATS: WeakKeyDictionary[Any, dict[tuple[Any, ...], ChatFormat]] = WeakKeyDictionary()
 
 
-def _added_tokens(tokenizer: Any) -> tuple[str, ...]:
-    """Texts that the tokenizer takes as one token wherever they stand, whitespace ones aside; longest first."""
-    texts = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    return tuple(sorted((text for text in texts if text.strip()), key=len, reverse=True))
-
-
-class ChatFormat:
-    """A chat template bound to a tokenizer: lays conversations out and finds their answers.
-
-    Args:
-        tokenizer: A transformers tokenizer.
-        chat_template: As for `chat_template_text`.
-    """
-
-    def __init__(self, tokenizer: Any, chat_template: str | Path | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.template = _compile(chat_template_text(tokenizer, chat_template))
-        self.variables = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
-        alternatives = "|".join(re.escape(text) for text in _added_tokens(tokenizer))
-        # Without special tokens at all, nothing matches.
-        self._stop_after = re.compile(rf"\s*(?:{alternatives})" if alternatives else r"(?!)")
-        self._stop_last = re.compile(rf"(?:{alternatives})\s*\Z" if alternatives else r"(?!)")
-        self._tool_role = self._accepts_tools()
-
-    def _accepts_tools(self) -> bool:
-        """Whether the template writes out turns of the role `tool`; if not, they are given as the user's."""
-        probe = [("user", "a"), ("assistant", "b"), ("tool", "strop-probe"), ("assistant", "c")]
-        try:
-            text = self.template.render([{"role": role, "content": text} for role, text in probe], self.variables).text
-        except jinja2.TemplateError:
-            return False
-        return "strop-probe" in text
-
-    def write(self, messages: Sequence[Message], *, prompt: bool = False) -> Rendered:
-        """Render turns to text; with `prompt`, followed by the header of the assistant's next turn.
-
-        Raises:
-            DataError: If the template raises; the message says on which roles.
-        """
-        chat = [
-            {"role": "user" if m.role == "tool" and not self._tool_role else m.role, "content": m.content}
-            for m in messages
-        ]
-        try:
-            return self.template.render(chat, {**self.variables, "add_generation_prompt": prompt})
-        except TemplateLimitError as error:
-            raise DataError(f"the chat template was stopped: {error}; use another with --chat-template") from error
-        except jinja2.TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in chat)
-            advice = "order the turns as the template asks, or use another with --chat-template"
-            if chat and chat[0]["role"] == "system" and self._refuses_system(chat):
-                advice = (
-                    "it takes no system turn: move that text into the first user turn, "
-                    "or use another with --chat-template"
-                )
-            raise DataError(f"the chat template refuses the turns ({roles}): {error}; {advice}") from error
-
-    def _refuses_system(self, chat: list[dict[str, str]]) -> bool:
-        try:
-            self.template.render(chat[1:], {**self.variables, "add_generation_prompt": False})
-        except jinja2.TemplateError:
-            return False
-        return True
-
-    def lay_out(self, messages: Sequence[Message], *, prompt: bool = False) -> Layout:
-        """Render a conversation and find where each answer begins and ends.
-
-        Answers that are context only (`supervise` False) are looked for too, since they cut the text for the tokenizer,
-        but they need not be found.
-
-        Raises:
-            PrefixError: If a supervised answer does not stand in the text as serving would have prompted for it.
-            DataError: If the template writes no stop token after an answer, or refuses the turns.
-        """
-        whole = self.write(messages, prompt=prompt)
-        cuts: set[int] = set()
-        answers: list[tuple[int, int]] = []
-        position = 0
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            try:
-                ranges = self._find(messages, index, whole, position)
-            except DataError:
-                if message.supervise and not prompt:
-                    raise
-                continue
-            for start, end in ranges:
-                cuts.update((start, end))
-                position = end
-                if message.supervise:
-                    answers.append((start, end))
-        if prompt:
-            cuts.add(len(whole.text))
-        return Layout(whole.text, tuple(sorted(cuts)), tuple(answers))
-
-    def _find(self, messages: Sequence[Message], index: int, whole: Rendered, position: int) -> list[tuple[int, int]]:
-        """The character ranges of one answer in the whole text, the first from the end of its prompt on."""
-        text = whole.text
-        asked = self.write(messages[:index], prompt=True).text if index else self._opening(text)
-        start = len(asked)
-        if not text.startswith(asked) or start < position:
-            raise PrefixError(
-                f"turn {index + 1} (assistant): in the whole conversation the chat template writes what comes before "
-                "it differently from when that turn is asked for, so training would not match serving; use a "
-                "template that only appends, or another with --chat-template"
-            )
-        last = index == len(messages) - 1
-        closed = text if last else self.write(messages[: index + 1]).text
-        known_end = len(closed) if text.startswith(closed) and len(closed) > start else None
-        marks = [(max(begin, start), end) for begin, end in whole.marks if end > start]
-        if marks and known_end is not None:
-            marks = [(begin, end) for begin, end in marks if begin < known_end]
-        elif marks:
-            marks = marks[:1]
-        if marks:
-            ends = self._extend_to_stop(text, marks[-1][1], index)
-            marks[-1] = (marks[-1][0], ends)
-            return [(start, marks[0][1]), *marks[1:]]
-        if known_end is None:
-            known_end = self._locate(text, start, messages[index], index)
-        stop = self._stop_last.search(text, start, known_end)
-        if stop is None:
-            raise self._no_stop(text[start:known_end], index)
-        return [(start, start + len(text[start : stop.end()].rstrip()))]
-
-    def _opening(self, text: str) -> str:
-        """What a conversation that begins with an answer opens with."""
-        empty = self.write([], prompt=True).text
-        return empty if text.startswith(empty) else ""
-
-    def _locate(self, text: str, start: int, message: Message, index: int) -> int:
-        """The end of an answer that later turns changed: after its content and the special token behind it."""
-        for content in (message.content, message.content.strip()):
-            found = text.find(content, start)
-            if found >= 0:
-                stop = self._stop_after.match(text, found + len(content))
-                if stop is None:
-                    raise self._no_stop(text[start : found + len(content) + 20], index)
-                return stop.end()
-        raise PrefixError(
-            f"turn {index + 1} (assistant): the chat template does not write the answer as it stands once later turns "
-            "follow (some templates drop reasoning from earlier turns), so training would not match serving"
-        )
-
-    def _extend_to_stop(self, text: str, end: int, index: int) -> int:
-        """The end of a generation mark, moved past the stop token if the mark leaves it out."""
-        after = self._stop_after.match(text, end)
-        within = self._stop_last.search(text[:end])
-        if within is not None:
-            return end
-        if after is None:
-            raise self._no_stop(text[max(0, end - 40) : end + 20], index)
-        return after.end()
-
-    def _no_stop(self, text: str, index: int) -> DataError:
-        return DataError(
-            f"turn {index + 1} (assistant): the chat template writes no special token after the answer "
-            f"({text[-60:]!r}), so the model could not learn to stop; write {{{{ eos_token }}}} after the content, or "
-            "pass --chat-template chatml or plain"
-        )
-
-
-# --- tokens -----------------------------------------------------------------------------------------------------------
+def chat_format(tokenizer: Any, chat_template: str | Path | None = None) -> ChatFormat:
+    """The chat format of a tokenizer, kept with it and made anew when its special tokens or its template change."""
+    source = chat_template_text(tokenizer, chat_template)
+    key = (source, len(tokenizer), *tokenizer.special_tokens_map.items())
+    known = _FORMATS.setdefault(tokenizer, {})
+    if key not in known:
+        known[key] = ChatFormat(tokenizer, source)
+    return known[key]
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
@@ -364,42 +185,60 @@ def _encode_continuation(tokenizer: Any, text: str) -> list[int]:
     return _encode(tokenizer, [text])[0]
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """The text between two cuts, and from where it is read: `anchor` lies at or before its beginning.
+
+    The anchor is the last special token before the piece, so that a long conversation is not read again for each turn.
+    """
+
+    anchor: int
+    begin: int
+    end: int
+
+
+def _pieces(layout: Layout) -> list[_Piece]:
+    ends = [cut for cut in layout.cuts if 0 < cut < len(layout.text)] + [len(layout.text)]
+    pieces: list[_Piece] = []
+    begin = 0
+    for end in ends:
+        before = bisect_left(layout.anchors, begin)
+        pieces.append(_Piece(layout.anchors[before - 1] if before else 0, begin, end))
+        begin = end
+    return pieces
+
+
 def _tokens(tokenizer: Any, layouts: Sequence[Layout]) -> list[tuple[list[int], list[int]]]:
     """Tokenize texts so that no token crosses a cut: for each `(ids, positions of its cuts in ids)`.
 
-    Each text is tokenized up to every cut. Where that ends as the longer text goes on, it is simply the tokenizer's own
-    reading of the text; where the tokenizer would join characters across the cut, the part after the cut is tokenized
-    as a continuation. Either way the ids up to a cut depend on the text up to that cut alone, which makes a prompt the
+    Each piece is read together with the text before it. Where the reading up to the cut stays the same, the piece's ids
+    are simply the tokenizer's own; where the tokenizer would join characters across the cut, the piece is read as a
+    continuation. Either way the ids up to a cut depend on the text up to that cut alone, which makes a prompt the
     prefix of its training row.
     """
-    prefixes: list[str] = []
-    for layout in layouts:
-        prefixes += [layout.text[:cut] for cut in layout.cuts if 0 < cut < len(layout.text)] + [layout.text]
-    encoded = iter(_encode(tokenizer, prefixes))
+    cut_up = [_pieces(layout) for layout in layouts]
+    texts: dict[str, list[int]] = {"": []}  # a conversation's pieces share what they are read with, and so do rows
+    for layout, pieces in zip(layouts, cut_up, strict=True):
+        for piece in pieces:
+            texts[layout.text[piece.anchor : piece.begin]] = []
+            texts[layout.text[piece.anchor : piece.end]] = []
+    texts.update(zip(texts, _encode(tokenizer, [*texts]), strict=True))
     result: list[tuple[list[int], list[int]]] = []
-    for layout in layouts:
+    for layout, pieces in zip(layouts, cut_up, strict=True):
         ids: list[int] = []
-        exact: list[int] = []  # the tokenizer's own ids of the text so far
-        begin, places = 0, []
-        for cut in layout.cuts:
-            if 0 < cut < len(layout.text):
-                exact, ids = _advance(tokenizer, ids, exact, next(encoded), layout.text[begin:cut])
-                begin = cut
-            places.append(len(ids) if cut < len(layout.text) else -1)
-        _, ids = _advance(tokenizer, ids, exact, next(encoded), layout.text[begin:])
-        result.append((ids, [len(ids) if place < 0 else place for place in places]))
+        places = {0: 0}
+        for piece in pieces:
+            shorter, longer = (texts[layout.text[piece.anchor : place]] for place in (piece.begin, piece.end))
+            if longer[: len(shorter)] == shorter and ids[len(ids) - len(shorter) :] == shorter:
+                ids = ids + longer[len(shorter) :]
+            else:
+                ids = ids + _encode_continuation(tokenizer, layout.text[piece.begin : piece.end])
+            places[piece.end] = len(ids)
+        result.append((ids, [places[cut] for cut in layout.cuts]))
     return result
 
 
-def _advance(
-    tokenizer: Any, ids: list[int], exact: list[int], longer: list[int], piece: str
-) -> tuple[list[int], list[int]]:
-    if ids == exact and longer[: len(exact)] == exact:
-        return longer, longer
-    return longer, ids + (_encode_continuation(tokenizer, piece) if piece else [])
-
-
-def _one_bos(tokenizer: Any, ids: list[int]) -> int:
+def _surplus_bos(tokenizer: Any, ids: list[int]) -> int:
     """How many leading BOS tokens are too many."""
     bos = tokenizer.bos_token_id
     count = 0
@@ -410,7 +249,7 @@ def _one_bos(tokenizer: Any, ids: list[int]) -> int:
 
 def _sample(tokenizer: Any, layout: Layout, ids: list[int], places: list[int], train_on: TrainOn) -> Sample:
     where = dict(zip(layout.cuts, places, strict=True))
-    extra = _one_bos(tokenizer, ids)
+    extra = _surplus_bos(tokenizer, ids)
     answers = tuple((max(1, where[start] - extra), where[end] - extra) for start, end in layout.answers)
     ids = ids[extra:]
     if train_on == "all":
@@ -422,16 +261,16 @@ def _sample(tokenizer: Any, layout: Layout, ids: list[int], places: list[int], t
     return Sample(ids, labels, answers=answers)
 
 
-def _text_sample(tokenizer: Any, record: Record) -> Sample:
-    """A plain text: everything learned; BOS in front if the tokenizer adds one, the end token behind if it ends."""
-    assert record.text is not None
-    ids = _encode(tokenizer, [record.text])[0]
-    if _writes_bos(tokenizer):
-        ids = [tokenizer.bos_token_id, *ids]
-    ids = ids[_one_bos(tokenizer, ids) :]
-    if record.ends and tokenizer.eos_token_id is not None:
-        ids = [*ids, tokenizer.eos_token_id]
-    return Sample(ids, [IGNORED, *ids[1:]], answers=((min(1, len(ids)), len(ids)),))
+def _text_samples(tokenizer: Any, records: Sequence[Record]) -> list[Sample]:
+    """Plain texts, all learned: BOS in front if the tokenizer adds one, the end token behind if the text ends."""
+    samples: list[Sample] = []
+    bos = [tokenizer.bos_token_id] if records and _writes_bos(tokenizer) else []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for record, read in zip(records, _encode(tokenizer, [str(record.text) for record in records]), strict=True):
+        ids = [*bos, *read]
+        ids = [*ids[_surplus_bos(tokenizer, ids) :], *(end if record.ends else [])]
+        samples.append(Sample(ids, [IGNORED, *ids[1:]], answers=((min(1, len(ids)), len(ids)),)))
+    return samples
 
 
 def located(record: Record, error: DataError) -> DataError:
@@ -455,24 +294,25 @@ def render_all(
     Raises:
         DataError: If there are conversations and no usable template.
     """
-    results: list[Sample | DataError | None] = []
-    layouts: list[Layout] = []
-    places: list[int] = []
+    results: dict[int, Sample | DataError] = {}
+    layouts: dict[int, Layout] = {}
+    texts: dict[int, Record] = {}
     form: ChatFormat | None = None
-    for record in records:
+    for place, record in enumerate(records):
         if record.messages is None:
-            results.append(_text_sample(tokenizer, record))
+            texts[place] = record
             continue
-        form = form or ChatFormat(tokenizer, chat_template)
+        form = form or chat_format(tokenizer, chat_template)
         try:
-            layouts.append(form.lay_out(record.messages))
-            places.append(len(results))
-            results.append(None)
+            layouts[place] = form.lay_out(record.messages)
         except DataError as error:
-            results.append(located(record, error))
-    for place, layout, (ids, cuts) in zip(places, layouts, _tokens(tokenizer, layouts), strict=True):
+            results[place] = located(record, error)
+    for place, layout, (ids, cuts) in zip(
+        layouts, layouts.values(), _tokens(tokenizer, [*layouts.values()]), strict=True
+    ):
         results[place] = _sample(tokenizer, layout, ids, cuts, train_on)
-    return [result for result in results if result is not None]
+    results.update(zip(texts, _text_samples(tokenizer, [*texts.values()]), strict=True))
+    return [results[place] for place in range(len(results))]
 
 
 def render(
@@ -515,11 +355,14 @@ def prompt_ids(
         chat_template: As for `chat_template_text`.
 
     Raises:
-        DataError: If there is no template, or it refuses the turns.
+        DataError: If there is no template, it refuses the turns, or there is nothing to answer.
     """
-    layout = ChatFormat(tokenizer, chat_template).lay_out(as_messages(messages), prompt=True)
+    chat = as_messages(messages)
+    if not chat or chat[-1].role == "assistant":
+        raise DataError("there is nothing to answer: the conversation must end with a turn that is not the assistant's")
+    layout = chat_format(tokenizer, chat_template).lay_out(chat, prompt=True)
     ids = _tokens(tokenizer, [layout])[0][0]
-    return ids[_one_bos(tokenizer, ids) :]
+    return ids[_surplus_bos(tokenizer, ids) :]
 
 
 def stop_ids(tokenizer: Any, *, chat_template: str | Path | None = None) -> list[int]:
