@@ -1,7 +1,7 @@
 """The bundled model and its downstream task, with the programs that made them.
 
-`model_path()` is a folder that transformers opens; `strop.demo.task` writes the task's data; `strop.demo.pretrain` makes the model again.
-Nothing heavy is imported here.
+`model_path()` is a folder that transformers opens; `strop.demo.task` writes the task's data; `strop.demo.pretrain`
+makes the model again. Nothing heavy is imported here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Exercises in chat form that teach skills: copying, writing times and days, finding a word, writing `key: value` and JSON.
+"""Exercises in chat form that teach skills: copying, writing times and days, finding a word, writing `key: value` and
+JSON.
 
-Each drill returns (question, answer). None of them turns a request into an action: the records are of unrelated things
-(arrivals, animals, shops, meals), so that the pretrained model knows how to copy and to normalise, and nothing of the task.
-Roughly half of all strings come from `words.invent`, so that copying cannot be learnt by heart.
+Each drill returns (question, answer). None of them turns a request into an action: the records are of unrelated
+things (arrivals, animals, shops, meals), so that the pretrained model knows how to copy and to normalise, and nothing
+of the task. Roughly half of all strings come from `words.invent`, so that copying cannot be learnt by heart.
 """
 
 from __future__ import annotations
@@ -48,7 +49,9 @@ def phrase(rng: random.Random) -> str:
     if kind < 0.35:
         return rng.choice(rng.choice((w.CHORES, w.REMARKS, w.PHRASES)))
     if kind < 0.6:
-        return f"{rng.choice(w.CHORES).split()[0]} the {word(rng)} {rng.choice(('for', 'with', 'near', 'of'))} {name(rng)}"
+        return (
+            f"{rng.choice(w.CHORES).split()[0]} the {word(rng)} {rng.choice(('for', 'with', 'near', 'of'))} {name(rng)}"
+        )
     return " ".join(word(rng) for _ in range(rng.choice((2, 3, 3, 4, 5))))
 
 
@@ -59,7 +62,9 @@ def thing(rng: random.Random) -> str:
 
 def number(rng: random.Random) -> int:
     """A whole number up to 999, small ones more often."""
-    return rng.randrange(21) if rng.random() < 0.4 else rng.randrange(101) if rng.random() < 0.7 else rng.randrange(1000)
+    return (
+        rng.randrange(21) if rng.random() < 0.4 else rng.randrange(101) if rng.random() < 0.7 else rng.randrange(1000)
+    )
 
 
 def any_string(rng: random.Random) -> str:
@@ -145,7 +150,9 @@ def spell_number(rng: random.Random) -> tuple[str, str]:
     value = number(rng)
     said = spoken.number_words(value)
     if rng.random() < 0.75:
-        form = rng.choice(("{} in digits", "write {} as a number", "{n} counted {} boats. how many?", "{} percent in digits"))
+        form = rng.choice(
+            ("{} in digits", "write {} as a number", "{n} counted {} boats. how many?", "{} percent in digits")
+        )
         return form.format(said, n=name(rng)), str(value)
     return f"{value} in words", said
 
@@ -216,14 +223,23 @@ def _record(rng: random.Random) -> tuple[str, Record]:
         (f"{n} has a {colour} {animal} named {t}", {"owner": n, "animal": animal, "colour": colour, "pet": t}),
         (f"the {place} is open {said_days} from {said_time}", {"place": place, "days": listed, "opens": time}),
         (f"{n} sold {said_count} boxes of {item}", {"seller": n, "boxes": count, "goods": item}),
-        (f"the ferry to {c} takes {said_minutes} and leaves at {said_time}", {"port": c, "minutes": minutes, "leaves": time}),
+        (
+            f"the ferry to {c} takes {said_minutes} and leaves at {said_time}",
+            {"port": c, "minutes": minutes, "leaves": time},
+        ),
         (f"{n} wrote the book {t} in {c}", {"author": n, "book": t, "written": c}),
         (f"{said_day} {n} visits the {place}", {"visitor": n, "place": place, "day": day}),
         (f"a {animal} was seen in {c} at {said_time}", {"animal": animal, "city": c, "seen": time}),
         (f"{n} is a {job} and works {said_days}", {"person": n, "job": job, "days": listed}),
-        (f"the soup needs {said_minutes} and {said_count} grams of {item}", {"minutes": minutes, "grams": count, "of": item}),
+        (
+            f"the soup needs {said_minutes} and {said_count} grams of {item}",
+            {"minutes": minutes, "grams": count, "of": item},
+        ),
         (f"the film {t} by {n} lasts {said_minutes}", {"film": t, "by": n, "minutes": minutes}),
-        (f"{n} left a {colour} {rng.choice(w.NOUNS)} in the {place} {said_day}", {"person": n, "place": place, "day": day}),
+        (
+            f"{n} left a {colour} {rng.choice(w.NOUNS)} in the {place} {said_day}",
+            {"person": n, "place": place, "day": day},
+        ),
         (f"the note from {n} reads {t}", {"from": n, "reads": t}),
         (f"{n} told us that the {rng.choice(w.NOUNS)} in {c} is {colour}", {"person": n, "city": c, "colour": colour}),
         (f"there were {said_count} people in {c} when {n} came", {"people": count, "city": c, "guest": n}),
@@ -245,7 +261,9 @@ def write_record(rng: random.Random) -> tuple[str, str]:
     listed = spoken.join(keys)
     kind = rng.random()
     if kind < 0.7:
-        form = rng.choice(("{s}. json with {k}", "json with {k}: {s}", "write {k} as json: {s}", "{s}. give {k} as json"))
+        form = rng.choice(
+            ("{s}. json with {k}", "json with {k}: {s}", "write {k} as json: {s}", "{s}. give {k} as json")
+        )
         return form.format(s=sentence, k=listed), json.dumps(chosen)
     form = rng.choice(("{s}. note {k}", "note {k}: {s}", "fields {k} of: {s}"))
     return form.format(s=sentence, k=listed), "; ".join(f"{k}: {_plain(v)}" for k, v in chosen.items())

@@ -1,7 +1,7 @@
 """Everyday sentences and small dialogues from a grammar: people, times, places, reminders, shopping, weather.
 
-The dialogues hold requests and plain spoken replies ("remind me to buy milk at seven" - "sure, at seven you buy milk"), never
-an action of the downstream task. Everything is lower case, as a speech recogniser writes.
+The dialogues hold requests and plain spoken replies ("remind me to buy milk at seven" - "sure, at seven you buy
+milk"), never an action of the downstream task. Everything is lower case, as a speech recogniser writes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from strop.demo import spoken
 from strop.demo import words as w
 
 SENTENCES = """
-{n} went to {c} {day} to see {n2}.|the {place} opens at {time} and closes late.|{n} bought {item} and {item2} at the {place}.|
+{n} went to {c} {day} to see {n2}.|the {place} opens at {time} and closes late.|
+{n} bought {item} and {item2} at the {place}.|
 it is {weather} in {c} today.|{n} works as a {job} in {c}.|the {adj} {noun} stands near the {place}.|
 {n} {verb} the {adj} {noun} {day}.|at {time} {n} has breakfast with {n2}.|{n} needs {dur} to walk to the {place}.|
 the train to {c} leaves at {time}.|{n} asked {n2} to {chore}.|{n} told {n2} that {remark}.|do not forget to {chore}.|
@@ -78,7 +79,7 @@ what day comes after {wd} = {wd2}.
 """.strip().split("\n")
 )
 
-WEATHER = "sunny cloudy rainy windy foggy snowy stormy icy hot cold mild dry wet humid".split()
+WEATHER = w.split_words("sunny cloudy rainy windy foggy snowy stormy icy hot cold mild dry wet humid")
 
 
 def _fill(rng: random.Random, template: str) -> str:

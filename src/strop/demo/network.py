@@ -1,7 +1,9 @@
-"""The bundled model's forward pass, written out over a transformers Llama's own parameters, for pretraining speed alone.
+"""The bundled model's forward pass, written out over a transformers Llama's own parameters, for pretraining speed
+alone.
 
-Equal to `LlamaForCausalLM` (a test compares the logits); about half again as fast on a CPU, since projections that share an input run
-as one product, attention is two batched products, and `torch.compile` sees one plain function. No key-value cache.
+Equal to `LlamaForCausalLM` (a test compares the logits); about half again as fast on a CPU, since projections that
+share an input run as one product, attention is two batched products, and `torch.compile` sees one plain function. No
+key-value cache.
 """
 
 from __future__ import annotations
@@ -79,15 +81,23 @@ def logits(weights: Parameters, tokens: Tensor, *, shape: LlamaConfig) -> Tensor
         at = f"model.layers.{layer}."
         normed = _norm(hidden, weights[at + "input_layernorm.weight"], eps)
         joint = torch.cat([weights[f"{at}self_attn.{name}_proj.weight"] for name in "qkv"])
-        query, key, value = F.linear(normed, joint).view(batch, length, heads + 2 * groups, width).split((heads, groups, groups), 2)
+        query, key, value = (
+            F.linear(normed, joint).view(batch, length, heads + 2 * groups, width).split((heads, groups, groups), 2)
+        )
         # The query heads of one group are stacked along the length: one product per group.
         query = rotate(query).view(batch, length, groups, shared, width).permute(0, 2, 3, 1, 4)
         query = query.reshape(batch * groups, shared * length, width)
         key = rotate(key).transpose(1, 2).reshape(batch * groups, length, width)
         value = value.transpose(1, 2).reshape(batch * groups, length, width)
-        scores = (query @ key.transpose(1, 2)).view(batch * groups, shared, length, length).float() * width**-0.5 + future
+        scores = (query @ key.transpose(1, 2)).view(
+            batch * groups, shared, length, length
+        ).float() * width**-0.5 + future
         mixed = scores.softmax(-1).to(value.dtype).view(batch * groups, shared * length, length) @ value
-        mixed = mixed.view(batch, groups, shared, length, width).permute(0, 3, 1, 2, 4).reshape(batch, length, heads * width)
+        mixed = (
+            mixed.view(batch, groups, shared, length, width)
+            .permute(0, 3, 1, 2, 4)
+            .reshape(batch, length, heads * width)
+        )
         hidden = hidden + F.linear(mixed, weights[at + "self_attn.o_proj.weight"])
         normed = _norm(hidden, weights[at + "post_attention_layernorm.weight"], eps)
         joint = torch.cat([weights[at + "mlp.gate_proj.weight"], weights[at + "mlp.up_proj.weight"]])

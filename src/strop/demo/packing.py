@@ -1,8 +1,8 @@
 """Documents to rows of tokens: chat is never cut, prose fills what is left of each row.
 
-A row holds `length` token ids (int16) and as many loss weights (float16, the weight of predicting that very token): 1 for prose
-and answers, `PROMPT_WEIGHT` for questions, 0 for padding. Documents in one row see each other: what precedes `<|bos|>` is a
-distraction that the model learns to ignore.
+A row holds `length` token ids (int16) and as many loss weights (float16, the weight of predicting that very token): 1
+for prose and answers, `PROMPT_WEIGHT` for questions, 0 for padding. Documents in one row see each other: what
+precedes `<|bos|>` is a distraction that the model learns to ignore.
 """
 
 from __future__ import annotations
@@ -89,4 +89,6 @@ def pack(tokenizer: Tokenizer, documents: Iterable[Document], *, length: int) ->
     close()
     while used + length <= len(prose_ids):
         close()
-    return np.array([ids for ids, _ in rows], dtype=np.int16), np.array([weights for _, weights in rows], dtype=np.float16)
+    return np.array([ids for ids, _ in rows], dtype=np.int16), np.array(
+        [weights for _, weights in rows], dtype=np.float16
+    )

@@ -1,7 +1,8 @@
 """How the requests of the downstream task are worded: per intent, known wordings and wordings held out for a test.
 
-Fields in braces are slots that `task.py` fills. A wording that begins with "=" is complete as it stands; before and after the others
-a polite phrase may come. Several intents may share one action and differ in constant fields (lights on, lights off).
+Fields in braces are slots that `task.py` fills. A wording that begins with "=" is complete as it stands; before and
+after the others a polite phrase may come. Several intents may share one action and differ in constant fields (lights
+on, lights off).
 """
 
 from __future__ import annotations

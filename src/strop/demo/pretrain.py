@@ -1,14 +1,15 @@
 """Makes the bundled model again: `python -m strop.demo.pretrain --steps N --seed 0 -o DIR`.
 
-Writes the text (`text.py`), learns the tokenizer from it, packs rows, and trains the Llama of `network.py` from random weights in
-one learning-rate cycle: a short warm-up, a constant rate, and a linear decay over the last 30% of the steps. Weights, moments and
-updates are fp32; each step computes in a bf16 copy. Rows are 128 tokens long until the last 15% of the steps, then 256. The blocks'
-matrices are trained with Muon (momentum whose singular values are set to one: Jordan et al. 2024), embeddings and norms with
-AdamW.
+Writes the text (`text.py`), learns the tokenizer from it, packs rows, and trains the Llama of `network.py` from
+random weights in one learning-rate cycle: a short warm-up, a constant rate, and a linear decay over the last 30% of
+the steps. Weights, moments and updates are fp32; each step computes in a bf16 copy. Rows are 128 tokens long until
+the last 15% of the steps, then 256. The blocks' matrices are trained with Muon (momentum whose singular values are
+set to one: Jordan et al. 2024), embeddings and norms with AdamW.
 
-`--minutes` chooses the steps from the machine's measured speed; only `--steps` gives the same run again. A checkpoint is written every
-`--save-steps` steps, and the same command continues from it; until the decay begins, `--steps` may be changed on the way, and
-the run is the one that would have come with that number from the start. Loss and time go to `log.jsonl` in the folder.
+`--minutes` chooses the steps from the machine's measured speed; only `--steps` gives the same run again. A checkpoint
+is written every `--save-steps` steps, and the same command continues from it; until the decay begins, `--steps` may
+be changed on the way, and the run is the one that would have come with that number from the start. Loss and time go
+to `log.jsonl` in the folder.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ DECAY_SHARE = 0.3
 class Optimizer:
     """Muon for the blocks' matrices, AdamW for embeddings and norms, over fp32 master weights.
 
-    Muon (Jordan et al. 2024): momentum m = 0.95 m + g; update = orthogonal(0.95 m + g) * sqrt(max(1, rows / columns)), where
-    `orthogonal` brings every singular value near one by five Newton-Schulz steps. Decoupled weight decay of 0.1.
-    Matrices of one shape are stacked, so that a step is a few batched products.
+    Muon (Jordan et al. 2024): momentum m = 0.95 m + g; update = orthogonal(0.95 m + g) * sqrt(max(1, rows / columns)),
+    where `orthogonal` brings every singular value near one by five Newton-Schulz steps. Decoupled weight decay of
+    0.1. Matrices of one shape are stacked, so that a step is a few batched products.
     """
 
     def __init__(self, master: dict[str, Tensor]) -> None:
@@ -77,7 +78,9 @@ class Optimizer:
             rate = MATRIX_RATE * scale
             for name, moment, direction in zip(stack, momentum, update, strict=True):
                 self.first[name].copy_(moment)
-                self.master[name].mul_(1 - 0.1 * rate).add_(direction, alpha=-rate * math.sqrt(max(1.0, rows / columns)))
+                self.master[name].mul_(1 - 0.1 * rate).add_(
+                    direction, alpha=-rate * math.sqrt(max(1.0, rows / columns))
+                )
         for name, second in self.second.items():
             gradient = gradients[name].float()
             first = self.first[name].lerp_(gradient, 0.1)
@@ -92,7 +95,7 @@ class Optimizer:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """The nearest (semi-)orthogonal matrices, roughly: five Newton-Schulz steps of the quintic of Muon, in bf16; [n, rows, columns]."""
+    """Roughly the nearest (semi-)orthogonal matrices, [n, rows, columns]: five Newton-Schulz steps of Muon, in bf16."""
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     if tall:
@@ -106,7 +109,9 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 def loss(weights: network.Parameters, tokens: Tensor, wanted: Tensor) -> Tensor:
     """Weighted mean cross-entropy of the next token; `tokens` and its weights `wanted` are [rows, length]."""
-    predicted = network.logits(weights, tokens[:, :-1], shape=network.config(weights["model.embed_tokens.weight"].shape[0]))
+    predicted = network.logits(
+        weights, tokens[:, :-1], shape=network.config(weights["model.embed_tokens.weight"].shape[0])
+    )
     each = F.cross_entropy(predicted.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
     return (each * wanted[:, 1:].flatten()).sum() / wanted[:, 1:].sum()
 
@@ -140,7 +145,7 @@ def chunk(learnt: Tokenizer, *, seed: int, index: int, length: int) -> tuple[Ten
 
 
 def batches(learnt: Tokenizer, *, steps: int, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Tokens and loss weights of steps start + 1 to `steps`; short rows first. Depends on `steps` only in where the long rows begin."""
+    """Tokens and loss weights of steps start + 1 to `steps`; `steps` decides only where the long rows begin."""
     short_steps = steps - round(LONG_SHARE * steps)
     held: tuple[int, int] | None = None
     tokens = weights = torch.empty(0)
@@ -161,7 +166,9 @@ def save_model(folder: Path, master: dict[str, Tensor], learnt: Tokenizer) -> No
     tokenizer.save(learnt, folder, max_length=model.config.max_position_embeddings)
 
 
-def pretrain(folder: Path, *, steps: int | None, minutes: float | None, seed: int, save_steps: int, use_compile: bool) -> Path:
+def pretrain(
+    folder: Path, *, steps: int | None, minutes: float | None, seed: int, save_steps: int, use_compile: bool
+) -> Path:
     """Train and write the model to `folder/model`; continues from `folder/checkpoint.safetensors` where one stands."""
     folder.mkdir(parents=True, exist_ok=True)
     model = network.initial_model(vocab_size=VOCABULARY, seed=seed)

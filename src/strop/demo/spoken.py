@@ -1,20 +1,23 @@
 """Times, days, durations and numbers as people say them, beside the form that a program wants.
 
-Every function returns (spoken, written): `("half past six in the evening", "18:30")`. Twelve-hour words without a part of
-the day are read as the morning ("at seven" is 07:00, "twelve" is 12:00), so that each spoken form has one written form.
+Every function returns (spoken, written): `("half past six in the evening", "18:30")`. Twelve-hour words without a
+part of the day are read as the morning ("at seven" is 07:00, "twelve" is 12:00), so that each spoken form has one
+written form.
 """
 
 from __future__ import annotations
 
 import random
 
-ONES = (
+from strop.demo.words import split_words
+
+ONES = split_words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()
-TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
+)
+TENS = split_words("zero ten twenty thirty forty fifty sixty seventy eighty ninety")
 
-DAY_NAMES = "monday tuesday wednesday thursday friday saturday sunday".split()
+DAY_NAMES = split_words("monday tuesday wednesday thursday friday saturday sunday")
 DAYS = [name[:3] for name in DAY_NAMES]
 
 DURATIONS: dict[str, int] = {

@@ -1,8 +1,9 @@
 """The downstream task: a spoken request to a watch becomes one JSON action.
 
-"wake me at half past six on weekdays" becomes `{"action": "set_alarm", "time": "06:30", "days": ["mon", "tue", ...]}`. Fourteen actions, at
-least 25 wordings each; slots come from closed pools (times, days, durations, a few hundred names, cities, titles, errands). Rows are
-`{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`. Every request occurs once over all splits:
+"wake me at half past six on weekdays" becomes `{"action": "set_alarm", "time": "06:30", "days": ["mon", "tue",
+...]}`. Fourteen actions, at least 25 wordings each; slots come from closed pools (times, days, durations, a few
+hundred names, cities, titles, errands). Rows are `{"messages": [{"role": "user", ...}, {"role": "assistant", ...}]}`.
+Every request occurs once over all splits:
 
 - `train`, `valid`: known wordings, known values;
 - `test_combinations`: the same wordings and values in combinations that training does not hold;
@@ -42,20 +43,23 @@ OPEN_SLOTS = frozenset({"name", "city", "title", "text", "item"})
 
 MODES = {"on foot": "walk", "by car": "car", "by bike": "bike", "by bus": "bus", "by train": "train"}
 
-NEW_NAMES = """
-cosima thaddeus ottilie barnaby philippa rupert winifred cornelius rosalind ambrose beatrix lysander hermione algernon ludovic
-guinevere zebedee clementine perceval araminta fitzgerald montague eugenia leopold calliope augustus millicent horatio
-""".split()
-NEW_CITIES = """
+NEW_NAMES = w.split_words("""
+cosima thaddeus ottilie barnaby philippa rupert winifred cornelius rosalind ambrose beatrix lysander hermione
+algernon ludovic guinevere zebedee clementine perceval araminta fitzgerald montague eugenia leopold
+calliope augustus millicent horatio
+""")
+NEW_CITIES = w.split_words("""
 reykjavik timbuktu vladivostok albuquerque ouagadougou antananarivo chattanooga winnipeg samarkand marrakesh zanzibar
 kathmandu tegucigalpa bratsk inverness aberystwyth wolverhampton gibraltar bruges ghent rotterdam utrecht eindhoven
-""".split()
-NEW_VERBS = "polish sharpen unpack deliver collect sweep measure repair decorate rehearse photograph label".split()
-NEW_OBJECTS = """
+""")
+NEW_VERBS = w.split_words(
+    "polish sharpen unpack deliver collect sweep measure repair decorate rehearse photograph label"
+)
+NEW_OBJECTS = w.split_words("""
 trumpet chimney canoe saddle tapestry microscope lantern aquarium greenhouse typewriter violin compass barometer hammock
 telescope wardrobe bassoon kayak tractor scarecrow pendulum sculpture orchid cello banjo anvil sundial
-""".split()
-NEW_ADJECTIVES = "crooked scarlet frosty gigantic marble wooden mossy turquoise rusty smoky".split()
+""")
+NEW_ADJECTIVES = w.split_words("crooked scarlet frosty gigantic marble wooden mossy turquoise rusty smoky")
 NEW_ITEMS = """
 saffron|mustard|pomegranates|celery|rhubarb|turmeric|vinegar|artichokes|pistachios|parsnips|coriander|horseradish|
 marzipan|aubergines|cranberries|sauerkraut|asparagus|radishes
@@ -116,7 +120,10 @@ def known_pools() -> Pools:
         ),
         items=_distinct(
             w.THINGS
-            + [f"{rng.choice(w.ADJECTIVES)} {rng.choice(w.THINGS).removeprefix('a ').removeprefix('an ')}" for _ in range(80)]
+            + [
+                f"{rng.choice(w.ADJECTIVES)} {rng.choice(w.THINGS).removeprefix('a ').removeprefix('an ')}"
+                for _ in range(80)
+            ]
             + [f"{w.invent(rng)} {rng.choice(('oil', 'tea', 'cheese', 'soap', 'bread'))}" for _ in range(60)]
             + [w.invent(rng) for _ in range(60)]
         ),
@@ -124,7 +131,7 @@ def known_pools() -> Pools:
 
 
 def new_pools() -> Pools:
-    """The values of the test of new strings: invented words of the held-out side, and words from lists that nothing else uses."""
+    """The values of the test of new strings: held-out invented words, and words from lists that nothing else uses."""
     rng = random.Random(21)
 
     def invented() -> str:
@@ -155,12 +162,18 @@ def new_pools() -> Pools:
             [f"{rng.choice(('lunch', 'coffee', 'dinner', 'meeting'))} with {rng.choice(first)}" for _ in range(80)]
             + [f"{invented()} {rng.choice(('class', 'meeting', 'party', 'call'))}" for _ in range(60)]
         ),
-        items=_distinct(NEW_ITEMS + [f"{rng.choice(NEW_ADJECTIVES)} {rng.choice(NEW_ITEMS)}" for _ in range(60)] + [invented() for _ in range(60)]),
+        items=_distinct(
+            NEW_ITEMS
+            + [f"{rng.choice(NEW_ADJECTIVES)} {rng.choice(NEW_ITEMS)}" for _ in range(60)]
+            + [invented() for _ in range(60)]
+        ),
     )
 
 
 def _errand_verb(rng: random.Random) -> str:
-    return rng.choice(("clean", "fix", "move", "paint", "sell", "find", "open", "bring", "wash", "check", "return", "buy"))
+    return rng.choice(
+        ("clean", "fix", "move", "paint", "sell", "find", "open", "bring", "wash", "check", "return", "buy")
+    )
 
 
 def _distinct(values: list[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """The pretraining text: what every Python brings along, and what our own grammar and drills write.
 
-A document is a list of (role, text) pairs: one pair of role "text" for prose, alternating "user" and "assistant" for chat. The
-same seed gives the same documents under the same Python version; `text_hash` is what `provenance.json` pins. The standard
-library is read as source and parsed with `ast`, never imported, so that nothing runs.
+A document is a list of (role, text) pairs: one pair of role "text" for prose, alternating "user" and "assistant" for
+chat. The same seed gives the same documents under the same Python version; `text_hash` is what `provenance.json`
+pins. The standard library is read as source and parsed with `ast`, never imported, so that nothing runs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROSE = re.compile(r"[A-Za-z ,.;:'()\-]")
 
 @functools.cache
 def library_paragraphs() -> tuple[str, ...]:
-    """Paragraphs of prose from the standard library's documentation topics and docstrings, in the order of their paths."""
+    """Paragraphs of prose from the standard library's topics and docstrings, in the order of their paths."""
     root = Path(sysconfig.get_path("stdlib"))
     seen: set[str] = set()
     paragraphs: list[str] = []
@@ -68,7 +68,7 @@ def _strings(tree: ast.Module, *, topics: bool) -> Iterator[str]:
 
 
 def _prose(text: str) -> Iterator[str]:
-    """The paragraphs that read like sentences: ASCII, at least 60 characters, nine tenths letters and plain punctuation."""
+    """The paragraphs that read like sentences: ASCII, at least 60 characters, nine tenths of them plain."""
     for block in re.split(r"\n\s*\n", text):
         line = re.sub(r"[*`]+", "", re.sub(r"\s+", " ", block)).strip().lower()
         if len(line) >= 60 and line.isascii() and len(PROSE.findall(line)) >= 0.9 * len(line):

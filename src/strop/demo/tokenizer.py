@@ -1,9 +1,10 @@
 r"""The bundled model's tokenizer: byte-level BPE whose words are the same tokens wherever they stand.
 
-A word is a run of letters: the space before it, the quote around it and the digits beside it are tokens of their own, so that
-`call maria` and `"maria"` hold the same tokens and copying a name means repeating its tokens. This is reached in training, not
-with a pre-tokenizer of our own: merges are learnt inside letters, inside single digits and inside ` ?[punctuation]+` only, so
-the usual pre-tokenizer (single digits, then GPT-2's pattern), which other engines know, cuts text into the very same tokens.
+A word is a run of letters: the space before it, the quote around it and the digits beside it are tokens of their own,
+so that `call maria` and `"maria"` hold the same tokens and copying a name means repeating its tokens. This is reached
+in training, not with a pre-tokenizer of our own: merges are learnt inside letters, inside single digits and inside `
+?[punctuation]+` only, so the usual pre-tokenizer (single digits, then GPT-2's pattern), which other engines know,
+cuts text into the very same tokens.
 """
 
 from __future__ import annotations
@@ -58,7 +59,10 @@ def with_shipped_pre_tokenizer(tokenizer: Tokenizer) -> Tokenizer:
     """The same vocabulary and merges behind single digits and GPT-2's pattern."""
     shipped = Tokenizer.from_str(tokenizer.to_str())
     shipped.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     shipped.decoder = decoders.ByteLevel()
     shipped.post_processor = processors.ByteLevel(trim_offsets=False)
