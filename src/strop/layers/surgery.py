@@ -135,10 +135,11 @@ def attach_lora(
         )
         for name in names
     }
-    model.requires_grad_(requires_grad=False)
+    adapters = {id(part) for module in lora_modules(model).values() for part in (module.lora_A, module.lora_B)}
+    for parameter in model.parameters():
+        if id(parameter) not in adapters:  # those of an earlier call go on training
+            parameter.requires_grad_(requires_grad=False)
     for name, module in wrapped.items():
-        module.lora_A.requires_grad_(requires_grad=True)
-        module.lora_B.requires_grad_(requires_grad=True)
         replace(model, name, module)
     return names
 
@@ -215,7 +216,7 @@ def quantize_linears(
         try:
             qtensor = METHODS[method](dense_weight(module), scheme, seen)
         except FormatError as error:
-            raise FormatError(f"{name}: {error}") from error
+            raise FormatError(f"{name}: {str(error).removeprefix('weight: ')}") from error
         replace(model, name, QuantLinear(qtensor, linear_bias(module)))
     return names
 

@@ -1,0 +1,100 @@
+"""Which of a checkpoint's tensors belong to quantized layers, and whose file format they are in.
+
+The formats themselves (names, bytes) are `strop.files.compressed_tensors` and `strop.files.bnb4`; a `Container` is
+one of them together with the `quantization_config` of a folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from strop.errors import FormatError, ModelError
+from strop.files import bnb4, compressed_tensors
+from strop.numerics.qtensor import QuantizedTensor
+from strop.numerics.scheme import Scheme
+
+
+class FileFormat(Protocol):
+    """A module of `strop.files` that reads the quantized layers of one tool."""
+
+    METHOD: str
+    SUFFIXES: tuple[str, ...]
+
+    def scheme_from_config(self, config: Mapping[str, Any]) -> Scheme:
+        """The scheme that a `quantization_config` describes."""
+        ...
+
+    def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: str) -> QuantizedTensor:
+        """The quantized weight that a layer's tensors hold."""
+        ...
+
+
+_FORMATS: tuple[FileFormat, ...] = (compressed_tensors, bnb4)  # type: ignore[assignment]  # modules stand for objects
+
+
+@dataclass(frozen=True)
+class Container:
+    """The quantized layers of one folder.
+
+    Attributes:
+        format: who reads them.
+        config: the folder's `quantization_config`.
+        scheme: what the configuration says of all layers; a single layer's tensors may say it more precisely.
+    """
+
+    format: FileFormat
+    config: Mapping[str, Any]
+    scheme: Scheme
+
+    @property
+    def name(self) -> str:
+        """The name under which config.json announces the format."""
+        return self.format.METHOD
+
+    def group(self, keys: Iterable[str]) -> dict[str, list[str]]:
+        """The quantized layers among the names of a checkpoint's tensors: layer name -> endings of its tensors.
+
+        A layer is quantized where a companion of its weight is there (a scale, a quantization state); all others are
+        left out, whatever the configuration says of them.
+        """
+        known = set(keys)
+        found: dict[str, list[str]] = {}
+        for key in sorted(known):
+            for suffix in self.format.SUFFIXES:
+                if key.endswith(f".{suffix}"):
+                    found.setdefault(key.removesuffix(f".{suffix}"), []).append(suffix)
+        for layer, suffixes in found.items():
+            if f"{layer}.weight" in known:
+                suffixes.append("weight")
+        return found
+
+    def decode(self, layer: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
+        """The quantized weight of `layer`, codes and scales bit for bit, from its tensors by their endings."""
+        return self.format.decode(tensors, self.config, where=layer)
+
+
+def container_for(folder: Path, config: Mapping[str, Any]) -> Container:
+    """The container that a `quantization_config` describes.
+
+    Raises:
+        ModelError: the weights were quantized in a way that strop does not read; the message says which it does.
+    """
+    method = config.get("quant_method")
+    if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
+        method = bnb4.METHOD  # as bitsandbytes wrote it before the key existed
+    for known in _FORMATS:
+        if method == known.METHOD:
+            try:
+                return Container(known, config, known.scheme_from_config(config))
+            except FormatError as error:
+                raise ModelError(f"{folder}: {error}; open the model that it was quantized from") from error
+    names = ", ".join(known.METHOD for known in _FORMATS)
+    raise ModelError(
+        f"{folder}: its weights are quantized as {method!r}; strop reads {names} (4-bit). Open the model that it was "
+        "quantized from"
+    )

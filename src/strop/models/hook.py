@@ -1,0 +1,323 @@
+"""The hook in transformers' loader: one weight at a time is quantized while the model is being opened.
+
+transformers gives every quantizer (`HfQuantizer`) three moments. Before any tensor is read, the model stands on the
+meta device: the layers are chosen and every shape is checked against the scheme. Each tensor that arrives passes
+through a conversion operation: ours makes a `QuantizedTensor` of it, puts a `QuantLinear` where the dense layer stood,
+and hands nothing on, so that no dense weight outlives its own conversion. Because this is transformers' own loader,
+its renamings and splittings of checkpoint names apply before ours.
+
+`RoundingPlan` rounds full-precision weights; `ReadingPlan` takes the codes of a folder that is quantized already, bit
+for bit: codes are repacked, never dequantized. A problem with one tensor does not stop the others: all of them are
+collected in `plan.problems` and raised at the end by `opening.load`.
+
+Registration with transformers is explicit (`register`) and happens once per process, when a model is first opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from strop.errors import ModelError, StropError
+from strop.files.shards import read_header
+from strop.layers.base import is_linear, linear_bias, linear_shape
+from strop.layers.quant_linear import QuantLinear
+from strop.layers.surgery import plan_linears, replace, select
+from strop.models.containers import Container
+from strop.numerics.qtensor import QuantizedTensor
+from strop.numerics.scheme import Scheme
+
+QUANT_METHOD = "strop"
+"""The name under which the hook stands in transformers' table of quantizers."""
+
+Rounding = Callable[[str, Tensor], QuantizedTensor]
+"""(full name of a layer, its dense weight [out, in]) -> the quantized weight."""
+
+
+class Plan:
+    """What the hook does with a model: which weights it takes, and how each becomes a `QuantizedTensor`.
+
+    Attributes:
+        device: where the quantized weights are put.
+        problems: what went wrong with single tensors, in the order of the file.
+        reads_codes: whether the folder's weights are quantized already.
+    """
+
+    reads_codes: bool
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.problems: list[StropError] = []
+        self.weights: set[str] = set()
+        self._made: dict[str, QuantizedTensor] = {}
+
+    def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+        """Choose the layers while the model stands on the meta device."""
+        raise NotImplementedError
+
+    def converters(self) -> list[WeightConverter]:
+        """Converters of checkpoint tensors, asked before those of the model."""
+        return []
+
+    def keep(self, model: nn.Module, name: str, make: Callable[[nn.Module], QuantizedTensor]) -> None:
+        """Make the quantized weight of the layer `name` and keep it for `install`, or note why that cannot be done."""
+        module = model.get_submodule(name)
+        try:
+            qtensor = make(module)
+            if tuple(qtensor.shape) != linear_shape(module):
+                raise ModelError(
+                    f"{name}: the file's weight is {qtensor.shape}, the model needs {linear_shape(module)}"
+                )
+        except StropError as error:
+            self.problems.append(error)
+        else:
+            self._made[name] = qtensor
+        # The dense weight stays on the meta device, where it costs nothing; transformers must not draw a random one.
+        module.get_parameter("weight")._is_hf_initialized = True  # type: ignore[attr-defined]
+
+    def install(self, model: nn.Module) -> None:
+        """Put a `QuantLinear` where each layer whose weight was kept stands."""
+        for name in list(self._made):
+            replace(model, name, QuantLinear(self._made.pop(name), linear_bias(model.get_submodule(name))))
+
+
+class RoundingPlan(Plan):
+    """Round the linear layers of a full-precision checkpoint, each when its weight is read."""
+
+    reads_codes = False
+
+    def __init__(self, scheme: Scheme, rounding: Rounding, device: torch.device) -> None:
+        super().__init__(device)
+        self.scheme, self.rounding = scheme, rounding
+
+    def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+        """Choose every linear layer inside the blocks; FormatError if a shape does not fit, before anything is read."""
+        names = select(model, "all-linear")
+        plan_linears(model, self.scheme, names)
+        self.weights = {f"{name}.weight" for name in names}
+
+    def operation(self) -> _Round:
+        """The operation that transformers applies to each weight of `self.weights`."""
+        return _Round(self)
+
+
+class ReadingPlan(Plan):
+    """Take over the codes of a folder whose weights are quantized already."""
+
+    reads_codes = True
+
+    def __init__(self, container: Container, device: torch.device) -> None:
+        super().__init__(device)
+        self.container = container
+        self._parts: dict[str, list[str]] = {}
+        self._prefix = ""
+
+    def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+        """Find the quantized layers by the tensors that the files hold, under the names that the model gives them.
+
+        Raises:
+            ModelError: the files hold a quantized weight for something that is no linear layer of this model.
+        """
+        renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+        keys = [apply_renamings(key, renamings) for file in checkpoint_files for key in read_header(file).entries]
+        self._prefix = f"{model.base_model_prefix}."
+        modules = dict(model.named_modules())
+        strangers = []
+        for found, parts in self.container.group(keys).items():
+            name = found if found in modules else f"{self._prefix}{found}"
+            if name in modules and is_linear(modules[name]):
+                self._parts[name] = parts
+            else:
+                strangers.append(found)
+        if strangers:
+            raise ModelError(
+                f"quantized weights for {len(strangers)} name(s) that are no linear layer of {type(model).__name__}: "
+                f"{', '.join(strangers[:5])}{', ...' if len(strangers) > 5 else ''}; "
+                "experts in one tensor are not opened quantized"
+            )
+        self.weights = {f"{name}.weight" for name in self._parts}
+
+    def converters(self) -> list[WeightConverter]:
+        """One converter per layer: all its tensors arrive together, under the name of its dense weight."""
+        result = []
+        for name, parts in self._parts.items():
+            short = name.removeprefix(self._prefix)  # a checkpoint of the bare decoder has no prefix
+            patterns = {rf"(?<!\w){re.escape(f'{short}.{suffix}')}$": suffix for suffix in parts}
+            result.append(WeightConverter(list(patterns), [f"{short}.weight"], [_Read(self, name, patterns)]))
+        return result
+
+
+class _PlannedOperation(ConversionOps):
+    """An operation of this module; transformers copies converters deeply, a plan must stay the same object."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _PlannedOperation:
+        return self
+
+
+class _Round(_PlannedOperation):
+    """{weight name: [tensor]} -> {}; the plan keeps the rounded weight."""
+
+    def __init__(self, plan: RoundingPlan) -> None:
+        self.plan = plan
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: object,
+    ) -> dict[str, Any]:
+        """Round the tensors that the plan chose, pass the others on."""
+        passed = {}
+        for key in list(input_dict):
+            value = input_dict.pop(key)
+            if key not in self.plan.weights:
+                passed[key] = value
+                continue
+            name = key.removesuffix(".weight")
+            tensor = value[0] if isinstance(value, list) else value
+            del value
+            self.plan.keep(model, name, lambda module, name=name, tensor=tensor: self._round(module, name, tensor))
+            if missing_keys is not None:
+                missing_keys.discard(key)
+        return passed
+
+    def _round(self, module: nn.Module, name: str, tensor: Tensor) -> QuantizedTensor:
+        needed = tuple(module.get_parameter("weight").shape)
+        if tuple(tensor.shape) != needed:
+            raise ModelError(f"{name}.weight: the file holds {tuple(tensor.shape)}, the configuration needs {needed}")
+        if isinstance(module, Conv1D):
+            tensor = tensor.t()  # [in, out] -> [out, in]
+        return self.plan.rounding(name, tensor.to(self.plan.device).contiguous())
+
+
+class _Read(_PlannedOperation):
+    """{pattern: [tensor]} of one layer -> {}; the plan keeps the quantized weight."""
+
+    def __init__(self, plan: ReadingPlan, name: str, patterns: Mapping[str, str]) -> None:
+        self.plan, self.name, self.patterns = plan, name, patterns
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: object,
+    ) -> dict[str, Any]:
+        """Put the layer's tensors together as its container stores them."""
+        tensors = {}
+        for pattern in list(input_dict):
+            value = input_dict.pop(pattern)
+            tensor = value[0] if isinstance(value, list) else value
+            tensors[self.patterns[pattern]] = tensor.to(self.plan.device)
+        self.plan.keep(model, self.name, lambda _: self.plan.container.decode(self.name, tensors))
+        if missing_keys is not None:
+            missing_keys.discard(f"{self.name}.weight")
+        return {}
+
+
+class StropConfig(QuantizationConfigMixin):
+    """Carries a `Plan` through `from_pretrained`; never written to a file."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
+        self.plan = plan
+
+    def to_dict(self) -> dict[str, Any]:
+        """What transformers logs of it."""
+        return {"quant_method": QUANT_METHOD}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StropConfig:
+        return self
+
+
+class StropQuantizer(HfQuantizer):
+    """transformers' side of a `Plan`."""
+
+    def __init__(self, quantization_config: StropConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.plan = quantization_config.plan
+        self.pre_quantized = self.plan.reads_codes
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
+    ) -> PreTrainedModel:
+        self.plan.prepare(model, checkpoint_files or [])
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
+        self.plan.install(model)
+        return model
+
+    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
+        """Whether the plan rounds this weight."""
+        return param_name in self.plan.weights
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The rounding operation."""
+        assert isinstance(self.plan, RoundingPlan)
+        return self.plan.operation()
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """None for tensors of a quantized layer, which must arrive as they are stored."""
+        operations = getattr(converter, "operations", ())
+        if any(isinstance(operation, _PlannedOperation) for operation in operations):
+            return None
+        return super().get_new_dtype(converter, param, dtype)
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Our converters first: the first that matches a name has it."""
+        return [*self.plan.converters(), *weight_conversions]
+
+    def is_serializable(self) -> bool:  # type: ignore[override]
+        """Whether transformers may save the model itself; it may not, strop's writers do."""
+        return False
+
+    @property
+    def is_trainable(self) -> bool:  # type: ignore[override]
+        """Adapters train on top."""
+        return True
+
+
+def register() -> None:
+    """Make the hook known to transformers; a second call changes nothing."""
+    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(QUANT_METHOD)(StropConfig)
+        register_quantizer(QUANT_METHOD)(StropQuantizer)
+
+
+def detach(model: PreTrainedModel) -> None:
+    """Take the hook's traces off an opened model, so that transformers sees a plain one."""
+    for holder, attribute in (
+        (model, "hf_quantizer"),
+        (model, "quantization_method"),
+        (model.config, "quantization_config"),
+    ):
+        if hasattr(holder, attribute):
+            delattr(holder, attribute)
+    model.is_quantized = False  # type: ignore[assignment]
+    used = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [  # type: ignore[assignment]
+        entry
+        for entry in used
+        if not any(isinstance(operation, _PlannedOperation) for operation in getattr(entry, "operations", ()))
+    ]

@@ -1,0 +1,274 @@
+"""`load`: opens a causal language model, its tokenizer and its adapter through transformers' own loader.
+
+    full precision            folder with config.json and safetensors       -> dense layers
+    the same, with `format`   rounded while it is read, one weight at a time -> `QuantLinear`
+    compressed-tensors,       codes taken over bit for bit                   -> `QuantLinear`
+    bitsandbytes 4-bit
+    adapter (PEFT's layout)   its base by any of the above, then the adapter -> `LoraLinear` over it, fp32
+    a run of strop            its best part, else its last                   -> as that part says
+
+Every tensor of the files must have a place in the model and every place a tensor, heads tied to the embedding aside. No
+pickle is opened and no code that a model brings along is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from strop.errors import ConfigError, FormatError, ModelError, StropError, nearest
+from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_config
+from strop.files.shards import tensor_files
+from strop.layers.quant_linear import QuantLinear
+from strop.models.containers import container_for
+from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, StropConfig, detach, register
+from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
+from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
+from strop.numerics.scheme import Scheme, parse_format
+
+_DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+}
+
+
+@dataclass
+class OpenedModel:
+    """A model that is open, with what is known of it.
+
+    Attributes:
+        model: transformers' model in evaluation mode; quantized layers are `QuantLinear`, adapted ones `LoraLinear`.
+        tokenizer: None where the folder brings none, or none was asked for.
+        source: the folder that was opened (for a hub id, the one in the local cache).
+        scheme: how the linear layers are quantized; None in full precision.
+        adapter: the adapter's configuration; None without an adapter.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase | None
+    source: str
+    scheme: Scheme | None
+    adapter: AdapterConfig | None
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ModelError: there is none.
+        """
+        if self.tokenizer is None:
+            raise ModelError(
+                f"{self.source}: holds no tokenizer, and text is needed here; save the base model's tokenizer into it"
+            )
+        return self.tokenizer
+
+
+def load(
+    path_or_id: str | os.PathLike[str],
+    format: str | Scheme | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    tokenizer: bool = True,
+    rounding: Rounding | None = None,
+) -> OpenedModel:
+    """Open a model.
+
+    Args:
+        path_or_id: a folder (model, adapter or run), or a hub id.
+        format: round the linear layers to this while loading (`int4-g32`, `nf4-dq`, ...). Over an adapter it says how
+        its
+            base is rounded, instead of how it was in training.
+        dtype: of the weights that stay dense, and of the activations; `"auto"` is the checkpoint's own. A weight that
+        is to
+            be rounded is cast to it first, so that loading with a format is loading and then rounding, bit for bit.
+        device: where the model is put.
+        tokenizer: whether to open the tokenizer too.
+        rounding: how a weight becomes a `QuantizedTensor` of the format; rounding to nearest by default.
+
+    Raises:
+        MissingInputError: no such folder or hub id.
+        ModelError: no weights, no configuration, missing or unexpected tensors, a kind of model that strop does not
+        open. FileFormatError: a file is not what its format demands (truncated, corrupt). FormatError: the format is
+        unknown, does not fit a shape, or the model is quantized already. ConfigError: an unknown dtype or device.
+    """
+    scheme = parse_format(format).scheme if isinstance(format, str) else format
+    torch_dtype, torch_device = _dtype(dtype), _device(device)
+    folder = find_folder(path_or_id)
+    if not is_adapter(folder):
+        opened = _open_model(folder, scheme, torch_dtype, torch_device, rounding)
+        homes = [folder]
+    else:
+        adapter = read_adapter_config(folder)
+        base = _find_base(folder, adapter)
+        if scheme is None and adapter.record is not None and adapter.record.format is not None:
+            scheme = parse_format(adapter.record.format).scheme  # the precision that it was trained on
+        opened = _open_model(base, scheme, torch_dtype, torch_device, rounding)
+        opened.adapter = load_adapter(opened.model, folder)
+        opened.source = str(folder)
+        homes = [folder, base]
+    if tokenizer:
+        opened.tokenizer = next((_open_tokenizer(home) for home in homes if has_tokenizer(home)), None)
+    return opened
+
+
+def _find_base(folder: Path, adapter: AdapterConfig) -> Path:
+    try:
+        base = find_folder(adapter.base)
+    except StropError as error:
+        raise type(error)(
+            f"{folder}: the adapter's base (base_model_name_or_path) cannot be opened. {error}"
+        ) from error
+    if is_adapter(base):
+        raise ModelError(f"{folder}: the adapter's base {base} is an adapter too; merge that one first (strop merge)")
+    return base
+
+
+def _open_model(
+    folder: Path, scheme: Scheme | None, dtype: torch.dtype | str, device: torch.device, rounding: Rounding | None
+) -> OpenedModel:
+    config, quantization = read_config(folder)
+    tensor_files(folder)  # every header is checked before transformers opens a file
+    plan: Plan | None = None
+    if quantization is not None:
+        container = container_for(folder, quantization)
+        if scheme is not None and scheme != container.scheme:
+            raise FormatError(
+                f"{folder}: is quantized already, as {container.scheme}; it cannot be rounded to {scheme} on top. Open it "
+                "without a format, or round the model that it came from"
+            )
+        plan, scheme = ReadingPlan(container, device), container.scheme
+    elif scheme is not None:
+        wanted = scheme
+        plan = RoundingPlan(wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device)
+    model = _through_transformers(folder, config, plan, dtype)
+    if plan is not None:
+        scheme = _true_scheme(model) or scheme
+    return OpenedModel(model.to(device), None, str(folder), scheme, None)  # type: ignore[arg-type]
+
+
+def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: torch.dtype | str) -> PreTrainedModel:
+    options: dict[str, Any] = {}
+    if plan is not None:
+        register()
+        options["quantization_config"] = StropConfig(plan)
+    problems = [] if plan is None else plan.problems
+    try:
+        with _quiet():
+            opened: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # reported below, with the other problems
+                output_loading_info=True,
+                **options,
+            )
+            model, info = opened
+    except StropError as error:
+        raise type(error)(f"{folder}: {error}") from error
+    except Exception as error:
+        if problems:
+            raise _collected(folder, problems) from error
+        raise ModelError(f"{folder}: transformers cannot open it: {first_line(error)}") from error
+    if problems:
+        raise _collected(folder, problems)
+    _check_keys(folder, model, info)
+    if plan is not None:
+        detach(model)
+    return model
+
+
+def _check_keys(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    kinds = {
+        "missing (the model needs them, the files do not hold them)": sorted(info["missing_keys"]),
+        "unexpected (the files hold them, the model has no place for them)": sorted(info["unexpected_keys"]),
+        "of another shape than config.json says": [
+            f"{name} {tuple(held)}, needed {tuple(needed)}" for name, held, needed in sorted(info["mismatched_keys"])
+        ],
+    }
+    lines = [f"  {len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    if not lines:
+        lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        lines = [f"  {len(lost)} never arrived: {_listed(lost)}"] if lost else []
+    if lines:
+        raise ModelError(
+            "\n".join([f"{folder}: the weights do not fit {type(model).__name__}; tensors are", *lines])
+            + "\nOpen a folder whose weights and config.json belong together"
+        )
+
+
+def _listed(names: list[str], most: int = 12) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown}, and {len(names) - most} more"
+
+
+def _collected(folder: Path, problems: list[StropError]) -> StropError:
+    texts = [str(problem) for problem in problems]
+    return type(problems[0])("\n".join([f"{folder}: {texts[0]}", *texts[1:]]))
+
+
+def _nearest(name: str, weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
+    return quantize_tensor(weight, scheme, where=name)
+
+
+def _true_scheme(model: nn.Module) -> Scheme | None:
+    """The scheme of the first quantized layer: its tensors know the scales' dtype, a configuration may not say it."""
+    return next((module.scheme for module in model.modules() if isinstance(module, QuantLinear)), None)
+
+
+def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise ModelError(f"{folder}: its tokenizer cannot be opened: {first_line(error)}") from error
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | str:
+    if dtype == "auto":
+        return "auto"
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return dtype
+    if isinstance(dtype, str) and dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ConfigError(f"dtype {dtype!r} is unknown{nearest(str(dtype), _DTYPES)}; there are auto, {', '.join(_DTYPES)}")
+
+
+def _device(device: str | torch.device) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {str(device)!r} cannot be used here: {first_line(error)}") from error
+    return chosen
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Set transformers' bars and reports aside: what matters of them is raised as an error here."""
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
