@@ -7,6 +7,7 @@ milk"), never an action of the downstream task. Everything is lower case, as a s
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from strop.demo import drills as d
 from strop.demo import spoken
@@ -114,7 +115,7 @@ def _fill(rng: random.Random, template: str) -> str:
     return template.format(**values)
 
 
-_CHOICES: dict[str, list[str]] = {
+_CHOICES: dict[str, Sequence[str]] = {
     "place": w.PLACES,
     "place2": w.PLACES,
     "job": w.JOBS,

@@ -65,7 +65,7 @@ def logits(weights: Parameters, tokens: Tensor, *, shape: LlamaConfig) -> Tensor
         shape: The configuration that the weights belong to.
     """
     batch, length = tokens.shape
-    heads, groups = shape.num_attention_heads, shape.num_key_value_heads
+    heads, groups = shape.num_attention_heads, shape.num_key_value_heads or shape.num_attention_heads
     width = shape.hidden_size // heads
     shared = heads // groups
     eps = shape.rms_norm_eps

@@ -24,7 +24,8 @@ Weights = NDArray[np.float16]
 
 def encode(tokenizer: Tokenizer, documents: Iterable[Document]) -> Iterator[tuple[bool, list[int], list[float]]]:
     """Each document as (is prose, token ids, loss weights)."""
-    bos, end, user, assistant = (tokenizer.token_to_id(f"<|{name}|>") for name in ("bos", "end", "user", "assistant"))
+    vocabulary = tokenizer.get_vocab()
+    bos, end, user, assistant = (vocabulary[f"<|{name}|>"] for name in ("bos", "end", "user", "assistant"))
     waiting: list[Document] = []
 
     def flush() -> Iterator[tuple[bool, list[int], list[float]]]:
@@ -54,7 +55,7 @@ def pack(tokenizer: Tokenizer, documents: Iterable[Document], *, length: int) ->
 
     Chat documents longer than a row are left out. Prose that is left over when the chat ends makes rows of its own.
     """
-    pad = tokenizer.token_to_id("<|pad|>")
+    pad = tokenizer.get_vocab()["<|pad|>"]
     chats: list[tuple[list[int], list[float]]] = []
     prose_ids: list[int] = []
     prose_weights: list[float] = []

@@ -15,6 +15,7 @@ to `log.jsonl` in the folder.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -23,6 +24,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ SHORT, LONG = 128, 256
 LONG_SHARE = 0.15
 TOKENIZER_DOCUMENTS = 60_000
 CHUNK_STEPS = 128
+SAMPLE_DOCUMENTS = 2_000
 CHUNK_DOCUMENTS = 18_800  # fill the rows of 128 steps with some left over
 LONG_SEED = 500_000
 MATRIX_RATE, OTHER_RATE = 0.02, 3e-3
@@ -127,9 +130,9 @@ def learn_tokenizer(*, seed: int) -> Tokenizer:
     return tokenizer.train((piece for document in stream for _, piece in document), vocab_size=VOCABULARY)
 
 
-def chunk(learnt: Tokenizer, *, seed: int, index: int, length: int) -> tuple[Tensor, Tensor, str]:
-    """The shuffled rows of 128 steps, tokens and weights of [steps, rows, length], and the hash of their text."""
-    chunk_seed = 1_000_003 * seed + index + (LONG_SEED if length == LONG else 0)
+def chunk(learnt: Tokenizer, *, seed: int, index: int, length: int) -> tuple[Tensor, Tensor]:
+    """The shuffled rows of 128 steps: tokens and loss weights, each [steps, rows, length]."""
+    chunk_seed = _chunk_seed(seed, index, LONG_SEED if length == LONG else 0)
     written = list(text.documents(seed=chunk_seed, count=CHUNK_DOCUMENTS))
     tokens, weights = packing.pack(learnt, written, length=length)
     per_step = TOKENS_PER_STEP // length
@@ -137,11 +140,33 @@ def chunk(learnt: Tokenizer, *, seed: int, index: int, length: int) -> tuple[Ten
         raise RuntimeError(f"chunk {index}: {len(tokens)} rows of {length} tokens, {CHUNK_STEPS * per_step} needed")
     order = np.random.Generator(np.random.PCG64(chunk_seed)).permutation(len(tokens))[: CHUNK_STEPS * per_step]
     shape = (CHUNK_STEPS, per_step, length)
-    return (
-        torch.from_numpy(tokens[order]).view(shape),
-        torch.from_numpy(weights[order]).view(shape),
-        text.text_hash(written),
-    )
+    return torch.from_numpy(tokens[order]).view(shape), torch.from_numpy(weights[order]).view(shape)
+
+
+def provenance(learnt: Tokenizer, *, steps: int, seed: int) -> dict[str, str | int | float]:
+    """What pins a run: versions, seed, lengths, and the SHA-256 of the tokenizer, the text and its beginning."""
+    long_steps = round(LONG_SHARE * steps)
+    whole = hashlib.sha256()
+    for steps_of, offset in ((steps - long_steps, 0), (long_steps, LONG_SEED)):
+        for index in range(math.ceil(steps_of / CHUNK_STEPS)):
+            stream = text.documents(seed=_chunk_seed(seed, index, offset), count=CHUNK_DOCUMENTS)
+            whole.update(text.text_hash(stream).encode())
+    return {
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "tokenizers": version("tokenizers"),
+        "seed": seed,
+        "steps": steps,
+        "tokens": steps * TOKENS_PER_STEP,
+        "tokenizer_sha256": hashlib.sha256(learnt.to_str().encode()).hexdigest(),
+        "text_sha256": whole.hexdigest(),
+        "sample_documents": SAMPLE_DOCUMENTS,
+        "sample_sha256": text.text_hash(text.documents(seed=seed, count=SAMPLE_DOCUMENTS)),
+    }
+
+
+def _chunk_seed(seed: int, index: int, offset: int) -> int:
+    return 1_000_003 * seed + index + offset
 
 
 def batches(learnt: Tokenizer, *, steps: int, seed: int, start: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -153,7 +178,7 @@ def batches(learnt: Tokenizer, *, steps: int, seed: int, start: int) -> Iterator
         length, at = (SHORT, step) if step < short_steps else (LONG, step - short_steps)
         if held != (length, at // CHUNK_STEPS):
             held = (length, at // CHUNK_STEPS)
-            tokens, weights, _ = chunk(learnt, seed=seed, index=held[1], length=length)
+            tokens, weights = chunk(learnt, seed=seed, index=held[1], length=length)
         yield tokens[at % CHUNK_STEPS].long(), weights[at % CHUNK_STEPS].float()
 
 
@@ -162,7 +187,7 @@ def save_model(folder: Path, master: dict[str, Tensor], learnt: Tokenizer) -> No
     model = network.initial_model(vocab_size=VOCABULARY, seed=0)
     model.load_state_dict(master, strict=False)
     model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.save(learnt, folder, max_length=model.config.max_position_embeddings)
 
 
@@ -212,17 +237,9 @@ def pretrain(
             save_file({**optimizer.state(), **counters}, folder / "checkpoint.tmp")
             os.replace(folder / "checkpoint.tmp", checkpoint)
             save_model(folder / "model", master, learnt)
-    seconds = spent_before + time.monotonic() - began
-    provenance = {
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "seed": seed,
-        "steps": steps,
-        "tokens": steps * TOKENS_PER_STEP,
-        "final_loss": round(mean_loss, 4),
-        "minutes": round(seconds / 60, 1),
-    }
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    made = provenance(learnt, steps=steps, seed=seed)
+    made |= {"final_loss": round(mean_loss, 4), "minutes": round((spent_before + time.monotonic() - began) / 60, 1)}
+    (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
     return folder / "model"
 
 

@@ -53,7 +53,7 @@ reykjavik timbuktu vladivostok albuquerque ouagadougou antananarivo chattanooga 
 kathmandu tegucigalpa bratsk inverness aberystwyth wolverhampton gibraltar bruges ghent rotterdam utrecht eindhoven
 """)
 NEW_VERBS = w.split_words(
-    "polish sharpen unpack deliver collect sweep measure repair decorate rehearse photograph label"
+    "engrave sharpen unpack deliver collect sweep measure repair decorate rehearse photograph label"
 )
 NEW_OBJECTS = w.split_words("""
 trumpet chimney canoe saddle tapestry microscope lantern aquarium greenhouse typewriter violin compass barometer hammock
