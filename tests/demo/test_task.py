@@ -8,6 +8,7 @@ import pytest
 
 from strop.demo import phrasings, spoken, task
 from strop.demo import words as w
+from strop.errors import UsageError
 
 SMALL = {"train": 3_000, "valid": 100, "test_combinations": 300, "test_phrasings": 300, "test_strings": 300}
 
@@ -142,8 +143,8 @@ def test_write_makes_one_file_a_split_that_reads_back(tmp_path, splits):
 
 
 def test_an_unknown_split_is_refused_by_name():
-    with pytest.raises(KeyError, match="test_combinations"):
-        task.generate(rows={"test": 10})
+    with pytest.raises(UsageError, match=r"did you mean 'valid'.*test_combinations"):
+        task.generate(rows={"valis": 10})
 
 
 def _row(request, answer):

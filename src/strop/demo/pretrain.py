@@ -35,6 +35,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from strop.demo import network, packing, text, tokenizer
+from strop.errors import TrainingError
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def chunk(learnt: Tokenizer, *, seed: int, index: int, length: int) -> tuple[Ten
     tokens, weights = packing.pack(learnt, written, length=length)
     per_step = TOKENS_PER_STEP // length
     if len(tokens) < CHUNK_STEPS * per_step:
-        raise RuntimeError(f"chunk {index}: {len(tokens)} rows of {length} tokens, {CHUNK_STEPS * per_step} needed")
+        raise TrainingError(f"chunk {index}: {len(tokens)} rows of {length} tokens, {CHUNK_STEPS * per_step} needed")
     order = np.random.Generator(np.random.PCG64(chunk_seed)).permutation(len(tokens))[: CHUNK_STEPS * per_step]
     shape = (CHUNK_STEPS, per_step, length)
     return torch.from_numpy(tokens[order]).view(shape), torch.from_numpy(weights[order]).view(shape)

@@ -25,6 +25,7 @@ import numpy as np
 
 from strop.demo import phrasings, spoken
 from strop.demo import words as w
+from strop.errors import UsageError, nearest
 
 Row = dict[str, list[dict[str, str]]]
 Value = str | int | list[str]
@@ -188,12 +189,12 @@ def generate(*, seed: int = 0, rows: dict[str, int] | None = None) -> dict[str, 
         rows: Rows of each split, where other than `ROWS`.
 
     Raises:
-        KeyError: `rows` names a split that there is not.
+        UsageError: `rows` names a split that there is not.
     """
     wanted = dict(ROWS)
     for split, count in (rows or {}).items():
         if split not in wanted:
-            raise KeyError(f"no split is called {split!r}; the splits are {', '.join(ROWS)}")
+            raise UsageError(f"no split is called {split!r}{nearest(split, ROWS)}; the splits are {', '.join(ROWS)}")
         wanted[split] = count
     known, new = known_pools(), new_pools()
     every = phrasings.INTENTS
@@ -239,11 +240,7 @@ def _split(
         by_action.setdefault(intent.action, []).append(intent)
     actions = list(by_action)
     made: list[Row] = []
-    tries = 0
     while len(made) < count:
-        tries += 1
-        if tries > 100 * count + 1000:
-            raise ValueError(f"only {len(made)} of {count} different requests could be made; ask for fewer rows")
         intent = rng.choice(by_action[rng.choice(actions)])
         request, answer = _example(rng, intent, pools, held_out=held_out)
         if request in seen:

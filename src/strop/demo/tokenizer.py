@@ -9,6 +9,7 @@ cuts text into the very same tokens.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -81,3 +82,10 @@ def save(tokenizer: Tokenizer, folder: Path, *, max_length: int) -> None:
         clean_up_tokenization_spaces=False,
         model_max_length=max_length,
     ).save_pretrained(folder)
+    # The class and key that transformers 4 knows too; 5 reads them alike.
+    written = folder / "tokenizer_config.json"
+    settings = json.loads(written.read_text(encoding="utf-8"))
+    settings.pop("backend", None)
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    written.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
