@@ -32,9 +32,13 @@ class _Verbs(TyperGroup):
         name = args[0] if args else ""
         if name and not name.startswith("-") and self.get_command(ctx, name) is None:
             if name in PLANNED:
-                verbs.stop(f"strop {name} is planned and not in version {__version__}; `strop --help` lists what is.", 2)
+                verbs.stop(
+                    f"strop {name} is planned and not in version {__version__}; `strop --help` lists what is.", 2
+                )
             known = self.list_commands(ctx)
-            verbs.stop(f"there is no verb {name!r}{nearest(name, [*known, *PLANNED])}; the verbs are {', '.join(known)}.", 2)
+            verbs.stop(
+                f"there is no verb {name!r}{nearest(name, [*known, *PLANNED])}; the verbs are {', '.join(known)}.", 2
+            )
         return super().resolve_command(ctx, args)
 
 
@@ -47,7 +51,9 @@ app = typer.Typer(
     help="strop trains the file you ship, and proves it on your task.",
     epilog="Begin with `strop demo`, or `strop plan MODEL`. `strop VERB --help` lists a verb's options.",
 )
-explain = typer.Typer(no_args_is_help=True, help="A number's bits, an affine mapping step by step, a tensor in a format.")
+explain = typer.Typer(
+    no_args_is_help=True, help="A number's bits, an affine mapping step by step, a tensor in a format."
+)
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:

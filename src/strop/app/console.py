@@ -45,7 +45,9 @@ class ConsoleReporter:
         self._progress = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=24),
-            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}" if total else "{task.completed:.0f}"),
+            TextColumn(
+                "{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}" if total else "{task.completed:.0f}"
+            ),
             TextColumn("{task.fields[figures]}", style="dim", markup=False),
             TimeElapsedColumn(),
             _Left(),

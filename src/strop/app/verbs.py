@@ -10,9 +10,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
-Model = Annotated[str, typer.Argument(help="A folder, a hub id, a run or adapter folder, or 'demo' (the bundled model).")]
+Model = Annotated[
+    str, typer.Argument(help="A folder, a hub id, a run or adapter folder, or 'demo' (the bundled model).")
+]
 Data = Annotated[
-    str | None, typer.Option("--data", "-d", "--dataset", help="A file (jsonl, json, csv, txt, parquet), folder or hub id.")
+    str | None,
+    typer.Option("--data", "-d", "--dataset", help="A file (jsonl, json, csv, txt, parquet), folder or hub id."),
 ]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result is written.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output path.")]
@@ -110,7 +113,9 @@ def plan(
     sizes: Annotated[str | None, typer.Option("--sizes", help="Parameter counts: 7B,13B,70B.")] = None,
     ranks: Annotated[str, typer.Option("--ranks", help="Ranks for --sizes.")] = "1,2,8,16,512",
     rank: Annotated[int, typer.Option("--rank", "--lora-r", help="The adapter's rank.", min=1)] = 16,
-    targets: Annotated[str, typer.Option("--targets", help="all-linear, or names and patterns with commas.")] = "all-linear",
+    targets: Annotated[
+        str, typer.Option("--targets", help="all-linear, or names and patterns with commas.")
+    ] = "all-linear",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in a micro batch.", min=1)] = 1,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens in a row.", min=1)] = 512,
     json: Json = False,
@@ -142,8 +147,12 @@ def quantize(
     model: Model,
     format: Annotated[str, typer.Option("--format", "-f", help="int8, int4-g32, int4-g128-asym, int3-g32, nf4 ...")],
     output: Output,
-    method: Annotated[str, typer.Option("--method", "-m", help="rtn (round to nearest) or search (searched scales).")] = "rtn",
-    observer: Annotated[str, typer.Option("--observer", help="How rtn finds the range: minmax, percentile, mse.")] = "minmax",
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="rtn (round to nearest) or search (searched scales).")
+    ] = "rtn",
+    observer: Annotated[
+        str, typer.Option("--observer", help="How rtn finds the range: minmax, percentile, mse.")
+    ] = "minmax",
     data: Data = None,
     max_rows: Annotated[int, typer.Option("--max-rows", help="Rows of --data to calibrate with.", min=1)] = 128,
     keep_indivisible: Annotated[
@@ -182,20 +191,35 @@ def quantize(
 
 
 def tune(
-    model: Annotated[str, typer.Argument(help="The base: a folder, a hub id, 'demo'; or a config.yaml with everything.")],
+    model: Annotated[
+        str, typer.Argument(help="The base: a folder, a hub id, 'demo'; or a config.yaml with everything.")
+    ],
     data: Data = None,
-    method: Annotated[str | None, typer.Option("--method", "-m", help="full, lora, qlora or qat. [default: lora]")] = None,
-    format: Annotated[str | None, typer.Option("--format", "-f", help="qat and qlora: the grid of the weights.")] = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="full, lora, qlora or qat. [default: lora]")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="qat and qlora: the grid of the weights.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", "--output-dir", help="The run's folder.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
-    epochs: Annotated[float | None, typer.Option("--epochs", "--num-train-epochs", help="Passes over the data.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", "--num-train-epochs", help="Passes over the data.")
+    ] = None,
     minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="Peak; each method has its own default.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Peak; each method has its own default.")
+    ] = None,
     rank: Annotated[int | None, typer.Option("--rank", "--lora-r", help="Rank of B and A.")] = None,
-    alpha: Annotated[float | None, typer.Option("--alpha", "--lora-alpha", help="The adapter is scaled by alpha / rank.")] = None,
-    dropout: Annotated[float | None, typer.Option("--dropout", "--lora-dropout", help="On the adapter's input.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", "--lora-alpha", help="The adapter is scaled by alpha / rank.")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option("--dropout", "--lora-dropout", help="On the adapter's input.")
+    ] = None,
     targets: Annotated[
-        str | None, typer.Option("--targets", "--lora-target", "--target-modules", help="all-linear, or names and patterns.")
+        str | None,
+        typer.Option("--targets", "--lora-target", "--target-modules", help="all-linear, or names and patterns."),
     ] = None,
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", "--per-device-train-batch-size", help="Rows in a micro batch.")
@@ -206,24 +230,38 @@ def tune(
     max_length: Annotated[
         int | None, typer.Option("--max-length", "--cutoff-len", "--max-seq-length", help="Tokens in a row.")
     ] = None,
-    packing: Annotated[bool | None, typer.Option("--packing/--no-packing", help="Several rows in a sequence, isolated.")] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Several rows in a sequence, isolated.")
+    ] = None,
     train_on: Annotated[str | None, typer.Option(help="answers, or all. [default: answers]")] = None,
-    chat_template: Annotated[str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")] = None,
-    schedule: Annotated[str | None, typer.Option("--schedule", "--lr-scheduler-type", help="linear, cosine or constant.")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", "--lr-scheduler-type", help="linear, cosine or constant.")
+    ] = None,
     warmup_ratio: Annotated[float | None, typer.Option(help="Share of the steps that warms up.")] = None,
     weight_decay: Annotated[float | None, typer.Option(help="AdamW's decay; norms and biases are left out.")] = None,
-    clip_norm: Annotated[float | None, typer.Option("--clip-norm", "--max-grad-norm", help="Clips the gradient's norm.")] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option("--clip-norm", "--max-grad-norm", help="Clips the gradient's norm.")
+    ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     checkpointing: Annotated[
         bool | None,
-        typer.Option("--checkpointing/--no-checkpointing", "--gradient-checkpointing", help="Recompute activations to save memory."),
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            "--gradient-checkpointing",
+            help="Recompute activations to save memory.",
+        ),
     ] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between two evaluations.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
     adapter: Annotated[str | None, typer.Option(help="An adapter to train further.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order, initial adapter, dropout.")] = None,
-    resume: Annotated[bool | None, typer.Option("--resume", help="Go on from the run's last checkpoint, bit for bit.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the run's last checkpoint, bit for bit.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
     json: Json = False,
 ) -> None:
@@ -231,7 +269,11 @@ def tune(
 
     Example: strop tune demo --data chats.jsonl --method lora --epochs 3 -o run     strop tune config.yaml
     """
-    given = {name: value for name, value in locals().items() if value is not None and name not in {"dry_run", "json", "model"}}
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in {"dry_run", "json", "model"}
+    }
     from strop.app.console import ConsoleReporter
     from strop.config import load_config, to_yaml
     from strop.recipes.tune import tune_from_config
@@ -383,7 +425,9 @@ def predict(
 
 
 def demo(
-    output: Annotated[Path, typer.Option("--output", "-o", help="Where data, models and the page go.")] = Path("strop-demo"),
+    output: Annotated[Path, typer.Option("--output", "-o", help="Where data, models and the page go.")] = Path(
+        "strop-demo"
+    ),
     seed: Annotated[int, typer.Option(help="Of data order and adapters.")] = 0,
 ) -> None:
     """The whole way on the bundled model and data, in minutes, on a plain CPU, offline.

@@ -14,11 +14,15 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
+from strop import demo
 from strop.errors import MissingInputError, ModelError, nearest
 from strop.files.folders import read_json
 
 RUN_PARTS = ("best", "last", "model")
 """Where a run's folder keeps its model, in the order in which they are looked for."""
+
+BUNDLED = "demo"
+"""The name of the model that comes with strop, wherever no folder of that name lies in the way."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
@@ -43,6 +47,8 @@ def find_folder(path_or_id: str | os.PathLike[str]) -> Path:
     path = Path(path_or_id).expanduser()
     if path.is_dir():
         return _model_part(path)
+    if str(path_or_id) == BUNDLED:
+        return demo.model_path()
     if path.exists():
         raise MissingInputError(
             f"{path}: is a file; name the folder that holds config.json and the safetensors weights"
