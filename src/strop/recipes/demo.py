@@ -108,9 +108,7 @@ class DemoResult:
         names = list(dict.fromkeys(name for split in scores.values() for name in split))
         for name in names:
             cells = (scores[split].get(name) for split in scores)
-            lines.append(
-                f"{name:24}" + "".join(f"{'-' if c is None else f'{100 * c['estimate']:.1f}':>20}" for c in cells)
-            )
+            lines.append(f"{name:24}" + "".join(f"{_percent(cell):>20}" for cell in cells))
         regained = self.figures["regained"]
         lines += ["", *self.figures["comparison"]["verdicts"], ""]
         lines.append(
@@ -276,6 +274,10 @@ def _rows(path: Path) -> list[Any]:
 
 def _interval(interval: Any) -> dict[str, float | None]:
     return {"estimate": interval.estimate, "low": interval.low, "high": interval.high}
+
+
+def _percent(score: Mapping[str, float | None] | None) -> str:
+    return "-" if score is None or score["estimate"] is None else f"{100 * score['estimate']:.1f}"
 
 
 def _machine() -> dict[str, str | int]:
