@@ -119,7 +119,7 @@ class FloatBits:
 
     @property
     def stored(self) -> float:
-        """The value that is stored, exactly (an infinity or NaN where the format overflowed)."""
+        """The value that is stored, exactly (an infinity where the format overflowed and has one)."""
         return self.format.value_of(self.sign, self.exponent, self.significand)
 
     @property
@@ -204,13 +204,13 @@ class FloatFormat:
     def decompose(self, x: float) -> FloatBits:
         """Write `x` in this format, rounding to nearest, ties to even, in one step.
 
-        A magnitude that rounds beyond `max_value` becomes infinity, or NaN in a format that has no infinity, as in
-        torch's casts.
+        A magnitude that rounds beyond `max_value` becomes infinity; in a format without infinity it stays `max_value`
+        (OCP's saturating conversion).
         """
         sign = int(math.copysign(1.0, x) < 0)
         top = (1 << self.exponent_bits) - 1
         ones = (1 << self.mantissa_bits) - 1
-        overflow = (top, 0) if self.has_infinity else (top, ones)
+        overflow = (top, 0) if self.has_infinity else (top, ones - 1)
         if math.isnan(x):
             return FloatBits(self, x, sign, top, 1 << (self.mantissa_bits - 1) if self.has_infinity else ones)
         if math.isinf(x):

@@ -70,13 +70,13 @@ def _ends(zero_point: Tensor | None, form: IntFormat) -> tuple[Tensor | int, Ten
     """The grid's ends in steps from zero: qmin - z and qmax - z."""
     if zero_point is None:
         return form.qmin, form.qmax
-    low = -zero_point.float()
+    low = 0.0 - zero_point.float()  # 0.0 - 0.0 is 0.0, where -0.0 would be another zero than a code's
     return low, low + form.steps
 
 
 def _integer_places(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: IntFormat) -> Tensor:
     """Steps from zero, clamp(round(x / scale), qmin - z, qmax - z), float32: the zero point need not be added first."""
-    places = (x / scale).round_()
+    places = (x / scale).round_().add_(0.0)  # -0.0 becomes the 0.0 that a code stands for
     low, high = _ends(zero_point, form)
     if isinstance(low, int) or isinstance(high, int):
         return places.clamp_(form.qmin, form.qmax)
@@ -95,7 +95,7 @@ def _float_places(x: Tensor, scale: Tensor, form: FloatFormat) -> Tensor:
     """Values of the float format nearest to x / scale, saturated, float32.
 
     Rounds to a multiple of 2^(power - mantissa_bits), the power read off the float32's own exponent field: exact, and
-    thirty times as fast as torch's casts to 8-bit floats, which also make NaN of what lies beyond e4m3's largest value.
+    thirty times as fast as torch's casts to 8-bit floats (some versions of which make NaN of what is beyond 448).
     """
     places = (x / scale).clamp_(-form.max_value, form.max_value)
     powers = (places.view(torch.int32) & 0x7F800000).view(torch.float32)  # 2^power, 0 for float32's subnormals

@@ -187,22 +187,31 @@ def _check_scale(
     size = plan_shape(shape, scheme, where=where)
     if tuple(scale.shape) != size:
         raise FormatError(f"{where}: {scheme.name} has scales of shape {list(size)}, got {list(scale.shape)}")
-    stored = scale.to(scheme.scale_dtype)
+    stored = scale.detach().to(scheme.scale_dtype)
     is_codebook = scheme.granularity is Granularity.BLOCK
     if not torch.isfinite(stored).all() or (not is_codebook and (stored == 0).any()):
         raise FormatError(f"{where}: scales must be finite and not zero in {scheme.scale_dtype}")
     if (zero_point is None) == (scheme.mode is Mode.ASYMMETRIC):
         needed = "a zero point beside its scale" if zero_point is None else "no zero point"
         raise FormatError(f"{where}: {scheme.name} takes {needed}")
-    if zero_point is not None:
-        if tuple(zero_point.shape) != size:
-            raise FormatError(
-                f"{where}: {scheme.name} has zero points of shape {list(size)}, got {list(zero_point.shape)}"
-            )
-        form = scheme.format
-        if isinstance(form, IntFormat) and form.signed and zero_point.dtype == torch.uint8:
-            raise FormatError(
-                f"{where}: zero points are given in the codes of {form.name} ({form.qmin} to {form.qmax}), as "
-                "choose_scale returns them; these are stored ones (uint8): add qmin in a signed dtype"
-            )
+    if zero_point is not None and isinstance(scheme.format, IntFormat):
+        _check_zero_point(zero_point, scheme.format, size, where)
     return stored, zero_point
+
+
+def _check_zero_point(zero_point: Tensor, form: IntFormat, size: tuple[int, ...], where: str) -> None:
+    """Refuse zero points of another shape, and stored ones, which lie elsewhere in a signed format."""
+    if tuple(zero_point.shape) != size:
+        raise FormatError(
+            f"{where}: zero points must have the scales' shape {list(size)}, got {list(zero_point.shape)}"
+        )
+    if form.signed and zero_point.dtype == torch.uint8:
+        raise FormatError(
+            f"{where}: zero points are given in the codes of {form.name} ({form.qmin} to {form.qmax}), as choose_scale "
+            "returns them; these are stored ones (uint8): add qmin in a signed dtype"
+        )
+    if zero_point.min() < form.qmin or zero_point.max() > form.qmax:
+        raise FormatError(
+            f"{where}: zero points of {form.name} lie from {form.qmin} to {form.qmax}, got {zero_point.min().item():g} "
+            f"to {zero_point.max().item():g}"
+        )
