@@ -22,9 +22,9 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -67,13 +67,6 @@ EVALUATIONS: Final = 10
 
 Export: TypeAlias = Callable[[Path], None]
 """Writes the model as it stands, in its final form, to a folder, replacing what is there."""
-
-
-@runtime_checkable
-class _Recomputes(Protocol):
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any]) -> None: ...
-
-    def gradient_checkpointing_disable(self) -> None: ...
 
 
 def train(
@@ -123,14 +116,17 @@ def train(
 
 
 @contextlib.contextmanager
-def _recomputed(model: nn.Module) -> Any:
-    if not isinstance(model, _Recomputes) or not getattr(model, "supports_gradient_checkpointing", True):
+def _recomputed(model: Any) -> Iterator[None]:
+    """Recompute the blocks' activations while the context lasts; transformers renamed the switch on its way to 6."""
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    enable = getattr(model, f"{name}_checkpointing_enable", None)
+    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
         raise TrainingError(f"{type(model).__name__} cannot recompute its activations; set checkpointing to false")
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable({"use_reentrant": False})
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_disable")()
 
 
 class _Run:
