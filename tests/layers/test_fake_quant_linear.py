@@ -43,7 +43,9 @@ def test_still_bitwise_after_a_training_step(scheme):
         fake(x).square().sum().backward()
         optimizer.step()
     assert not torch.equal(fake.weight, before)
-    assert torch.equal(fake.to_quant_linear().qtensor.dequantize(torch.float32), fake_quantize(fake.weight, fake.scheme))
+    assert torch.equal(
+        fake.to_quant_linear().qtensor.dequantize(torch.float32), fake_quantize(fake.weight, fake.scheme)
+    )
 
 
 def test_forward_sees_the_rounded_weight_and_gradients_reach_the_trained_one():

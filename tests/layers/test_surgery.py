@@ -215,7 +215,9 @@ def test_a_second_adapter_on_the_same_layer_is_refused():
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_quantized_linears_are_out_in_whatever_the_layer_was_and_keep_their_bias(family):
     model, scheme = tiny_model(family), parse_scheme("int4-g32")
-    before = {name: (dense_weight(module).clone(), module.bias) for name, module in surgery.linear_modules(model).items()}
+    before = {
+        name: (dense_weight(module).clone(), module.bias) for name, module in surgery.linear_modules(model).items()
+    }
     names = surgery.quantize_linears(model, scheme)
     assert names == list(before)
     for name, (weight, bias) in before.items():

@@ -1,4 +1,4 @@
-"""`load` opens every family in full precision, rounded while loading, and from quantized folders, with the same result."""
+"""`load` opens every family: dense, rounded while loading, and from quantized folders, with the same result."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def test_a_format_rounds_while_loading_as_rounding_afterwards_does(tmp_path, fam
     assert torch.allclose(logits(opened.model), logits(expected), atol=1e-5)
 
 
-@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "int4-g32-full", "int3-g32", "int4-g32-asym", "nf4", "nf4-dq", "fp4"])
+@pytest.mark.parametrize(
+    "scheme", ["int8", "int4-g32", "int4-g32-full", "int3-g32", "int4-g32-asym", "nf4", "nf4-dq", "fp4"]
+)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
 def test_codes_of_a_quantized_folder_land_bit_for_bit(tmp_path, family, scheme):
     model = rounded(family, scheme)
@@ -191,7 +193,9 @@ def test_a_rounding_of_ones_own_is_given_every_layer_by_name(tmp_path):
         return quantize_tensor(weight, parse_scheme("int4-g32"), where=name)
 
     opened = load(tiny_folder(tmp_path, "gpt2"), "int4-g32", rounding=rounding)
-    assert seen == {name: (layer.out_features, layer.in_features) for name, layer in quant_linears(opened.model).items()}
+    assert seen == {
+        name: (layer.out_features, layer.in_features) for name, layer in quant_linears(opened.model).items()
+    }
 
 
 def test_sharded_folders_open(tmp_path):

@@ -138,7 +138,7 @@ def attach_lora(
     adapters = {id(part) for module in lora_modules(model).values() for part in (module.lora_A, module.lora_B)}
     for parameter in model.parameters():
         if id(parameter) not in adapters:  # those of an earlier call go on training
-            parameter.requires_grad_(requires_grad=False)
+            parameter.requires_grad = False
     for name, module in wrapped.items():
         replace(model, name, module)
     return names

@@ -127,6 +127,12 @@ def load(
 
 
 def _find_base(folder: Path, adapter: AdapterConfig) -> Path:
+    if not adapter.base:
+        raise ModelError(
+            f"{folder}: adapter_config.json names no base (base_model_name_or_path); write the folder or hub id of the "
+            "model "
+            "that it was trained on there"
+        )
     try:
         base = find_folder(adapter.base)
     except StropError as error:
@@ -148,7 +154,8 @@ def _open_model(
         container = container_for(folder, quantization)
         if scheme is not None and scheme != container.scheme:
             raise FormatError(
-                f"{folder}: is quantized already, as {container.scheme}; it cannot be rounded to {scheme} on top. Open it "
+                f"{folder}: is quantized already, as {container.scheme}; it cannot be rounded to {scheme} on top. Open "
+                "it "
                 "without a format, or round the model that it came from"
             )
         plan, scheme = ReadingPlan(container, device), container.scheme

@@ -91,17 +91,17 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
             f"{path}: transformers_weights names the file {raw['transformers_weights']!r}; only the usual names are "
             "opened: call it model.safetensors and remove the key"
         )
+    quantization = raw.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise ModelError(f"{path}: quantization_config is a {type(quantization).__name__}; an object is needed")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{path}: transformers cannot read it as {model_type}: {first_line(error)}") from error
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ModelError(f"{path}: {model_type} is not a causal language model in transformers; strop opens those only")
-    quantization = raw.get("quantization_config")
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise ModelError(f"{path}: quantization_config is a {type(quantization).__name__}; an object is needed")
     return config, quantization or None
 
 
