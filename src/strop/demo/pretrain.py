@@ -240,6 +240,7 @@ def pretrain(
             save_model(folder / "model", master, learnt)
     made = provenance(learnt, steps=steps, seed=seed)
     made |= {"final_loss": round(mean_loss, 4), "minutes": round((spent_before + time.monotonic() - began) / 60, 1)}
+    made["weights_sha256"] = hashlib.sha256((folder / "model" / "model.safetensors").read_bytes()).hexdigest()
     (folder / "provenance.json").write_text(json.dumps(made, indent=2) + "\n")
     return folder / "model"
 
