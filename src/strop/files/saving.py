@@ -1,0 +1,264 @@
+"""Models saved so that others open them: transformers without strop, and strop again, bit for bit.
+
+    config.json, generation_config.json     the architecture, with `quantization_config` where layers are quantized
+    model.safetensors, or shards and index  dense tensors in their dtype; quantized layers as their format demands
+    tokenizer files, chat_template.jinja    where there is a tokenizer
+    receipt.json                            what was lost, where something was
+
+The writer follows from the `QuantLinear` layers that the model holds: integers and fp8 go to compressed-tensors, NF4
+and FP4 to bitsandbytes, none at all makes a dense model. A model is written layer by layer, with no copy of it in
+memory. Names are those of the original checkpoint (transformers' own conversions are undone), and a head tied to the
+embedding is written once.
+
+Refused by name: layers in several formats, adapters not merged, layers still trained through their rounding, and what a
+format cannot hold: Conv1D (GPT-2) in compressed-tensors, rows that bitsandbytes misreads.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from strop.errors import FormatError, ModelError
+from strop.files import bnb4, compressed_tensors
+from strop.files.folders import atomic_folder, read_json, write_json
+from strop.files.receipts import Receipt
+from strop.files.shards import MAX_SHARD_BYTES, Part, write_shards
+from strop.layers.fake_quant_linear import FakeQuantLinear
+from strop.layers.lora_linear import LoraLinear
+from strop.layers.quant_linear import QuantLinear
+from strop.numerics.formats import CodebookFormat
+from strop.numerics.scheme import Scheme
+
+_BLOCK = re.compile(r"^(.*?\.\d+)\.")
+
+
+def save_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | os.PathLike[str],
+    *,
+    receipt: Receipt | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a model and its tokenizer to a folder that stands whole or not at all.
+
+    Args:
+        model: dense, or with `QuantLinear` layers of one scheme.
+        tokenizer: saved beside it with its chat template; None where there is none.
+        folder: where to.
+        receipt: written as receipt.json.
+        overwrite: replace what stands there.
+        max_shard_bytes: where the weights are split into several files.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UsageError: as `atomic_folder`.
+        ModelError, FormatError: as `write_model`.
+    """
+    with atomic_folder(folder, overwrite=overwrite) as temporary:
+        write_model(model, tokenizer, temporary, max_shard_bytes=max_shard_bytes)
+        if receipt is not None:
+            receipt.write(temporary)
+    return Path(folder)
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model and its tokenizer into an existing folder, such as a checkpoint that is being written.
+
+    Raises:
+        ModelError: adapters that are not merged, or layers that are still trained through their rounding.
+        FormatError: layers in several formats, or of a kind that the format cannot hold; all are named.
+    """
+    scheme = check_savable(model)
+    write_shards(folder, _parts(model, scheme), max_shard_bytes=max_shard_bytes)
+    _write_configs(model, scheme, folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def check_savable(model: PreTrainedModel) -> Scheme | None:
+    """Refuse, before anything is written, a model that no format of ours can hold; return the scheme of its layers.
+
+    Raises:
+        ModelError, FormatError: as `write_model`.
+    """
+    for kind, advice in (
+        (LoraLinear, "merge the adapter, or save it alone"),
+        (FakeQuantLinear, "convert the layers first"),
+    ):
+        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
+        if names:
+            raise ModelError(
+                f"{names[0]} and {len(names) - 1} more are {kind.__name__}; {advice} (nothing was written)"
+            )
+    quantized = _quantized(model)
+    schemes = Counter(module.scheme for module in quantized.values())
+    if len(schemes) > 1:
+        counts = ", ".join(f"{scheme} on {count} layers" for scheme, count in schemes.items())
+        raise FormatError(f"the model mixes formats ({counts}); a file holds one. Quantize all its layers to the same")
+    if not schemes:
+        return None
+    (scheme,) = schemes
+    check_expressible(scheme, {name: module.qtensor.shape for name, module in quantized.items()}, skeleton(model))
+    return scheme
+
+
+def check_expressible(scheme: Scheme, shapes: Mapping[str, tuple[int, int]], plain: nn.Module) -> None:
+    """Refuse layers that the scheme's file format cannot hold, so that their readers would fail or read something else.
+
+    Args:
+        scheme: of the layers.
+        shapes: (out, in) of each layer that is to be quantized, by name.
+        plain: the same architecture with its own layers, on the meta device or with weights.
+
+    Raises:
+        FormatError: every such layer, with what would do.
+    """
+    problems = [
+        f"{name}: {reason}" for name, shape in shapes.items() if (reason := inexpressible(scheme, name, shape, plain))
+    ]
+    if problems:
+        shown = problems[:20] + ([f"... and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise FormatError(f"{len(problems)} layer(s) cannot be saved as {scheme}:\n  " + "\n  ".join(shown))
+
+
+def inexpressible(scheme: Scheme, name: str, shape: tuple[int, int], plain: nn.Module) -> str | None:
+    """Why the scheme's file format cannot hold one layer; None where it can."""
+    if isinstance(scheme.format, CodebookFormat):
+        try:
+            bnb4.check_shape(scheme, shape)
+        except FormatError as error:
+            return str(error).removeprefix("weight: ")
+        return None
+    compressed_tensors.check_scheme(scheme)
+    if isinstance(plain.get_submodule(name), Conv1D):
+        return "a Conv1D (GPT-2), which compressed-tensors cannot hold; the nearest format that can is nf4"
+    return None
+
+
+def skeleton(model: PreTrainedModel) -> nn.Module:
+    """Return the model's architecture with its own layers, without weights (on the meta device)."""
+    with torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def _quantized(model: nn.Module) -> dict[str, QuantLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
+def _parts(model: PreTrainedModel, scheme: Scheme | None) -> Iterator[Part]:
+    """The model's tensors under the names of its checkpoint, one block's dense ones or one quantized layer at a
+    time.
+    """
+    quantized = _quantized(model)
+    encode = None if scheme is None else _format_of(scheme).encode
+    state = _dense_state(model, quantized)
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        block = _BLOCK.match(name)
+        groups.setdefault(block[1] if block else name, {})[name] = tensor
+    for tensors in groups.values():
+        yield _reverted(model, tensors)
+    for name, module in quantized.items():
+        assert encode is not None
+        layer = _checkpoint_name(model, name)
+        made = encode(module.qtensor, layer)
+        specs = Part.of(made).specs
+        del made
+        yield Part(specs, lambda module=module, layer=layer: encode(module.qtensor, layer))
+
+
+def _dense_state(model: PreTrainedModel, quantized: Iterable[str]) -> dict[str, Tensor]:
+    """The state dict without the insides of quantized layers (their bias stays) and without tied copies."""
+    inside = {
+        f"{name}.{part}" for name in quantized for part in model.get_submodule(name).state_dict() if part != "bias"
+    }
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in inside}
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    for copy_name, source in model.all_tied_weights_keys.items():
+        if copy_name in state and source in state and _same_memory(state[copy_name], state[source]):
+            del state[copy_name]
+    return state
+
+
+def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Part:
+    """A part that undoes transformers' conversions of these tensors (fused experts, renamed keys) when it is
+    written.
+    """
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    specs = Part.of(revert_weight_conversion(model, empty)).specs
+
+    def make() -> Mapping[str, Tensor]:
+        return revert_weight_conversion(model, {name: tensor.detach() for name, tensor in tensors.items()})
+
+    return Part(specs, make)
+
+
+def _checkpoint_name(model: PreTrainedModel, layer: str) -> str:
+    """The name that the checkpoint gives a layer."""
+    (name,) = revert_weight_conversion(model, {f"{layer}.weight": torch.empty(0, device="meta")})
+    return name.removesuffix(".weight")
+
+
+def _write_configs(model: PreTrainedModel, scheme: Scheme | None, folder: Path) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = _dtype(model)
+    state = model.state_dict()
+    for copy_name, source in model.all_tied_weights_keys.items():
+        if copy_name in state and source in state and not _same_memory(state[copy_name], state[source]):
+            config.tie_word_embeddings = False  # else they would be tied again on opening
+    vars(config).pop("quantization_config", None)
+    config.save_pretrained(folder)
+    if scheme is not None:
+        kept = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QuantLinear)
+        ]
+        fields = read_json(folder / "config.json")
+        write_json(
+            folder / "config.json", fields | {"quantization_config": _format_of(scheme).config_for(scheme, kept)}
+        )
+    if model.can_generate() and model.generation_config is not None:
+        # not its save_pretrained, which refuses settings that many published models carry
+        model.generation_config.to_json_file(
+            str(folder / "generation_config.json"), use_diff=True, keys_to_pop=["compile_config"]
+        )
+
+
+def _format_of(scheme: Scheme) -> Any:
+    """The module of this package that writes the scheme."""
+    return bnb4 if isinstance(scheme.format, CodebookFormat) else compressed_tensors
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype of the dense weights: that of the input embeddings."""
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) else model.dtype
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
