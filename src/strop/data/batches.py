@@ -283,7 +283,13 @@ class BatchStream:
                 + "; ".join(wrong)
                 + "; resume with the settings and data of the run"
             )
-        self._epoch, self._step = int(state["epoch"]), int(state["step"])
+        for name, limit in (("epoch", None), ("step", self.steps_per_epoch)):
+            value = state.get(name)
+            if not isinstance(value, int) or value < 0 or (limit is not None and value >= limit):
+                raise TrainingError(
+                    f"the data stream's {name} is {value!r}, which is no place in it; the state is damaged"
+                )
+        self._epoch, self._step = state["epoch"], state["step"]
         self._order = self._epoch_order(self._epoch)
 
 

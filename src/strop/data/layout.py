@@ -207,7 +207,7 @@ class ChatFormat:
         """The end of an answer that later turns changed: after its content and the special token behind it."""
         for content in (message.content, message.content.strip()):
             found = text.find(content, start)
-            if found >= 0:
+            if found >= 0 and self._special.search(text, start, found) is None:  # still within this turn
                 stop = self._stop_after.match(text, found + len(content))
                 if stop is None:
                     raise self._no_stop(text[start : found + len(content) + 20], index)

@@ -205,14 +205,16 @@ def text_pieces(text: str, *, characters: int = PIECE_CHARACTERS) -> list[tuple[
     """
     pieces: list[tuple[int, str]] = []
     lines: list[str] = []
-    size, first = 0, 1
+    size, first, filled = 0, 1, False
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         lines.append(line)
         size += len(line)
-        if (size >= characters and not line.strip()) or size >= 2 * characters:
+        blank = not line.strip()
+        filled = filled or not blank
+        if filled and ((size >= characters and blank) or size >= 2 * characters):
             pieces.append((first, "".join(lines)))
-            lines, size, first = [], 0, number + 1
-    if "".join(lines).strip():
+            lines, size, first, filled = [], 0, number + 1, False
+    if filled:
         pieces.append((first, "".join(lines)))
     return pieces
 

@@ -135,7 +135,7 @@ def _text_of(value: Any, where: str) -> str:
             if not isinstance(part, Mapping):
                 raise _RowError(f"{where}[{index}] is {kind_of(part)}; a part must be a text or {{type, text}}")
             kind = part.get("type", "text")
-            inner = part.get("text", part.get("value", part.get("content")))
+            inner = next((part[name] for name in ("text", "value", "content") if part.get(name) is not None), None)
             if kind != "text":
                 raise _RowError(f"{where}[{index}] is a part of type {kind!r}; only text parts can be trained on")
             if not isinstance(inner, str):
@@ -297,7 +297,7 @@ def _from_question(fields: Mapping[str, Any]) -> list[Message]:
 
 
 def _from_label(fields: Mapping[str, Any]) -> list[Message]:
-    name = next(name for name in _ANSWERS if name in fields)
+    name = max((name for name in _ANSWERS if name in fields), key=lambda name: fields[name] is not None)
     label = fields[name]
     if isinstance(label, int) and not isinstance(label, bool):
         label = str(label)
@@ -335,9 +335,11 @@ def _record(row: RawRow, source: str) -> Record:
             "fields 'chosen' and 'rejected' make a preference pair; preference pairs (DPO and its kin) are not "
             "supported yet: keep the chosen answers as messages to fine-tune on them"
         )
-    for needed, convert in _SHAPES:
-        if all(name in fields for name in needed):
-            return Record(source, row.number, messages=tuple(convert(fields)))
+    filled = {name for name, value in fields.items() if value is not None}
+    for names in (filled, set(fields)):  # in tables a null may stand for a field that is not there
+        for needed, convert in _SHAPES:
+            if names.issuperset(needed):
+                return Record(source, row.number, messages=tuple(convert(fields)))
     if "text" in fields:
         return Record(source, row.number, text=_filled_text(fields["text"], "field 'text'"), ends=row.ends)
     raise _RowError(_unrecognised(fields))
