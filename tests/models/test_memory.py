@@ -21,7 +21,6 @@ def test_one_dense_weight_is_alive_at_a_time(tmp_path):
     alive: list[weakref.ref[torch.Tensor]] = []
 
     def rounding(name: str, weight: torch.Tensor) -> QuantizedTensor:
-        gc.collect()
         assert not [name for ref in alive if ref() is not None], f"at {name} an earlier weight is still held"
         alive.append(weakref.ref(weight))
         return quantize_tensor(weight, parse_scheme("int4-g32"), where=name)
