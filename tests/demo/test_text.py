@@ -1,5 +1,6 @@
 """The pretraining text and the program that trains on it: the same bits again, and nothing of the task in it."""
 
+import hashlib
 import itertools
 import json
 import random
@@ -11,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
-from strop.demo import drills, everyday, packing, pretrain, text, tokenizer
+from strop.demo import drills, everyday, model_path, packing, pretrain, text, tokenizer
 from strop.demo import words as w
 
 PROVENANCE = json.loads((Path(text.__file__).parent / "provenance.json").read_text())
@@ -118,14 +120,12 @@ def test_learning_rate_warms_up_stays_and_decays():
 
 
 def test_provenance_names_what_made_the_weights():
-    assert {
-        "python",
-        "torch",
-        "seed",
-        "steps",
-        "tokens",
-        "final_loss",
-        "minutes",
-        "tokenizer_sha256",
-        "text_sha256",
-    } <= set(PROVENANCE)
+    wanted = {"python", "torch", "seed", "steps", "tokens", "final_loss", "minutes", "tokenizer_sha256", "text_sha256"}
+    assert wanted <= set(PROVENANCE)
+
+
+def test_shipped_weights_and_tokenizer_are_those_of_the_provenance():
+    weights = (model_path() / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() == PROVENANCE["weights_sha256"]
+    shipped = Tokenizer.from_file(str(model_path() / "tokenizer.json"))
+    assert hashlib.sha256(shipped.to_str().encode()).hexdigest() == PROVENANCE["tokenizer_sha256"]
