@@ -223,6 +223,26 @@ def test_tokenizer_is_left_out_on_request_and_none_where_there_is_none(tmp_path)
     assert load(tmp_path / "bare").tokenizer is None
 
 
+@pytest.mark.parametrize("form", [None, "nf4"])
+def test_a_hub_id_opens_from_the_local_cache(tmp_path, monkeypatch, form):
+    home = tmp_path / "cache" / "models--org--name"
+    snapshot, blobs = home / "snapshots" / ("0" * 40), home / "blobs"
+    for folder in (snapshot, blobs, home / "refs"):
+        folder.mkdir(parents=True)
+    (home / "refs" / "main").write_text("0" * 40)
+    saved = tmp_path / "saved"
+    tiny_model("llama").save_pretrained(saved, max_shard_size="100KB")
+    tiny_tokenizer().save_pretrained(saved)
+    for number, path in enumerate(sorted(saved.iterdir())):  # the cache holds links to files without names
+        shutil.move(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    opened = load("org/name", form)
+    assert opened.source == str(snapshot)
+    assert same_weights(opened.model, tiny_model("llama") if form is None else rounded("llama", form))
+    assert opened.tokenizer is not None
+
+
 @pytest.mark.parametrize("part", ["best", "last", "model"])
 def test_a_run_opens_as_its_best_part_or_else_its_last(tmp_path, part):
     order = ["best", "last", "model"]

@@ -1,1 +1,8 @@
-"""strop.layers."""
+"""The linear layers of a model, as modules: over codes, through rounding, with an adapter; and how they are exchanged.
+
+base.py               what they have in common: shape [out, in], dense weight, bias
+quant_linear.py       `QuantLinear`: over a frozen `QuantizedTensor`
+fake_quant_linear.py  `FakeQuantLinear`: a trainable weight, rounded on every call
+lora_linear.py        `LoraLinear`: any of them frozen, plus a trainable change of low rank
+surgery.py            find, choose, replace, undo
+"""
