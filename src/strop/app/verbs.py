@@ -124,15 +124,12 @@ def plan(
 
     Example: strop plan demo --rank 16     strop plan --sizes 7B,70B --ranks 1,8
     """
-    from strop.errors import UsageError
-    from strop.recipes.plan import plan_model, plan_sizes
+    from strop.recipes.plan import plan as run
 
-    if (model is None) == (sizes is None):
-        raise UsageError("plan takes either a model or --sizes; got " + ("both" if model else "neither") + ".")
-    if sizes is not None:
-        planned = plan_sizes(sizes.split(","), ranks.split(","))
+    if model is None or sizes is not None:
+        planned = run(model, sizes=None if sizes is None else sizes.split(","), ranks=ranks.split(","))
     else:
-        planned = plan_model(model, rank=rank, targets=targets, batch_size=batch_size, max_length=max_length)
+        planned = run(model, rank=rank, targets=targets, batch_size=batch_size, max_length=max_length)
     if json:
         _dump(planned.to_dict())
         return

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[KMBT]?)", re.ASCII)
+_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _BLOCK = re.compile(r"^(.*?\.)?\d+(?=\.)")
 
 # --- the approximation ------------------------------------------------------------------------------------------------
@@ -91,10 +92,12 @@ def abbreviate(count: int, *, digits: int = 0) -> str:
 
     >>> abbreviate(167_332), abbreviate(85_673_600), abbreviate(6_738_415_616, digits=2)
     ('167K', '86M', '6.74B')
+    >>> abbreviate(529_150), abbreviate(999_999)
+    ('529K', '1M')
     """
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        # Compared after rounding, so that 999,999 is 1M and not 1000K.
-        if round(count / size, digits) >= 1:
+        # A little early, so that 999,999 is 1M and not 1000K.
+        if count >= 0.9995 * size:
             return f"{count / size:.{digits}f}{unit}"
     return str(count)
 
@@ -140,8 +143,9 @@ class ModelShape:
     `linears` are the linear layers inside the blocks, as `strop.layers.surgery.linear_modules` finds them; embeddings
     and output head are not among them. `experts` are a mixture's fused expert weights, which adapters and
     quantization leave alone; `active_experts` of them work on each token. `norms` stand in all blocks together, on
-    the full hidden size; `query_features` is heads * head size. All counts are of parameters; a tied head is counted
-    once.
+    the full hidden size; `query_features` is heads * head size, `key_value_features` the same of the key-value heads.
+    `whole_logits` says that the logits are capped or scaled behind the head, so that a loss cannot compute them piece
+    by piece. All counts are of parameters; a tied head is counted once.
     """
 
     source: str
@@ -154,7 +158,10 @@ class ModelShape:
     layers: int
     norms: int
     vocabulary: int
+    heads: int
     query_features: int
+    key_value_features: int
+    whole_logits: bool
     positions: int | None
     linears: tuple[LinearShape, ...]
     experts: tuple[ExpertShape, ...]
@@ -238,14 +245,18 @@ def meta_model(config: PreTrainedConfig, *, where: str) -> nn.Module:
 
 
 def _read_config(source: str | Path) -> PreTrainedConfig:
+    from strop.files.peft_adapter import read_adapter_config
+    from strop.models.sources import find_folder, is_adapter
+
     path = Path(source)
     if path.is_dir():
-        file = path / "config.json"
-        if not file.is_file():
-            raise MissingInputError(
-                f"{path}: there is no config.json in this folder; name a model folder or its config.json."
-            )
-        return _config_from_file(file)
+        folder = find_folder(path)
+        if is_adapter(folder):
+            base = read_adapter_config(folder).base
+            if Path(base).is_dir() and is_adapter(find_folder(base)):
+                raise ModelError(f"{folder}: its base {base} is an adapter too; name the model below both.")
+            return _read_config(base)
+        return _config_from_file(folder / "config.json")
     if path.is_file():
         return _config_from_file(path)
     return _config_from_hub(str(source))
@@ -327,12 +338,23 @@ def _shape_of(model: nn.Module, name: str) -> ModelShape:
         layers=int(text.num_hidden_layers),
         norms=len(norms),
         vocabulary=int(embedding.shape[0]),
+        heads=heads,
         query_features=heads * int(head_size),
+        key_value_features=int(_key_value_heads(text) or heads) * int(head_size),
+        whole_logits=any(getattr(text, field, None) not in (None, 1, 1.0) for field in _LOGIT_FIELDS),
         positions=getattr(text, "max_position_embeddings", None),
         linears=tuple(linears),
         experts=fused,
         active_experts=int(getattr(text, "num_experts_per_tok", None) or 0) if fused else 0,
     )
+
+
+def _key_value_heads(config: PreTrainedConfig) -> int | None:
+    """Return the number of key-value heads; None where every head has its own."""
+    for field in ("num_key_value_heads", "num_kv_heads"):
+        if getattr(config, field, None):
+            return int(getattr(config, field))
+    return None
 
 
 def _three(shape: Sequence[int]) -> tuple[int, int, int]:
