@@ -60,27 +60,21 @@ def rounded(x: Tensor, scale: Tensor, value_scale: Tensor, zero_point: Tensor | 
 def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: Format) -> Tensor:
     """Where the grid does not clip x: within half a step of an integer's ends, else within the largest level. Bool."""
     places = x / scale
-    if isinstance(form, IntFormat):
-        low, high = _ends(zero_point, form)
-        return (places >= low - 0.5) & (places <= high + 0.5)
-    return places.abs_() <= (form.max_value if isinstance(form, FloatFormat) else 1.0)
-
-
-def _ends(zero_point: Tensor | None, form: IntFormat) -> tuple[Tensor | int, Tensor | int]:
-    """The grid's ends in steps from zero: qmin - z and qmax - z."""
-    if zero_point is None:
-        return form.qmin, form.qmax
-    low = 0.0 - zero_point.float()  # 0.0 - 0.0 is 0.0, where -0.0 would be another zero than a code's
-    return low, low + form.steps
+    if not isinstance(form, IntFormat):
+        return places.abs_() <= (form.max_value if isinstance(form, FloatFormat) else 1.0)
+    places += -form.qmin if zero_point is None else zero_point
+    return places.sub_(form.steps / 2).abs_() <= (form.steps + 1) / 2  # one comparison: they are the slow part
 
 
 def _integer_places(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: IntFormat) -> Tensor:
-    """Steps from zero, clamp(round(x / scale), qmin - z, qmax - z), float32: the zero point need not be added first."""
-    places = (x / scale).round_().add_(0.0)  # -0.0 becomes the 0.0 that a code stands for
-    low, high = _ends(zero_point, form)
-    if isinstance(low, int) or isinstance(high, int):
-        return places.clamp_(form.qmin, form.qmax)
-    return places.clamp_(low, high)
+    """Steps from zero, clamp(round(x / scale) + z, qmin, qmax) - z, float32; a zero is 0.0, never -0.0."""
+    places = (x / scale).round_()
+    if zero_point is None:
+        return places.add_(0.0).clamp_(form.qmin, form.qmax)  # -0.0 becomes the 0.0 that a code stands for
+    places += zero_point
+    places.clamp_(0, form.steps)
+    places -= zero_point
+    return places
 
 
 def _places_of(stored: Tensor, zero_point: Tensor | None, form: IntFormat) -> Tensor:

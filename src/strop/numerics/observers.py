@@ -120,18 +120,16 @@ def search_range(
         low, high = low.min().view(1, 1), high.max().view(1, 1)
         problems = [chunks]
     low, high = low.clamp_(max=0.0), high.clamp_(min=0.0)
-    root = None if importance is None else importance.sqrt()
     best_factor = torch.ones_like(low)
     for problem in problems:
         mine = slice(None) if shared else problem[0]
+        pieces = [(groups[rows].float(), _root(importance, rows)) for rows in problem]
         best_error: Tensor | None = None
         for factor in (1.0, *factors):
             start, end = _scaled(low[mine], high[mine], factor)
             scale, zero_point = fit_scale(start, end, form, mode, scale_dtype=scale_dtype)
             zero = None if zero_point is None else stored_zero_point(zero_point, form).unsqueeze(-1)
-            errors = [
-                _errors(groups[rows], scale.float().unsqueeze(-1), zero, form, _part(root, rows)) for rows in problem
-            ]
+            errors = [_errors(x, scale.float().unsqueeze(-1), zero, form, root) for x, root in pieces]
             error = torch.cat(errors).sum().view(1, 1) if shared else errors[0]
             if best_error is None:
                 best_error = error
@@ -149,19 +147,16 @@ def _scaled(low: Tensor, high: Tensor, factor: float) -> tuple[Tensor, Tensor]:
     return (low * factor, high * factor) if factor > 0 else (high * factor, low * factor)
 
 
-def _part(importance: Tensor | None, rows: slice) -> Tensor | None:
-    """The importance of a slice of rows; one row serves all."""
-    return None if importance is None else rows_of(importance, rows)
+def _root(importance: Tensor | None, rows: slice) -> Tensor | None:
+    """The root of the importance of a slice of rows; one row serves all."""
+    return None if importance is None else rows_of(importance, rows).sqrt()
 
 
-def _errors(
-    groups: Tensor, scale: Tensor, zero_point: Tensor | None, form: Format, root_importance: Tensor | None
-) -> Tensor:
-    """Squared error of each group of [rows, groups, size] on a grid, weighted by the square of root_importance."""
-    x = groups.float()
+def _errors(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: Format, root: Tensor | None) -> Tensor:
+    """Squared error of each group of [rows, groups, size] on a grid, weighted by root^2: [rows, groups]."""
     difference = grid.rounded(x, scale, scale, zero_point, form).sub_(x)
-    if root_importance is not None:
-        difference.mul_(root_importance)
+    if root is not None:
+        difference.mul_(root)
     return difference.square_().sum(dim=-1)
 
 

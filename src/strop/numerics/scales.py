@@ -134,9 +134,10 @@ def check_finite_range(low: Tensor, high: Tensor, *, where: str) -> None:
     Raises:
         FormatError: It did.
     """
-    if torch.isfinite(low).all() and torch.isfinite(high).all():
+    ends = torch.stack([low.min(), high.max()])  # NaN is the smallest and the largest of its kind
+    if torch.isfinite(ends).all():
         return
-    kind = "NaN" if torch.isnan(low).any() or torch.isnan(high).any() else "infinite"
+    kind = "NaN" if torch.isnan(ends).any() else "infinite"
     raise FormatError(
         f"{where}: holds {kind} values, which no scale can carry; find the step that wrote them (training that "
         "diverged, a damaged file) and quantize finite weights"
@@ -155,7 +156,7 @@ def smallest_positive(dtype: torch.dtype) -> float:
 
 def _check_overflow(scale: Tensor, where: str) -> None:
     """Refuse scales that their dtype cannot hold."""
-    if torch.isfinite(scale).all():
+    if torch.isfinite(scale.min()) and torch.isfinite(scale.max()):  # torch.stack would fail on fp16 under autocast
         return
     limit = torch.finfo(scale.dtype).max
     advice = "scale the weights down"
