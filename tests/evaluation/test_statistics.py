@@ -16,7 +16,7 @@ from strop.evaluation.statistics import (
     compare_proportions,
     mcnemar_exact,
     paired_bootstrap,
-    wilson,
+    wilson_interval,
 )
 
 
@@ -30,16 +30,16 @@ def answers(*, both: int, only_model: int, only_reference: int, neither: int) ->
 def test_wilson_gives_the_interval_of_newcombes_table():
     # Newcombe 1998, Statistics in Medicine 17, 857-872, table I, method 3
     for successes, rows, low, high in [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)]:
-        interval = wilson(successes, rows)
+        interval = wilson_interval(successes, rows)
         assert (interval.low, interval.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
-    assert wilson(1, 29).high == pytest.approx(0.1718, abs=5e-5)
+    assert wilson_interval(1, 29).high == pytest.approx(0.1718, abs=5e-5)
 
 
 @given(rows=st.integers(1, 400), data=st.data())
 @settings(deadline=None, max_examples=50)
 def test_wilson_is_inside_zero_and_one_holds_the_share_and_mirrors(rows: int, data: st.DataObject):
     successes = data.draw(st.integers(0, rows))
-    interval, mirrored = wilson(successes, rows), wilson(rows - successes, rows)
+    interval, mirrored = wilson_interval(successes, rows), wilson_interval(rows - successes, rows)
     assert interval.low is not None
     assert interval.high is not None
     assert 0 <= interval.low <= interval.estimate <= interval.high <= 1
@@ -49,7 +49,7 @@ def test_wilson_is_inside_zero_and_one_holds_the_share_and_mirrors(rows: int, da
 @pytest.mark.parametrize(("successes", "rows"), [(1, 0), (-1, 3), (4, 3)])
 def test_wilson_refuses_counts_that_contradict_each_other(successes: int, rows: int):
     with pytest.raises(ValueError, match="successes among"):
-        wilson(successes, rows)
+        wilson_interval(successes, rows)
 
 
 def test_mcnemar_equals_the_enumeration_of_every_outcome():

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from strop.data.batches import padded_batch
 from strop.data.records import Message, Record
 from strop.data.samples import prepare
 from strop.data.templates import Sample, prompt_ids, stop_ids
 from strop.errors import DataError
 from strop.evaluation.generation import generate_answers
 from strop.evaluation.tasks import exact_match
+from tests.evaluation.common import learned_by_heart
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -28,18 +28,9 @@ COLOURS = ["red", "green", "blue", "brown", "black", "white", "pink", "grey"]
 @pytest.fixture(scope="module")
 def learned() -> tuple[torch.nn.Module, list[Record], list[Sample]]:
     """A tiny model that learned the first half of eight rows by heart."""
-    torch.set_num_threads(1)
     records = chats([(f"say {colour} {row}", f"{colour} {row}") for row, colour in enumerate(COLOURS)])
     samples = list(prepare(records, tiny_tokenizer(), max_length=64))
-    half = padded_batch(samples[:4], range(4), pad_id=0)
-    model = tiny_model("llama").train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(50):
-        model(**half.inputs(), labels=half.labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval(), records, samples
+    return learned_by_heart(samples[:4]), records, samples
 
 
 def test_exact_match_is_what_greedy_generation_would_write_on_a_model_that_learned_half(learned):

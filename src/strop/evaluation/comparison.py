@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from strop.evaluation.likelihood import perplexity_of
 from strop.evaluation.speed import Speed
 from strop.evaluation.statistics import Difference, Interval, Verdict
 
-MEBIBYTE = 1 << 20
+MEBIBYTE: Final = 1 << 20
+_FEW: Final = 3
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class ModelResult:
         name: Short name, unique in the comparison.
         source: Folder or hub id.
         format: Number format of its linear layers, as `--format` writes it, or its dtype.
-        weights_bytes: Bytes of the weight files it needs on disk, an adapter's base included; None where unknown.
+        weights_bytes: Bytes of the weight files it needs on disk, an adapter's base included.
         adapter_bytes: The part of them that is an adapter.
         peak_bytes: Most memory held while it was opened and scored, above what was held before.
         loss: Nats per supervised token.
@@ -77,7 +78,7 @@ class ModelResult:
     name: str
     source: str
     format: str
-    weights_bytes: int | None
+    weights_bytes: int
     adapter_bytes: int | None
     peak_bytes: int
     loss: Interval
@@ -220,26 +221,22 @@ class Comparison:
 def headline(models: Sequence[ModelResult], *, task: str | None) -> str:
     """What may be said of `models` against the first, in a few sentences."""
     reference, others = models[0], models[1:]
-    by_verdict = {
-        verdict: [model for model in others if model.verdict == verdict] for verdict in ("better", "worse", "undecided")
-    }
+    better, worse, undecided = (
+        [model for model in others if model.verdict == verdict] for verdict in ("better", "worse", "undecided")
+    )
     sentences = []
-    if by_verdict["better"]:
-        sentences.append(f"Better than {reference.name}: {_listed(by_verdict['better'], task=task)}.")
-    keeping = [
-        model
-        for model in others
-        if model.verdict != "worse" and _smaller(model, reference) and model.weights_bytes is not None
-    ]
+    if better:
+        sentences.append(f"Better than {reference.name}: {_listed(better, task=task)}.")
+    smaller = [model for model in others if model.weights_bytes < reference.weights_bytes]
+    keeping = [model for model in smaller if model.verdict != "worse"]
     if keeping:
-        best = min(keeping, key=lambda model: model.weights_bytes or 0)
-        sentences.append(_keeps_up(best, reference, task=task))
-    elif any(_smaller(model, reference) for model in others):
+        sentences.append(_keeps_up(min(keeping, key=lambda model: model.weights_bytes), reference, task=task))
+    elif smaller:
         sentences.append(f"No smaller file keeps up with {reference.name}.")
-    if by_verdict["worse"]:
-        sentences.append(f"Worse than {reference.name}: {_listed(by_verdict['worse'], task=task)}.")
-    if by_verdict["undecided"]:
-        sentences.append(f"Undecided: {_listed(by_verdict['undecided'], task=task)}.")
+    if worse:
+        sentences.append(f"Worse than {reference.name}: {_listed(worse, task=task)}.")
+    if undecided:
+        sentences.append(f"Undecided: {_listed(undecided, task=task)}.")
     return " ".join(sentences) or f"{reference.name} stands alone: there is nothing to compare it with."
 
 
@@ -266,14 +263,12 @@ def verdict_sentence(model: ModelResult, reference: ModelResult, *, task: str | 
     return sentence + "."
 
 
-def mebibytes(count: float | None) -> str:
+def mebibytes(count: float) -> str:
     """Bytes as mebibytes with three digits or more, without the unit.
 
-    >>> mebibytes(7_870_000), mebibytes(16 << 30), mebibytes(None)
-    ('7.51', '16,384', '-')
+    >>> mebibytes(7_870_000), mebibytes(16 << 30)
+    ('7.51', '16,384')
     """
-    if count is None:
-        return "-"
     size = count / MEBIBYTE
     return f"{size:,.0f}" if size >= 100 else f"{size:.1f}" if size >= 10 else f"{size:.2f}"
 
@@ -293,6 +288,19 @@ def significant(value: float | None, digits: int = 4) -> str:
     return f"{value:#.{digits}g}" if abs(value) >= 1e-3 else f"{value:.2e}"
 
 
+def signed(value: float) -> str:
+    """A difference with its sign, at least three decimals and at least two significant digits.
+
+    >>> signed(0.25), signed(-0.00123), signed(4e-7), signed(0.0)
+    ('+0.250', '-0.0012', '+4.0e-07', '0')
+    """
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4:
+        return f"{value:+.1e}"
+    return f"{value:+.{max(3, 1 - math.floor(math.log10(abs(value))))}f}"
+
+
 def _metric(task: str | None) -> str:
     return "exact match" if task else "loss"
 
@@ -300,7 +308,7 @@ def _metric(task: str | None) -> str:
 def _difference_words(difference: Difference, *, task: str | None) -> str:
     if task:
         return f"{100 * difference.estimate:+.1f} points"
-    return f"{_signed(difference.estimate)} nats per token"
+    return f"{signed(difference.estimate)} nats per token"
 
 
 def _ends_words(difference: Difference, *, task: str | None) -> str:
@@ -308,34 +316,21 @@ def _ends_words(difference: Difference, *, task: str | None) -> str:
         return "unknown"
     if task:
         return f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
-    return f"{_signed(difference.low)} to {_signed(difference.high)}"
+    return f"{signed(difference.low)} to {signed(difference.high)}"
 
 
 def _interval_words(difference: Difference, *, task: str | None) -> str:
-    value = f"{100 * difference.estimate:+.1f}" if task else _signed(difference.estimate)
+    value = f"{100 * difference.estimate:+.1f}" if task else signed(difference.estimate)
     return f"{value} ({_ends_words(difference, task=task)})"
-
-
-def _signed(value: float) -> str:
-    return "0" if value == 0 else f"{value:+.3f}" if abs(value) >= 5e-3 else f"{value:+.1e}"
 
 
 def _p_words(p_value: float) -> str:
     return "< 0.0001" if p_value < 1e-4 else f"{p_value:.2g}"
 
 
-def _smaller(model: ModelResult, reference: ModelResult) -> bool:
-    return (
-        model.weights_bytes is not None
-        and reference.weights_bytes is not None
-        and model.weights_bytes < reference.weights_bytes
-    )
-
-
 def _keeps_up(model: ModelResult, reference: ModelResult, *, task: str | None) -> str:
-    size = f"{mebibytes(model.weights_bytes)} MiB"
-    if reference.weights_bytes and model.weights_bytes:
-        size += f", {100 * model.weights_bytes / reference.weights_bytes:.0f}% of {reference.name}'s"
+    share = model.weights_bytes / reference.weights_bytes
+    size = f"{mebibytes(model.weights_bytes)} MiB, {100 * share:.0f}% of {reference.name}'s"
     if task and model.score and reference.score:
         figures = f"{100 * model.score.estimate:.1f}% exact match against {100 * reference.score.estimate:.1f}%"
     else:
@@ -344,12 +339,17 @@ def _keeps_up(model: ModelResult, reference: ModelResult, *, task: str | None) -
             f"{significant(_perplexity(reference.loss.estimate))}"
         )
     if model.difference and model.verdict == "undecided":
-        figures += f" (difference between {_ends_words(model.difference, task=task)}{' points' if task else ' nats'})"
+        figures += f" (difference {_ends_words(model.difference, task=task)} {'points' if task else 'nats'}, undecided)"
     return f"{model.name} is the smallest file not shown to be worse than {reference.name}: {size}, {figures}."
 
 
 def _listed(models: Sequence[ModelResult], *, task: str | None) -> str:
-    parts = [f"{model.name} ({_difference_words(model.difference, task=task)})" for model in models if model.difference]
+    """Names with their differences, or the names alone where there are many."""
+    few = len(models) <= _FEW
+    parts = [
+        f"{model.name} ({_difference_words(model.difference, task=task)})" if few and model.difference else model.name
+        for model in models
+    ]
     return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 

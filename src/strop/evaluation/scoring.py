@@ -26,8 +26,9 @@ from strop.data.templates import Sample
 from strop.errors import DataError, ModelError
 from strop.progress import SILENT, Reporter
 
-PIECE_NUMBERS: Final = 2_000_000
-"""Logits in one piece: 8 MB as fp32, a few times that while a measure works on them."""
+PIECE_NUMBERS: Final = 1 << 18
+"""Logits in one piece: 1 MiB as fp32, a few times that while a measure works on them, so that measuring needs little
+memory beside the model's own."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ together.
 - Means per token (negative log-likelihood, KL divergence): a studentised bootstrap by document, `bootstrap_mean` and
   `paired_bootstrap`.
 - Answers that are right or wrong: the exact McNemar test with Newcombe's interval of the paired difference,
-  `compare_proportions`; Wilson's interval for one proportion, `wilson`.
+  `compare_proportions`; Wilson's interval for one proportion, `wilson_interval`.
 
 The verdict on a difference is "better", "worse" or "undecided"; it is undecided exactly where the interval holds zero
 or the rows are too few for an interval, and then `rows_needed` says how many rows would probably decide. Each interval
@@ -97,7 +97,7 @@ class Difference:
         return asdict(self)
 
 
-def wilson(successes: int, rows: int, *, level: float = LEVEL) -> Interval:
+def wilson_interval(successes: int, rows: int, *, level: float = LEVEL) -> Interval:
     """Wilson's score interval of one proportion.
 
     centre = (p + z²/2n) / (1 + z²/n), half-width = z sqrt(p(1-p)/n + z²/4n²) / (1 + z²/n) (Wilson 1927).
@@ -120,7 +120,13 @@ def wilson(successes: int, rows: int, *, level: float = LEVEL) -> Interval:
 
 
 def bootstrap_mean(
-    sums: ArrayLike, weights: ArrayLike, *, seed: int, resamples: int = RESAMPLES, level: float = LEVEL
+    sums: ArrayLike,
+    weights: ArrayLike,
+    *,
+    seed: int,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+    resamples: int = RESAMPLES,
+    level: float = LEVEL,
 ) -> Interval:
     """Interval of the weighted mean `sum(sums) / sum(weights)`, documents drawn with replacement.
 
@@ -128,6 +134,7 @@ def bootstrap_mean(
         sums: Per document, the sum over its tokens [documents].
         weights: Per document, its tokens [documents], positive.
         seed: Seed of the resampling.
+        bounds: Ends that the mean cannot pass (0 and 1 for a share); the interval is cut there.
         resamples: Bootstrap samples.
         level: Confidence level.
 
@@ -139,6 +146,7 @@ def bootstrap_mean(
     """
     values, tokens = _checked(sums, weights)
     estimate, low, high, _ = _studentised(values, tokens, seed=seed, resamples=resamples, level=level)
+    low, high = (None if end is None else min(max(end, bounds[0]), bounds[1]) for end in (low, high))
     return Interval(estimate, low, high, len(values), level, f"studentised bootstrap by document, {resamples} samples")
 
 
