@@ -156,6 +156,7 @@ def test_total_parameters_and_tying_equal_the_recorded_ones(material: Path, name
     assert (shape.parameters, "tied" if shape.tied else "untied") == recorded[name]
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # raised inside peft
 @pytest.mark.parametrize("name", CONFIGS)
 def test_adapter_counts_equal_those_of_peft_on_the_meta_device(material: Path, name: str) -> None:
     peft = pytest.importorskip("peft")
@@ -223,7 +224,7 @@ def test_a_config_file_its_folder_and_the_configuration_give_the_same_shape(tmp_
         ('{"model_type": 3}', ModelError, "model_type"),
         ('{"model_type": "lama"}', ModelError, "did you mean 'llama'"),
         ('{"model_type": "llama", "hidden_size": "wide"}', ModelError, "hidden_size"),
-        ('{"model_type": "llama", "hidden_size": 0}', ModelError, "config.json"),
+        ('{"model_type": "llama", "hidden_size": 0}', ModelError, "causal language model"),
         ('{"model_type": "t5"}', ModelError, "causal language model"),
     ],
 )
@@ -236,7 +237,7 @@ def test_a_bad_configuration_is_named_with_its_file(tmp_path: Path, text: str, e
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(MissingInputError, match=r"config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         read_shape(tmp_path)
     with pytest.raises(MissingInputError, match="no such file or folder"):
         read_shape(tmp_path / "nowhere")
@@ -247,9 +248,24 @@ def test_a_model_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_code_that_comes_with_a_model_is_never_run(tmp_path: Path) -> None:
     (tmp_path / "canary.py").write_text("raise SystemExit('ran')\n")
     fields = {
-        "model_type": "canary",
+        "model_type": "own-code",
         "auto_map": {"AutoConfig": "canary.Canary", "AutoModelForCausalLM": "canary.Canary"},
     }
     (tmp_path / "config.json").write_text(json.dumps(fields))
     with pytest.raises(ModelError, match="is not run"):
         read_shape(tmp_path)
+
+
+def test_an_adapters_folder_stands_for_its_base_and_a_run_for_its_model(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    config.save_pretrained(tmp_path / "base")
+    config.save_pretrained(tmp_path / "run" / "best")
+    for name, base in (("adapter", "../base"), ("twice", "../adapter")):
+        (tmp_path / name).mkdir()
+        fields = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["q_proj"]}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(fields | {"base_model_name_or_path": base}))
+    plain = read_shape(config)
+    for folder in ("base", "run", "adapter"):
+        assert read_shape(tmp_path / folder).parameters == plain.parameters
+    with pytest.raises(ModelError, match="is an adapter too"):
+        read_shape(tmp_path / "twice")

@@ -6,10 +6,29 @@ reads the residual stream has in_features = h, one that writes to it out_feature
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from strop.planner.parameters import ExpertShape, LinearShape, ModelShape, block_of
+
+Attention = Literal["fused", "plain"]
+"""`fused` never holds the scores; `plain` keeps them, of every head and pair of positions."""
+
+
+@dataclass(frozen=True)
+class Precision:
+    """In which dtypes a block's activations are.
+
+    Args:
+        product_bytes: an element of the linear layers' outputs: 2 in bf16, 4 in fp32.
+        residual_bytes: an element of the residual stream. Where fp32 weights are trained and the products cast to bf16
+            (autocast) it stays fp32, and every linear layer that reads it casts a copy of its own.
+        trained: whether the block's own weights are trained.
+    """
+
+    product_bytes: int
+    residual_bytes: int
+    trained: bool
 
 
 @dataclass(frozen=True)
@@ -20,6 +39,9 @@ class Block:
     experts: tuple[ExpertShape, ...]
     hidden_size: int
     norms: float
+    heads: int
+    query_features: int
+    key_value_features: int
     active_experts: int
 
     @property
@@ -51,28 +73,43 @@ class Block:
         features += sum(self._active(expert) * self._inner(*expert.shape[1:]) for expert in self.experts)
         return features if product else features - self.widest_features
 
-    def kept_bytes(self, *, element_bytes: int, trained: bool, adapter_features: int = 0) -> float:
+    def kept_bytes(
+        self, precision: Precision, *, adapter_features: int = 0, length: int = 0, attention: Attention = "fused"
+    ) -> float:
         """Return the bytes per token that transformers' layers keep, run one operation after the other.
 
-        Beyond `kept_features`: a norm keeps its input in fp32, and its normalised output where its weight is trained;
-        silu(gate) is kept beside the gate.
+        Differs from `kept_features` in this: a norm keeps its input in fp32, and its normalised output where its weight
+        is trained; keys and values are repeated for every query head; silu(gate) is kept beside the gate; plain
+        attention keeps the softmax in fp32 and, in bf16, once more.
 
         Args:
-            element_bytes: 2 in bf16, 4 in fp32.
-            trained: whether the block's own weights are trained.
-            adapter_features: numbers per token that the block's adapters keep: x A^T, their rank each.
+            precision: the dtypes.
+            adapter_features: numbers that the block's adapters keep: x A^T, their rank each.
+            length: tokens in a row, for plain attention.
+            attention: how attention is computed.
         """
-        kept = element_bytes * self.kept_features()
-        kept += (4 - element_bytes) * self.norms * self.hidden_size
-        if trained:
-            kept += element_bytes * self.norms * self.hidden_size
+        element, casts = precision.product_bytes, precision.product_bytes != precision.residual_bytes
+        norms = self.norms * self.hidden_size
+        inner = self.kept_features() - 2 * norms  # what is not on the residual stream
+        readers = sum(linear.in_features == self.hidden_size for linear in self.linears) - self._square_outputs
+        kept = 4.0 * norms * (2 if precision.trained else 1)
+        kept += element * (readers * self.hidden_size if casts else norms)
+        kept += element * (inner + 2 * max(self.query_features - self.key_value_features, 0) + adapter_features)
         if self.gated:
-            kept += element_bytes * self.widest_features
-        return kept + element_bytes * adapter_features
+            kept += element * self.widest_features
+        if attention == "plain":
+            kept += self.heads * length * (4 if element == 4 else 4 + element)
+        return kept
 
-    def backward_bytes(self, *, element_bytes: int) -> float:
+    def backward_bytes(self, element_bytes: int) -> float:
         """Return the bytes per token of the gradients at the widest point: silu(gate) * up and its two factors."""
         return 3 * element_bytes * self.widest_features
+
+    @property
+    def _square_outputs(self) -> int:
+        """Return 1 where attention's output layer has in_features = h too, and so looks like a reader of the stream."""
+        shapes = {(linear.in_features, linear.out_features) for linear in self.linears}
+        return int(self.query_features == self.hidden_size and (self.hidden_size, self.hidden_size) in shapes)
 
     def _active(self, expert: ExpertShape) -> int:
         return min(self.active_experts, expert.shape[0])
@@ -90,13 +127,16 @@ def blocks(shape: ModelShape) -> dict[str, Block]:
         linears.setdefault(block_of(linear.name), []).append(linear)
     for expert in shape.experts:
         experts.setdefault(block_of(expert.name), []).append(expert)
-    names: Iterable[str] = dict.fromkeys([*linears, *experts])
+    names = dict.fromkeys([*linears, *experts])
     return {
         name: Block(
             tuple(linears.get(name, ())),
             tuple(experts.get(name, ())),
             shape.hidden_size,
             shape.norms / max(shape.layers, 1),
+            shape.heads,
+            shape.query_features,
+            shape.key_value_features,
             shape.active_experts,
         )
         for name in names

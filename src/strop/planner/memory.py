@@ -1,22 +1,24 @@
 """The bytes that a training step needs, part by part, for every method.
 
-For a model in elements of b bytes (2 in bf16, 4 in fp32), a micro batch of T tokens, hidden size h, N parameters:
+For a model of N parameters, P of them in its linear layers, in products of b bytes (2 in bf16, 4 in fp32):
 
 | part | bytes |
 |---|---|
-| full | 16 N: fp32 master weight 4, AdamW's moments 8, bf16 weight 2, gradient 2 (in fp32: 4 + 4 + 8) |
+| full | 16 N: fp32 weight 4, gradient 4, AdamW's two moments 8 |
 | full-bf16 | 8 N: weight, gradient and both moments in bf16; updates below 0.2 to 0.4% of a weight vanish in it |
-| qat | as full, and the rounded copy of each linear weight, b a weight, until the backward pass |
-| lora | b a frozen parameter; 16 a trained one (fp32 weight, gradient, moments) and b for its copy in the product |
+| qat | 16 N, as full |
+| lora | b a frozen parameter; 16 a trained one |
 | qlora | the same, with the linear layers' weights in the bits of their format |
-| activations | `activations.Block.kept_bytes` a token and block; with checkpointing b h, each block's input |
+| copies | in bf16, 2 for every fp32 weight that enters a product (linear, adapter, head); qat in fp32: 4 P |
+| activations | `activations.Block.kept_bytes` a token and block; with checkpointing each block's input only |
 | backward of one block | the gradients at its widest point; with checkpointing also what it computes again |
-| logits | `LOGIT_BYTES` a logit, for the rows in flight at once |
+| logits | `LOGIT_BYTES` a logit, for those computed at once |
 | scratch | the largest weight, dequantized, b an element |
 
-The peak is weights + gradients + optimizer + activations + scratch + the larger of (logits, backward of one block): the
-logits are gone when the backward pass of the blocks begins. Left out: the interpreter and its libraries
-(`RUNTIME_BYTES`), the allocator's rounding, and attention scores, which the usual attention kernels never hold whole.
+The peak is weights + gradients + optimizer + copies + activations + scratch + the larger of (logits, backward of one
+block): the logits are gone when the backward pass of the blocks begins. The usual count for mixed precision, bf16
+weight and gradient and fp32 master and moments, is 16 a parameter too. Left out: the interpreter and its libraries
+(`RUNTIME_BYTES`) and the allocator's rounding.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from typing import Any, Literal, get_args
 from strop.errors import FormatError
 from strop.numerics.groups import plan_shape
 from strop.numerics.scheme import Scheme, parse_scheme
-from strop.planner.activations import blocks
+from strop.planner.activations import Attention, Precision, blocks
 from strop.planner.hardware import Dtype
 from strop.planner.parameters import LinearShape, ModelShape, block_of, lora_parameters
+from strop.training.losses import CHUNK_LOGITS
 
 Method = Literal["full", "full-bf16", "lora", "qlora", "qat"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -40,8 +43,7 @@ GIB = 2**30
 RUNTIME_BYTES = 400 * 10**6
 """What Python, torch and transformers hold before a model is opened (380 MB measured)."""
 LOGIT_BYTES = 18
-"""Per logit in flight: the bf16 value, its fp32 copy, log-probabilities, their gradients in fp32 and bf16."""
-_ADAMW_BYTES = 16
+"""Per logit in flight: the bf16 value, its fp32 copy, log-probabilities, and the gradients of the three."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Step:
         rank: the adapters' rank (lora, qlora).
         format: the grid of the linear layers (qlora, qat).
         dtype: what weights and activations are computed in.
-        logit_rows: the most tokens whose logits exist at once; None for those of the whole micro batch.
+        attention: `fused` never holds the scores, `plain` keeps them.
     """
 
     rows: int = 1
@@ -64,7 +66,7 @@ class Step:
     rank: int = 16
     format: str = "nf4-dq"
     dtype: Dtype = "bfloat16"
-    logit_rows: int | None = None
+    attention: Attention = "fused"
 
     @property
     def tokens(self) -> int:
@@ -90,6 +92,7 @@ class MemoryPlan:
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
+    copies_bytes: int
     activations_bytes: int
     logits_bytes: int
     block_backward_bytes: int
@@ -99,8 +102,9 @@ class MemoryPlan:
     @property
     def peak_bytes(self) -> int:
         """The most that is held at once."""
-        held = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
-        return held + self.scratch_bytes + max(self.logits_bytes, self.block_backward_bytes)
+        held = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.copies_bytes
+        held += self.activations_bytes + self.scratch_bytes
+        return held + max(self.logits_bytes, self.block_backward_bytes)
 
     def fits(self, available_bytes: int) -> bool:
         """Say whether it fits beside the interpreter and its libraries."""
@@ -139,8 +143,7 @@ def plan_memory(
     if method == "full-bf16":
         weights, gradients, optimizer = 2 * trained, 2 * trained, 4 * trained
     elif method in ("full", "qat"):
-        weights, gradients = element * trained, element * trained
-        optimizer = _ADAMW_BYTES * trained - weights - gradients
+        weights, gradients, optimizer = 4 * trained, 4 * trained, 8 * trained
     else:
         frozen = element * shape.parameters
         if method == "qlora":
@@ -148,7 +151,7 @@ def plan_memory(
             frozen -= saved
         weights, gradients, optimizer = frozen + 4 * trained, 4 * trained, 8 * trained
     activations, working = _activation_bytes(shape, method, step, adapted)
-    logit_rows = step.tokens if step.logit_rows is None else min(step.logit_rows, step.tokens)
+    logits = shape.vocabulary * step.tokens
     largest = max((linear.weights for linear in shape.linears), default=0)
     return MemoryPlan(
         method=method,
@@ -157,8 +160,9 @@ def plan_memory(
         weights_bytes=weights,
         gradients_bytes=gradients,
         optimizer_bytes=optimizer,
+        copies_bytes=_copies_bytes(shape, method, step, adapted),
         activations_bytes=activations,
-        logits_bytes=LOGIT_BYTES * shape.vocabulary * logit_rows,
+        logits_bytes=LOGIT_BYTES * (logits if shape.whole_logits else min(logits, CHUNK_LOGITS)),
         block_backward_bytes=working,
         scratch_bytes=element * largest if method == "qlora" else 0,
         kept_wide=kept_wide,
@@ -188,28 +192,38 @@ def _saved_by_format(shape: ModelShape, scheme: Scheme, element_bytes: int) -> t
     return round(saved_bits / 8), tuple(kept_wide)
 
 
+def _copies_bytes(shape: ModelShape, method: Method, step: Step, adapted: Sequence[LinearShape]) -> int:
+    """Return the bytes of the copies in which fp32 weights enter a product, until the backward pass is over."""
+    if method == "full-bf16":
+        return 0
+    if method in ("lora", "qlora"):
+        return 0 if step.dtype == "float32" else 2 * lora_parameters(adapted, step.rank)
+    if step.dtype == "float32":
+        return 4 * shape.linear_weights if method == "qat" else 0
+    return 2 * (shape.linear_weights + shape.expert_weights + shape.head_parameters)
+
+
 def _activation_bytes(shape: ModelShape, method: Method, step: Step, adapted: Sequence[LinearShape]) -> tuple[int, int]:
     """Return what is kept until the backward pass, and what one block's backward pass needs on top."""
-    element = step.element_bytes
+    masters = method in ("full", "qat")
+    precision = Precision(
+        product_bytes=step.element_bytes,
+        residual_bytes=4 if masters else step.element_bytes,
+        trained=method not in ("lora", "qlora"),
+    )
     ranks: Counter[str] = Counter()
-    copies: Counter[str] = Counter()
-    if method in ("lora", "qlora"):
+    if not precision.trained:
         for linear in adapted:
             ranks[block_of(linear.name)] += step.rank
-            if step.dtype == "bfloat16":  # fp32 adapters are multiplied as bf16 copies
-                copies[block_of(linear.name)] += element * linear.adapter_parameters(step.rank)
-    elif method == "qat":
-        for linear in shape.linears:
-            copies[block_of(linear.name)] += element * linear.weights  # the rounded weight
     kept: list[float] = []
     gradients: list[float] = []
     for name, block in blocks(shape).items():
-        of_tokens = block.kept_bytes(
-            element_bytes=element, trained=method not in ("lora", "qlora"), adapter_features=ranks[name]
+        of_token = block.kept_bytes(
+            precision, adapter_features=ranks[name], length=step.length, attention=step.attention
         )
-        kept.append(step.tokens * of_tokens + copies[name])
-        gradients.append(step.tokens * block.backward_bytes(element_bytes=element))
+        kept.append(step.tokens * of_token)
+        gradients.append(step.tokens * block.backward_bytes(step.element_bytes))
     if step.checkpointing:
         again = max((one + other for one, other in zip(kept, gradients, strict=True)), default=0)
-        return element * shape.hidden_size * step.tokens * len(kept), int(again)
+        return precision.residual_bytes * shape.hidden_size * step.tokens * len(kept), int(again)
     return int(sum(kept)), int(max(gradients, default=0))

@@ -95,11 +95,13 @@ def abbreviate(count: int, *, digits: int = 0) -> str:
     >>> abbreviate(529_150), abbreviate(999_999)
     ('529K', '1M')
     """
-    for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        # A little early, so that 999,999 is 1M and not 1000K.
-        if count >= 0.9995 * size:
+    if count < 1000:
+        return str(count)
+    for unit, size in (("K", 10**3), ("M", 10**6), ("B", 10**9)):
+        # Compared after rounding, so that 999,999 is 1M and not 1000K.
+        if round(count / size, digits) < 1000:
             return f"{count / size:.{digits}f}{unit}"
-    return str(count)
+    return f"{count / 10**12:.{digits}f}T"
 
 
 # --- the architecture -------------------------------------------------------------------------------------------------

@@ -278,7 +278,9 @@ def _draw(
 
 def _draw_values(axes: Axes, weight: Tensor, restored: Tensor) -> None:
     edges = torch.linspace(weight.min(), weight.max() + 1e-12, 161).numpy()
-    axes.hist(weight.flatten().numpy(), bins=edges.tolist(), color=_BAR, alpha=0.85, label="weights")
+    axes.hist(
+        weight.flatten().numpy(), bins=edges.tolist(), histtype="stepfilled", color=_BAR, alpha=0.85, label="weights"
+    )
     axes.hist(
         restored.flatten().numpy(),
         bins=edges.tolist(),
@@ -310,7 +312,13 @@ def _draw_units(axes: Axes, weight: Tensor, quantized: QuantizedTensor) -> None:
         unit = "weight / its group's scale"
         margin = 0.04 * (max(levels) - min(levels))
     low, high = min(levels), max(levels)
-    axes.hist(in_units.flatten().clamp(low - margin, high + margin).numpy(), bins=200, color=_BAR, alpha=0.85)
+    axes.hist(
+        in_units.flatten().clamp(low - margin, high + margin).numpy(),
+        bins=200,
+        histtype="stepfilled",
+        color=_BAR,
+        alpha=0.85,
+    )
     if len(levels) <= 64:
         for level in levels:
             axes.axvline(level, color=_GRID, linewidth=0.8, alpha=0.8)
@@ -326,10 +334,10 @@ def _draw_units(axes: Axes, weight: Tensor, quantized: QuantizedTensor) -> None:
 def _draw_error(axes: Axes, weight: Tensor, restored: Tensor, quantized: QuantizedTensor) -> None:
     steps = _error_steps(weight, restored, quantized)
     if steps is None:
-        axes.hist((restored - weight).flatten().numpy(), bins=160, color=_ERROR)
+        axes.hist((restored - weight).flatten().numpy(), bins=160, histtype="stepfilled", color=_ERROR)
         axes.set(title="Error", xlabel="value after rounding - weight", ylabel="count")
         return
-    axes.hist(steps.numpy(), bins=160, color=_ERROR)
+    axes.hist(steps.numpy(), bins=160, histtype="stepfilled", color=_ERROR)
     for bound in (-0.5, 0.5):
         axes.axvline(bound, color=_GRID, linewidth=0.8, linestyle="--")
     axes.set(title="Error, in steps of each group's grid (dashed: half a step)", xlabel="steps", ylabel="count")
