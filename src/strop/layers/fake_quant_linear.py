@@ -46,7 +46,9 @@ class FakeQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in] -> [..., out] in the dtype of `x`, or autocast's."""
         dtype = compute_dtype(x)
-        weight = fake_quantize(self.weight, self.scheme).to(dtype)
+        with torch.autocast(x.device.type, enabled=False):  # the rounding is exact, and has no lower precision
+            weight = fake_quantize(self.weight, self.scheme)
+        weight = weight.to(dtype)
         return functional.linear(x.to(dtype), weight, None if self.bias is None else self.bias.to(dtype))
 
     def dense_weight(self) -> Tensor:

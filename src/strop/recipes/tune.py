@@ -35,7 +35,7 @@ from strop.files.folders import read_json, write_json
 from strop.memory import PeakMemory
 from strop.progress import SILENT, Reporter
 from strop.training.checkpoints import RunLock, differences
-from strop.training.loop import train
+from strop.training.loop import count_steps, train
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import read_metrics
 from strop.training.optimizers import default_learning_rate
@@ -248,6 +248,7 @@ class _Tuning:
         trained = put_layers(base, method, seed=self.config.seed, reporter=self.reporter)
         attention = self._choose_attention(model, train_set)
         stream = self._stream(model, tokenizer, train_set)
+        self._tell_length(stream)
         report = self._report(base, trained, train_set, valid_set) | {"attention": attention}
         identity = {
             **{key: value for key, value in self.config.flat().items() if key not in _MAY_DIFFER},
@@ -314,6 +315,14 @@ class _Tuning:
             pad_id=pad_id if isinstance(pad_id, int) else 0,  # padding is masked by its place, not by its id
             attention=packed_attention(model, samples.max_length) if samples.packing else None,
         )
+
+    def _tell_length(self, stream: BatchStream) -> None:
+        optimization, length = self.config.optimization, self.config.length
+        rows = "packed sequences" if stream.packing else "rows"
+        steps = count_steps(length, stream.steps_per_epoch)
+        told = "as many as fit into its minutes" if steps is None else f"{steps:,}"
+        most = optimization.batch_size * optimization.accumulation
+        self.reporter.note(f"{stream.steps_per_epoch:,} steps of up to {most} {rows} are an epoch; the run has {told}")
 
     # --- settings and account -----------------------------------------------------------------------------------------
 

@@ -115,6 +115,15 @@ def train(
         return run.go(resume=resume)
 
 
+def count_steps(length: Steps | Epochs | Minutes, steps_per_epoch: int) -> int | None:
+    """Optimizer steps of a run; None where only the time they take can tell."""
+    if isinstance(length, Steps):
+        return length.max_steps
+    if isinstance(length, Epochs):
+        return max(1, math.ceil(length.epochs * steps_per_epoch - 1e-9))
+    return None
+
+
 @contextlib.contextmanager
 def _recomputed(model: Any) -> Iterator[None]:
     """Recompute the blocks' activations while the context lasts; transformers renamed the switch on its way to 6."""
@@ -384,12 +393,11 @@ class _Run:
     # --- how long -----------------------------------------------------------------------------------------------------
 
     def _count_steps(self) -> int:
-        length = self.settings.length
-        if isinstance(length, Steps):
-            return length.max_steps
-        if isinstance(length, Epochs):
-            return max(1, math.ceil(length.epochs * self.stream.steps_per_epoch - 1e-9))
-        return self._estimate_steps(60 * length.minutes)
+        steps = count_steps(self.settings.length, self.stream.steps_per_epoch)
+        if steps is not None:
+            return steps
+        assert isinstance(self.settings.length, Minutes)
+        return self._estimate_steps(60 * self.settings.length.minutes)
 
     def _estimate_steps(self, seconds: float) -> int:
         """Steps that fit into nine tenths of `seconds`, from up to three timed ones; the rest is for evaluations.
