@@ -1,4 +1,4 @@
-"""Comparison: every figure against an oracle, verdicts on planted differences, and requests that cannot be carried out."""
+"""Comparison: every figure against an oracle, verdicts on planted differences, requests that are refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def save(model, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with rows.jsonl and three models: base (random), tuned (knows half of the rows), near (tuned with noise)."""
+    """A folder with rows.jsonl and three models: base (random), tuned (knows half of the rows), near (plus noise)."""
     folder = tmp_path_factory.mktemp("compare")
     records = read_records(tiny_chat_file(folder / "rows.jsonl", rows=ROWS))
     samples = list(prepare(records, tiny_tokenizer(), max_length=64))
@@ -319,7 +319,7 @@ def test_requests_that_cannot_be_carried_out_are_refused_before_work(place: Path
         compare([place / "base"], place / "nothing.jsonl")
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "a plain text"}\n', encoding="utf-8")
-    with pytest.raises(DataError, match="row 1 .*plain text has no answer"):
+    with pytest.raises(DataError, match=r"row 1 .*plain text has no answer"):
         compare([place / "base"], text, task="exact-match")
     empty = tmp_path / "empty"
     empty.mkdir()

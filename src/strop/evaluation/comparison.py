@@ -255,9 +255,7 @@ def verdict_sentence(model: ModelResult, reference: ModelResult, *, task: str | 
     sentence = f"{model.name} against {reference.name}: {difference.verdict} ({measured}, {ending})"
     if difference.verdict == "undecided":
         if difference.estimate == 0:
-            sentence += (
-                "; no difference was measured on any row" if difference.high == 0 else "; it measures as nothing"
-            )
+            sentence += "; no difference was measured, so no number of rows can be named that would decide"
         elif difference.rows_needed is not None:
             sentence += f"; about {difference.rows_needed:,} rows would decide a difference of this size"
     return sentence + "."
