@@ -138,6 +138,14 @@ def test_a_folder_in_the_layout_of_the_compressed_tensors_library_opens(tmp_path
     assert all(torch.equal(layer.dense_weight(), expected[name]) for name, layer in layers.items())
 
 
+def test_a_folder_whose_tool_skipped_every_layer_opens_dense(tmp_path):
+    folder = tiny_folder(tmp_path, "falcon")
+    edit_json(folder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    opened = load(folder)
+    assert opened.scheme is None
+    assert same_weights(opened.model, tiny_model("falcon"))
+
+
 @pytest.mark.parametrize("form", [None, "int4-g32"])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -130,6 +130,8 @@ class ReadingPlan(Plan):
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         """Find the quantized layers by the tensors that the files hold, under the names that the model gives them.
 
+        A tool may have skipped every layer (bitsandbytes does with Falcon's own linear class): then all stay dense.
+
         Raises:
             ModelError: the files hold a quantized weight for something that is no linear layer of this model.
         """

@@ -164,7 +164,7 @@ def _open_model(
         plan = RoundingPlan(wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device)
     model = _through_transformers(folder, config, plan, dtype)
     if plan is not None:
-        scheme = _true_scheme(model) or scheme
+        scheme = _true_scheme(model)
     return OpenedModel(model.to(device), None, str(folder), scheme, None)  # type: ignore[arg-type]
 
 
