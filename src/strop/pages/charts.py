@@ -193,10 +193,10 @@ def _y_axis(points: Sequence[Point], *, log_y: bool, top: float | None) -> tuple
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from `low` to `high`, four to eight of them.
+    """Round numbers from `low` to `high`, about five of them.
 
-    >>> ticks(0, 7.4), ticks(0, 100)
-    ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], [0.0, 20.0, 40.0, 60.0, 80.0, 100.0])
+    >>> ticks(0.0, 7.4), ticks(-100.0, 3.0)
+    ([0.0, 2.0, 4.0, 6.0], [-100.0, -80.0, -60.0, -40.0, -20.0, 0.0])
     """
     if high <= low:
         return [low]
@@ -204,7 +204,7 @@ def ticks(low: float, high: float) -> list[float]:
     power = 10 ** math.floor(math.log10(rough))
     step = min((factor * power for factor in (1, 2, 2.5, 5, 10)), key=lambda size: abs(math.log(size / rough)))
     first = math.ceil(low / step - 1e-9)
-    return [round(step * index, 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(float(step * index), 12) for index in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def shortened(name: str) -> str:
