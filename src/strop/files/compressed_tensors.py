@@ -63,11 +63,22 @@ def check_scheme(scheme: Scheme) -> None:
         raise FormatError(f"{scheme}: of 8-bit floats compressed-tensors holds e4m3 alone; the nearest is fp8")
 
 
-def config_for(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
+def opens_packed(scheme: Scheme) -> bool:
+    """Whether the library opens the scheme's packed weights as they are, into layers that are plain `nn.Linear`."""
+    return scheme.mode is not Mode.ASYMMETRIC or scheme.granularity is Granularity.TENSOR
+
+
+def config_for(scheme: Scheme, ignore: Sequence[str], *, packed: bool | None = None) -> dict[str, Any]:
     """Return the `quantization_config` of a model whose linear layers, but for `ignore`, are quantized by `scheme`.
 
     The group bears the scheme's own name (the name is free), so that what the other fields leave out comes back: a
     full-range grid, and the dtype of scales that were widened.
+
+    Args:
+        scheme: of the quantized layers.
+        ignore: full names of the linear layers that stay as they are.
+        packed: whether the library is to keep the weights packed when it opens them; where it cannot, it dequantizes
+            them while loading. `opens_packed(scheme)` by default.
 
     Raises:
         FormatError: as `check_scheme`.
@@ -92,7 +103,7 @@ def config_for(scheme: Scheme, ignore: Sequence[str]) -> dict[str, Any]:
         "config_groups": {scheme.name: group},
         "ignore": list(ignore),
     }
-    if _is_widened(scheme):
+    if not (opens_packed(scheme) if packed is None else packed):
         config["dequantize"] = True
     return config
 
@@ -138,8 +149,14 @@ def scheme_from_config(config: Mapping[str, Any]) -> Scheme:
     return _scheme(name, weights)
 
 
-def encode(qtensor: QuantizedTensor, name: str) -> dict[str, Tensor]:
+def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -> dict[str, Tensor]:
     """Return the tensors of a layer `name` as the file holds them (the module's docstring gives them).
+
+    Args:
+        qtensor: the weight.
+        name: the layer's full name.
+        packed: as in `config_for`; where the library dequantizes while loading, it computes in the dtype of the scales,
+            which are float32 then.
 
     Raises:
         FormatError: as `check_scheme`.
@@ -149,11 +166,11 @@ def encode(qtensor: QuantizedTensor, name: str) -> dict[str, Tensor]:
     assert qtensor.scale is not None  # only codebooks nest their scales
     rows, columns = qtensor.shape
     scale = qtensor.scale.reshape(-1) if scheme.granularity is Granularity.TENSOR else qtensor.scale
+    if not (opens_packed(scheme) if packed is None else packed):
+        scale = scale.float()
     if isinstance(scheme.format, FloatFormat):
         weight = qtensor.codes.view(scheme.format.dtype)
         return {f"{name}.weight": weight, f"{name}.weight_scale": scale}
-    if _is_widened(scheme):
-        scale = scale.float()
     tensors = {
         f"{name}.weight_packed": _to_words(qtensor.codes),
         f"{name}.weight_scale": scale,
@@ -193,7 +210,7 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: s
     if scale.dtype not in _SCALE_DTYPES:
         raise FileFormatError(f"{where}: weight_scale is {scale.dtype}; float16, bfloat16 or float32 is needed")
     codes, shape = _packed_codes(tensors, scheme, where) if packed else _plain_codes(tensors, scheme, config, where)
-    scheme, scale = _narrow(scheme, scale)
+    scheme, scale = _narrow(scheme, scale, widened=config.get("dequantize") is True)
     scale_shape = scheme.scale_shape(shape)
     if scale.numel() != scale_shape[0] * scale_shape[1] or scale.shape[0] != scale_shape[0]:
         raise FileFormatError(
@@ -206,11 +223,6 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: s
         return QuantizedTensor.from_tensors(parts, scheme, shape)
     except FormatError as error:
         raise FileFormatError(f"{where}: {error}") from error
-
-
-def _is_widened(scheme: Scheme) -> bool:
-    """Whether the file holds scales in float32 whatever their dtype, and says that it is dequantized on loading."""
-    return scheme.mode is Mode.ASYMMETRIC and scheme.granularity is not Granularity.TENSOR
 
 
 def _scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
@@ -249,14 +261,14 @@ def _scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
     )
 
 
-def _narrow(scheme: Scheme, scale: Tensor) -> tuple[Scheme, Tensor]:
+def _narrow(scheme: Scheme, scale: Tensor, *, widened: bool) -> tuple[Scheme, Tensor]:
     """The scale in the scheme's dtype where it was only widened for the file, else the scheme with the scale's
     dtype.
     """
     if scale.dtype == scheme.scale_dtype:
         return scheme, scale
     narrow = scale.to(scheme.scale_dtype)
-    if _is_widened(scheme) and scale.dtype == torch.float32 and narrow.float().equal(scale):
+    if widened and scale.dtype == torch.float32 and narrow.float().equal(scale):
         return scheme, narrow
     return dataclasses.replace(scheme, scale_dtype=scale.dtype), scale
 

@@ -20,7 +20,7 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_linear import QuantLinear
 from strop.numerics.formats import CodebookFormat
+from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 _BLOCK = re.compile(r"^(.*?\.\d+)\.")
@@ -145,14 +146,19 @@ def check_expressible(scheme: Scheme, shapes: Mapping[str, tuple[int, int]], pla
 
 def inexpressible(scheme: Scheme, name: str, shape: tuple[int, int], plain: nn.Module) -> str | None:
     """Why the scheme's file format cannot hold one layer; None where it can."""
+    kind = type(plain.get_submodule(name))
     if isinstance(scheme.format, CodebookFormat):
+        if kind not in (nn.Linear, Conv1D):
+            return (
+                f"a {kind.__name__}, which transformers does not open as bitsandbytes; the nearest format is int4-g32"
+            )
         try:
             bnb4.check_shape(scheme, shape)
         except FormatError as error:
             return str(error).removeprefix("weight: ")
         return None
     compressed_tensors.check_scheme(scheme)
-    if isinstance(plain.get_submodule(name), Conv1D):
+    if kind is Conv1D:
         return "a Conv1D (GPT-2), which compressed-tensors cannot hold; the nearest format that can is nf4"
     return None
 
@@ -172,16 +178,16 @@ def _parts(model: PreTrainedModel, scheme: Scheme | None) -> Iterator[Part]:
     time.
     """
     quantized = _quantized(model)
-    encode = None if scheme is None else _format_of(scheme).encode
-    state = _dense_state(model, quantized)
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in _dense_state(model, quantized).items():
         block = _BLOCK.match(name)
-        groups.setdefault(block[1] if block else name, {})[name] = tensor
-    for tensors in groups.values():
-        yield _reverted(model, tensors)
+        blocks.setdefault(block[1] if block else name, {})[name] = tensor
+    for tensors in blocks.values():
+        yield from _reverted(model, tensors, scheme)
+    if scheme is None:
+        return
+    encode = _encoder(model, scheme)
     for name, module in quantized.items():
-        assert encode is not None
         layer = _checkpoint_name(model, name)
         made = encode(module.qtensor, layer)
         specs = Part.of(made).specs
@@ -203,17 +209,21 @@ def _dense_state(model: PreTrainedModel, quantized: Iterable[str]) -> dict[str, 
     return state
 
 
-def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor]) -> Part:
-    """A part that undoes transformers' conversions of these tensors (fused experts, renamed keys) when it is
-    written.
+def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor], scheme: Scheme | None) -> Iterator[Part]:
+    """Parts that undo transformers' conversions (renamed keys, fused experts) when they are written.
+
+    Beside weights in compressed-tensors, experts stay fused in one tensor: its loader would take them apart for packed
+    ones, and lose those that are not.
     """
-    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
-    specs = Part.of(revert_weight_conversion(model, empty)).specs
-
-    def make() -> Mapping[str, Tensor]:
-        return revert_weight_conversion(model, {name: tensor.detach() for name, tensor in tensors.items()})
-
-    return Part(specs, make)
+    whole = scheme is not None and not isinstance(scheme.format, CodebookFormat)
+    together = dict(tensors)
+    for name, tensor in tensors.items():
+        if whole and len(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")})) > 1:
+            yield Part.of({name: together.pop(name)})
+    if not together:
+        return
+    empty = {name: torch.empty_like(tensor, device="meta") for name, tensor in together.items()}
+    yield Part(Part.of(revert_weight_conversion(model, empty)).specs, lambda: revert_weight_conversion(model, together))
 
 
 def _checkpoint_name(model: PreTrainedModel, layer: str) -> str:
@@ -239,9 +249,8 @@ def _write_configs(model: PreTrainedModel, scheme: Scheme | None, folder: Path) 
             if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QuantLinear)
         ]
         fields = read_json(folder / "config.json")
-        write_json(
-            folder / "config.json", fields | {"quantization_config": _format_of(scheme).config_for(scheme, kept)}
-        )
+        fields["quantization_config"] = _quantization_config(model, scheme, kept)
+        write_json(folder / "config.json", fields)
     if model.can_generate() and model.generation_config is not None:
         # not its save_pretrained, which refuses settings that many published models carry
         model.generation_config.to_json_file(
@@ -249,9 +258,25 @@ def _write_configs(model: PreTrainedModel, scheme: Scheme | None, folder: Path) 
         )
 
 
-def _format_of(scheme: Scheme) -> Any:
-    """The module of this package that writes the scheme."""
-    return bnb4 if isinstance(scheme.format, CodebookFormat) else compressed_tensors
+def _encoder(model: PreTrainedModel, scheme: Scheme) -> Callable[[QuantizedTensor, str], dict[str, Tensor]]:
+    if isinstance(scheme.format, CodebookFormat):
+        return bnb4.encode
+    packed = _stays_packed(model, scheme)
+    return lambda qtensor, name: compressed_tensors.encode(qtensor, name, packed=packed)
+
+
+def _quantization_config(model: PreTrainedModel, scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
+    if isinstance(scheme.format, CodebookFormat):
+        return bnb4.config_for(scheme, kept)
+    return compressed_tensors.config_for(scheme, kept, packed=_stays_packed(model, scheme))
+
+
+def _stays_packed(model: PreTrainedModel, scheme: Scheme) -> bool:
+    """Whether compressed-tensors can keep all layers packed when it opens them."""
+    plain = skeleton(model)
+    return compressed_tensors.opens_packed(scheme) and all(
+        type(plain.get_submodule(name)) is nn.Linear for name in _quantized(model)
+    )
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
