@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from strop.errors import FormatError
-from strop.numerics import QuantizedTensor, Scheme, parse_scheme, quantize_tensor
+from strop.numerics import QuantizedTensor, Scheme, parse_format, parse_scheme, quantize_tensor
 
 from .schemes import ALL_TEXTS, named
 
@@ -102,6 +102,21 @@ def test_a_large_weight_is_worked_on_in_pieces_with_the_same_result(text: str) -
     parts = [quantize_tensor(large[start : start + 100], scheme) for start in range(0, 1100, 100)]
     assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
     assert torch.equal(whole.codes, torch.cat([part.codes for part in parts]))
+
+
+@pytest.mark.parametrize(("text", "kind"), [("gguf:q4_0", "Q4_0"), ("gguf:q8_0", "Q8_0")])
+def test_gguf_types_hold_our_grids_without_loss(text: str, kind: str) -> None:
+    """Our codes and scales in llama.cpp's block layout, read by its own package, are our values bit for bit."""
+    gguf = pytest.importorskip("gguf")
+    quantized = quantize_tensor(weight(8, 96), parse_format(text).scheme)
+    assert quantized.scale is not None
+    codes = quantized.stored_codes().view(-1, 32)
+    # After the float16 scale, Q4_0 has 16 bytes, byte j with element j low and element j + 16 high, as q + 8; Q8_0 has 32
+    # signed bytes, and ours are q + 128 (uint8 wraps around).
+    body = codes[:, :16] | codes[:, 16:] << 4 if kind == "Q4_0" else codes - 128
+    blocks = torch.cat([quantized.scale.view(-1, 1).view(torch.uint8), body], dim=1).view(8, -1)
+    theirs = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])
+    assert torch.equal(torch.from_numpy(theirs), quantized.dequantize())
 
 
 def test_integer_weights_are_refused() -> None:

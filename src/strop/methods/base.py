@@ -30,8 +30,10 @@ class Statistics:
 class Method(Protocol):
     """Round a weight [out, in] to a scheme's grid, with statistics of the layer's inputs or without."""
 
-    def __call__(self, weight: Tensor, scheme: Scheme, statistics: Statistics | None = None, /) -> QuantizedTensor:
-        """Quantize."""
+    def __call__(
+        self, weight: Tensor, scheme: Scheme, statistics: Statistics | None = None, /, *, where: str = "weight"
+    ) -> QuantizedTensor:
+        """Quantize; `where` is the weight's name, for messages."""
         ...
 
 
