@@ -188,8 +188,8 @@ def test_a_model_whose_pad_token_is_its_end_token_learns_to_stop(packing: bool) 
     stream = BatchStream(
         prepared, batch_size=8, packing=packing, max_length=64, pad_id=2, attention=packed_attention(model, 64)
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(40):
         [batch] = stream.next_step()
         logits = model(**batch.inputs()).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
@@ -224,6 +224,14 @@ def test_within_a_step_rows_of_like_length_share_a_micro_batch() -> None:
     samples = make_samples([20, 3, 20, 3, 20, 3, 20, 3])
     stream = BatchStream(samples, batch_size=4, accumulation=2, max_length=24, seed=0)
     assert [batch.input_ids.shape[1] for batch in stream.next_step()] == [3, 20]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_first_token_is_never_learned_even_if_a_label_says_so(packing: bool) -> None:
+    samples = [Sample([5, 6, 7], [5, 6, 7]), Sample([8, 9], [8, 9])]
+    batch = BatchStream(samples, batch_size=2, packing=packing, max_length=5).next_step()[0]
+    assert batch.supervised_tokens == 3
+    assert not set(batch.labels.flatten().tolist()) & {5, 8}
 
 
 @settings(deadline=None, max_examples=100)

@@ -205,8 +205,8 @@ def bos_tokenizer():
 
 def test_a_tokenizer_that_adds_bos_gives_one_to_texts_and_to_the_built_in_templates() -> None:
     tokenizer = bos_tokenizer()
-    text = Record("f.txt", 1, text="<|bos|>the quick")
-    assert leading_bos(render(text, tokenizer).input_ids) == 1
+    for text in ("the quick", "<|bos|>the quick"):
+        assert leading_bos(render(Record("f.txt", 1, text=text), tokenizer).input_ids) == 1
     for name in ("chatml", "plain"):
         assert leading_bos(render(record("hi", "ho"), tokenizer, chat_template=name).input_ids) == 1
         assert leading_bos(prompt_ids(conversation("hi"), tokenizer, chat_template=name)) == 1
