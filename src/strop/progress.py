@@ -1,7 +1,7 @@
 """How a long step tells what it is doing, without knowing who listens.
 
-Recipes and loops call a `Reporter`; the command line shows a progress bar, Python callers get `SILENT` by default. Nothing
-below `app/` prints.
+Recipes and loops call a `Reporter`; the command line shows a progress bar, Python callers get `SILENT` by default.
+Nothing below `app/` prints.
 """
 
 from __future__ import annotations

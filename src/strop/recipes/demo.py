@@ -2,7 +2,7 @@
 
 Every figure is measured here and now, and written to `demo.json` beside the page. The steps:
 
-    base ── full ──┬── int8, int4, int3, a kinder and a harsher 2-bit grid: rounded to nearest
+    base ── full ──┬── rounded to nearest: 8, 4, 3 and 2 bits in groups (kind grids), and the harsh grid
          │         ├── control: more steps in full precision, then rounded to the harsh grid
          │         └── qat: the same more steps through the harsh grid
          ├── lora
@@ -34,7 +34,7 @@ from strop.data.samples import prepare
 from strop.demo import task
 from strop.errors import UsageError
 from strop.evaluation.comparison import Comparison
-from strop.evaluation.statistics import wilson
+from strop.evaluation.statistics import wilson_interval
 from strop.evaluation.tasks import exact_match
 from strop.models import load
 from strop.progress import SILENT, Reporter
@@ -66,14 +66,14 @@ class Recipe:
     test_rows: int = 1_000
     tuning: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
-            "full": {"epochs": 3, "learning_rate": 1e-3},
-            "lora": {"epochs": 3, "learning_rate": 4e-3, "rank": 16},
-            "qlora": {"epochs": 3, "learning_rate": 4e-3, "rank": 16},
+            "full": {"max_steps": 180, "batch_size": 32, "learning_rate": 1e-3},
+            "lora": {"max_steps": 220, "batch_size": 32, "learning_rate": 5e-3, "rank": 16},
+            "qlora": {"max_steps": 220, "batch_size": 32, "learning_rate": 5e-3, "rank": 16},
         }
     )
-    more: Mapping[str, Any] = field(default_factory=lambda: {"epochs": 2, "learning_rate": 5e-4})
+    more: Mapping[str, Any] = field(default_factory=lambda: {"max_steps": 110, "batch_size": 32, "learning_rate": 5e-4})
     rounded: tuple[str, ...] = ("int8", "int4-g32", "int3-g32", "int2-g32")
-    grid: str = "int2"
+    grid: str = "int3"
     questions: tuple[str, ...] = (
         "wake me at half past six on weekdays",
         "remind me to water the plants at a quarter to eight",
@@ -216,7 +216,7 @@ def demo(
                 right = exact_match(
                     opened.model, prepare(records, opened.tokenizer, max_length=256).samples, batch_size=64
                 )
-                interval = wilson(int(right.sum()), len(right))
+                interval = wilson_interval(int(right.sum()), len(right))
                 scores.setdefault(split, {})[name] = _interval(interval)
             short = name.removeprefix(f"{recipe.grid} ")
             for asked in answers:
@@ -226,7 +226,7 @@ def demo(
     for split, share in baseline.items():
         scores[split]["copying the nearest row"] = {"estimate": share, "low": None, "high": None}
 
-    points = {name: scores[MAIN_SPLIT][name]["estimate"] for name in named}
+    points = {model.name: model.score.estimate for model in comparison.models if model.score is not None}
     lost = points["full"] - points[f"{recipe.grid} control"]
     figures: dict[str, Any] = {
         "seed": seed,

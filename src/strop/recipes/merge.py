@@ -31,7 +31,7 @@ from strop.data.templates import prompt_ids
 from strop.errors import GateError, UsageError
 from strop.files.folders import atomic_folder, write_json
 from strop.files.saving import skeleton, write_model
-from strop.layers.base import linear_bias
+from strop.layers.base import dense_weight, linear_bias
 from strop.layers.quant_linear import QuantLinear
 from strop.layers.surgery import detach_lora, linear_modules, lora_modules, quantize_linears, replace
 from strop.models import OpenedModel, load
@@ -200,7 +200,7 @@ def _prompts(opened: OpenedModel, data: Rows | None) -> list[list[int]]:
     """Token ids of what is asked: rows of `data`, else built-in prompts; without a tokenizer a walk over the ids."""
     tokenizer = opened.tokenizer
     if tokenizer is None:
-        size = opened.model.get_input_embeddings().num_embeddings
+        size = int(opened.model.get_input_embeddings().weight.shape[0])
         return [[(97 * at + 31 * row) % size for at in range(24)] for row in range(8)]
     if data is not None:
         limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
@@ -232,8 +232,7 @@ def _add(model: PreTrainedModel) -> int:
     plain = skeleton(model)
     for name, module in linear_modules(model).items():
         if name in adapted or isinstance(module, QuantLinear):
-            weight = adapted[name].dense_weight() if name in adapted else module.dense_weight()
-            replace(model, name, _dense(weight, linear_bias(module), like=plain.get_submodule(name)))
+            replace(model, name, _dense(dense_weight(module), linear_bias(module), like=plain.get_submodule(name)))
     return len(adapted)
 
 
@@ -250,7 +249,8 @@ def _dense(weight: Tensor, bias: Tensor | None, *, like: nn.Module) -> nn.Module
 
 def _store(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Round dense weights to the dtype that is saved; codes and scales stay as they are."""
-    model.to(dtype)
+    module: nn.Module = model
+    module.to(dtype)
     model.config.dtype = dtype
 
 
