@@ -1,89 +1,86 @@
-"""Calibration: what a linear layer's inputs look like on real rows, gathered in one pass of the full-precision model.
+"""What the linear layers of a model meet: the mean square of each input feature, over a pass of your own rows.
 
-Of each layer only the mean square of every input feature is kept, [in] in float32, summed in float64: what the searched
-methods weigh their error by. Padding does not count. The whole model is in memory; streaming it block by block is not
-done here.
+    mean_square[i] = sum over tokens of x[i]^2 / tokens,        x [tokens, in]: the layer's input
+
+Padding counts for nothing. Sums are kept in float64, one vector per layer; no activation outlives its layer's call. A
+layer that shares its input with others (q, k and v) is measured on its own: the cost is small beside the pass.
+
+Not here: second moments between features (GPTQ's Hessian), and calibration block by block for models that do not fit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from strop.data.batches import eval_batches
-from strop.data.templates import Sample
+from strop.data.batches import Batch
 from strop.errors import DataError
 from strop.layers.surgery import linear_modules
 from strop.methods import Statistics
 from strop.progress import SILENT, Reporter
 
 
-class _Sums:
-    """Running sums of squares of one layer's inputs."""
-
-    def __init__(self) -> None:
-        self.squares: Tensor | None = None
-        self.rows = 0
-
-    def add(self, x: Tensor) -> None:
-        """Take inputs [rows, in]."""
-        squares = x.double().square().sum(0)
-        self.squares = squares if self.squares is None else self.squares + squares
-        self.rows += len(x)
-
-
 def gather_statistics(
-    model: PreTrainedModel, samples: Sequence[Sample], *, batch_size: int = 8, reporter: Reporter = SILENT
+    model: nn.Module, batches: Iterable[Batch], *, reporter: Reporter = SILENT
 ) -> dict[str, Statistics]:
-    """Mean squares of the inputs of every linear layer inside the blocks.
+    """Run the model once over `batches` and measure the inputs of its linear layers.
 
     Args:
-        model: In full precision; its weights and mode are left as they are.
-        samples: Token ids; every token of a sample counts, supervised or not.
-        batch_size: Rows per forward pass.
-        reporter: Told the rows done; the caller starts and ends the step.
+        model: any causal language model; left in the mode it came in, with nothing attached.
+        batches: padded batches (`eval_batches`).
+        reporter: told the rows done.
 
     Returns:
-        Layer name to statistics; a layer that saw no token (a mixture's unused branch) is absent.
+        Name of the layer to its statistics; a layer that nothing reached (an expert that was never chosen) is left out.
 
     Raises:
-        DataError: There is no sample.
+        DataError: there are no batches, or a layer's inputs are not finite.
     """
-    if not samples:
-        raise DataError("calibration needs at least one row; the data gave none")
-    sums = {name: _Sums() for name in linear_modules(model)}
-    real: list[Tensor] = []  # the current batch's mask of real tokens, [rows * length]
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+    mask = torch.empty(0)
 
-    def listen(own: _Sums) -> Any:
-        def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            x = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
-            own.add(x[real[0]] if len(real[0]) == len(x) else x)
+    def measure(name: str, _: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0].detach()
+        if x.shape[:-1] == mask.shape:
+            x = x[mask]  # [batch, length, in] -> [tokens, in]
+        x = x.reshape(-1, x.shape[-1])
+        total = x.to(torch.float32).square_().sum(dim=0, dtype=torch.float64)
+        sums[name] = sums[name] + total if name in sums else total
+        counts[name] = counts.get(name, 0) + x.shape[0]
 
-        return hook
-
-    handles = [module.register_forward_pre_hook(listen(sums[name])) for name, module in linear_modules(model).items()]
-    training = model.training
+    hooks = [module.register_forward_pre_hook(partial(measure, name)) for name, module in linear_modules(model).items()]
+    training, device = model.training, next(model.parameters()).device
     model.eval()
+    rows = 0
     try:
         with torch.inference_mode():
-            done = 0
-            for batch in eval_batches(samples, batch_size):
-                lengths = torch.tensor([len(samples[places[0]]) for places in batch.rows])
-                mask = torch.arange(batch.input_ids.shape[1])[None, :] < lengths[:, None]  # [rows, length]
-                real[:] = [mask.flatten().to(model.device)]
-                model(**batch.to(model.device).inputs())
-                done += len(batch.rows)
-                reporter.advance(done)
+            for batch in batches:
+                moved = batch.to(device)
+                places = torch.arange(moved.input_ids.shape[1], device=device)
+                mask = places[None, :] < moved.lengths[:, None]
+                model(**moved.inputs())
+                rows += len(batch.rows)
+                reporter.advance(rows)
     finally:
+        for hook in hooks:
+            hook.remove()
         model.train(training)
-        for handle in handles:
-            handle.remove()
+    if not rows:
+        raise DataError("calibration: there are no rows to run the model over")
+    broken = [name for name, total in sums.items() if not torch.isfinite(total).all()]
+    if broken:
+        raise DataError(
+            f"calibration: the inputs of {len(broken)} layer(s) are not finite ({', '.join(broken[:3])}); the model "
+            "overflows "
+            "on these rows. Open it in float32, or check its weights"
+        )
     return {
-        name: Statistics((own.squares / own.rows).float().cpu(), own.rows)
-        for name, own in sums.items()
-        if own.squares is not None and own.rows
+        name: Statistics((total / counts[name]).to(torch.float32).cpu(), counts[name])
+        for name, total in sums.items()
+        if counts[name]
     }
