@@ -170,14 +170,11 @@ def test_a_corrupt_weights_file_is_an_error(llama: Path, tmp_path: Path) -> None
 def test_ctrl_c_ends_with_a_message_and_leaves_nothing_half_written(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from strop.files import saving
-
-    def interrupted(*_arguments: object, **_options: object) -> None:
+    def interrupted(_model: object, _tokenizer: object, folder: Path, **_options: object) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(saving, "save_receipt", interrupted, raising=False)
-    monkeypatch.setattr("strop.numerics.qtensor.quantize_tensor", interrupted)
-    monkeypatch.setattr("strop.methods.rtn.quantize_tensor", interrupted, raising=False)
+    monkeypatch.setattr("strop.recipes.quantize.write_model", interrupted)
     failed(run("quantize", llama, "--format", "int8", "-o", tmp_path / "out"), 130, "Ctrl-C")
     assert list(tmp_path.iterdir()) == []
 
