@@ -77,7 +77,11 @@ class Machine:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures under their own names."""
-        return asdict(self) | {"training_device": self.training_device, "training_bytes": self.training_bytes}
+        return asdict(self) | {
+            "accelerators": [asdict(gpu) for gpu in self.accelerators],
+            "training_device": self.training_device,
+            "training_bytes": self.training_bytes,
+        }
 
 
 def this_machine(folder: str | Path = ".") -> Machine:

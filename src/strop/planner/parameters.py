@@ -248,11 +248,11 @@ def meta_model(config: PreTrainedConfig, *, where: str) -> nn.Module:
 
 def _read_config(source: str | Path) -> PreTrainedConfig:
     from strop.files.peft_adapter import read_adapter_config
-    from strop.models.sources import find_folder, is_adapter
+    from strop.models.sources import BUNDLED, find_folder, is_adapter
 
     path = Path(source)
-    if path.is_dir():
-        folder = find_folder(path)
+    if path.is_dir() or str(source) == BUNDLED:
+        folder = find_folder(source)
         if is_adapter(folder):
             base = read_adapter_config(folder).base
             if Path(base).is_dir() and is_adapter(find_folder(base)):

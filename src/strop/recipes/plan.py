@@ -1,24 +1,26 @@
-"""`plan`: what fine-tuning takes, before anything is loaded: parameters, memory, disk, least time, and what fits here.
+"""`plan`: what a fine-tuning takes, before anything is loaded: parameters, memory, disk, the least time; what fits
+here.
 
-Two counts of LoRA's parameters are told apart and named: the approximation 2 * r * sqrt(N), which takes the whole model
-for one square matrix (what tables "by model size" print), and the true sum of r * (in + out) over the adapted layers.
+`plan_sizes` prints the notes' table: LoRA's trainable parameters by rank and model size, from the approximation that
+takes a model as one square matrix. `plan_model` reads a real architecture and prints that figure beside the true count,
+and the bytes of every method. `plan` takes either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any
 
-from strop import demo
-from strop.errors import UsageError
-from strop.layers.surgery import select
-from strop.models.sources import BUNDLED
-from strop.planner.fit import Change, changes_to_fit
-from strop.planner.hardware import Machine, Rate, fastest_rate, this_machine
-from strop.planner.memory import GIB, METHODS, MemoryPlan, Method, Step, plan_memory
+from strop.errors import ModelError, UsageError
+from strop.numerics.scheme import parse_scheme
+from strop.planner.disk import run_bytes
+from strop.planner.fit import Change, changes_to_fit, missing_bytes
+from strop.planner.hardware import Machine, Rate, fastest_rate, named_rate, this_machine
+from strop.planner.memory import GIB, MemoryPlan, Method, Step, format_bytes, plan_memory
 from strop.planner.parameters import (
+    LinearShape,
     ModelShape,
     abbreviate,
     lora_parameters,
@@ -29,262 +31,463 @@ from strop.planner.parameters import (
 )
 from strop.planner.time import step_flops
 
-QAT_FORMAT: Final = "int4-g32"
-"""The grid that qat is planned with; its memory is the same on every grid."""
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig
+
+DEFAULT_SIZES = ("7B", "13B", "70B", "180B")
+DEFAULT_RANKS = (1, 2, 8, 16, 512)
+QLORA_FORMATS = ("nf4-dq", "int4-g32")
+QAT_FORMAT = "int4-g32"
+FILE_FORMATS = ("int8", "int4-g32", "nf4-dq", "int3-g32", "int2-g32")
+
+# --- the notes' table -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SizesPlan:
-    """LoRA's parameters by model size and rank, by the square-matrix approximation.
+    """LoRA's trainable parameters by size and rank, each model taken as one square matrix.
 
-    Attributes:
-        square_matrix: size, as it was written, to rank to parameters.
+    `counts[size][rank]`, sizes as they were written, ranks ascending as they were given.
     """
 
-    square_matrix: dict[str, dict[str, int]]
+    counts: dict[str, dict[int, int]]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {"square_matrix": self.square_matrix, "formula": "2 * rank * sqrt(parameters)"}
+        """Return {"square_matrix": {size: {rank: count}}}, ranks as text since JSON has no other keys."""
+        table = {size: {str(rank): count for rank, count in row.items()} for size, row in self.counts.items()}
+        return {"square_matrix": table}
+
+    def table(self) -> list[list[str]]:
+        """Return the table as the notes lay it out: a header, then a row a rank, counts shortened (167K, 1M)."""
+        ranks = next(iter(self.counts.values()))
+        header = ["rank", *self.counts]
+        return [header, *([str(rank), *(abbreviate(row[rank]) for row in self.counts.values())] for rank in ranks)]
 
     def lines(self) -> list[str]:
-        """The table, rank by rank, in the short form of notes (167K, 1M)."""
-        sizes = list(self.square_matrix)
-        ranks = list(self.square_matrix[sizes[0]])
-        lines = [
-            "trainable parameters of LoRA, approximation 2 * rank * sqrt(parameters): the model as one square matrix",
-            "rank".rjust(6) + "".join(size.rjust(10) for size in sizes),
+        """Return both tables as text, shortened and exact, and what the figures are."""
+        ranks = next(iter(self.counts.values()))
+        exact = [["rank", *self.counts]]
+        exact += [[str(rank), *(f"{row[rank]:,}" for row in self.counts.values())] for rank in ranks]
+        return [
+            "Trainable parameters of LoRA, approximated as 2 * rank * sqrt(parameters):",
+            "each model taken as one square matrix, shortened to the nearest.",
+            "",
+            *_aligned(self.table()),
+            "",
+            "The same, exact:",
+            "",
+            *_aligned(exact),
+            "",
+            "True counts depend on the architecture: strop plan MODEL_OR_CONFIG --rank R.",
         ]
-        for rank in ranks:
-            cells = (abbreviate(self.square_matrix[size][rank]).rjust(10) for size in sizes)
-            lines.append(rank.rjust(6) + "".join(cells))
-        return [*lines, "the true count of an architecture: strop plan MODEL --rank R"]
+
+
+def plan_sizes(sizes: Sequence[str] = DEFAULT_SIZES, ranks: Sequence[int | str] = DEFAULT_RANKS) -> SizesPlan:
+    """Return the approximation 2 * rank * sqrt(parameters) for every size and rank.
+
+    Args:
+        sizes: parameter counts as people write them: 7B, 1.5B, 350M.
+        ranks: whole numbers of at least 1.
+
+    Raises:
+        UsageError: a size or a rank is none; the message names it. All of a kind are named at once.
+    """
+    problems: list[str] = []
+    counted: dict[str, int] = {}
+    known: list[int] = []
+    for size in sizes:
+        try:
+            counted[size.strip()] = parse_size(size)
+        except UsageError as error:
+            problems.append(str(error))
+    for rank in ranks:
+        try:
+            known.append(parse_rank(rank))
+        except UsageError as error:
+            problems.append(str(error))
+    if not problems and not (counted and known):
+        problems.append("a table needs at least one size and one rank.")
+    if problems:
+        raise UsageError("\n".join(problems))
+    return SizesPlan(
+        {size: {rank: square_matrix_parameters(count, rank) for rank in known} for size, count in counted.items()}
+    )
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MethodPlan:
+    """One method: its memory, the run's disk, the least time of a step, and what would make it fit."""
+
+    label: str
+    memory: MemoryPlan
+    disk_bytes: int
+    floor_seconds: float
+    fits: bool
+    changes: tuple[Change, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name."""
+        return self.memory.to_dict() | {
+            "disk_bytes": self.disk_bytes,
+            "floor_seconds_per_step": self.floor_seconds,
+            "fits": self.fits,
+            "changes_to_fit": [change.to_dict() for change in self.changes],
+        }
+
+
+@dataclass(frozen=True)
+class DataPlan:
+    """The rows of a data set as the model's tokenizer and template see them."""
+
+    rows: int
+    samples: int
+    tokens: int
+    supervised_tokens: int
+    truncated_rows: int
+    longest_row_tokens: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures by name."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """What a model's fine-tuning takes by every method.
-
-    Attributes:
-        shape: the model.
-        rank: of the adapters.
-        adapted: names of the adapted layers.
-        lora: the true count, sum of rank * (in + out) over the adapted layers.
-        approximation: 2 * rank * sqrt(parameters).
-        memory: by method, for the step that was asked for.
-        changes: by method, what would make it fit where it does not.
-        floor_seconds: by method, the least time of a step on this machine: products alone, at the measured rate.
-        rate: the rate that the floor rests on.
-        machine: what the plan is weighed against.
-        result_bytes: by method, what the run writes as its result.
-    """
+    """What fine-tuning one model takes, on one machine."""
 
     shape: ModelShape
     rank: int
-    adapted: tuple[str, ...]
-    lora: int
-    approximation: int
-    memory: dict[Method, MemoryPlan]
-    changes: dict[Method, list[Change]]
-    floor_seconds: dict[Method, float]
+    targets: str
+    adapted: tuple[LinearShape, ...]
+    step: Step
+    methods: tuple[MethodPlan, ...]
+    file_bytes: dict[str, int]
     rate: Rate
     machine: Machine
-    result_bytes: dict[Method, int]
+    data: DataPlan | None
+
+    @property
+    def true_count(self) -> int:
+        """The adapters' parameters: the sum of rank * (in_features + out_features) over the adapted layers."""
+        return lora_parameters(self.adapted, self.rank)
+
+    @property
+    def approximation(self) -> int:
+        """The same with the model taken as one square matrix."""
+        return square_matrix_parameters(self.shape.parameters, self.rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return everything as plain data; all sizes in bytes."""
         shape = self.shape
         return {
             "model": shape.source,
             "architecture": shape.architecture,
             "parameters": shape.parameters,
-            "lora": {
-                "rank": self.rank,
-                "layers": len(self.adapted),
-                "parameters": self.lora,
-                "share": self.lora / shape.parameters,
-                "square_matrix": self.approximation,
+            "embedding_parameters": shape.embedding_parameters,
+            "tied": shape.tied,
+            "linear_layers": len(shape.linears),
+            "linear_weights": shape.linear_weights,
+            "expert_weights": shape.expert_weights,
+            "rank": self.rank,
+            "targets": self.targets,
+            "adapted_layers": len(self.adapted),
+            "trainable_parameters": {"true": self.true_count, "square_matrix": self.approximation},
+            "step": {"rows": self.step.rows, "length": self.step.length, "dtype": self.step.dtype},
+            "methods": {method.label: method.to_dict() for method in self.methods},
+            "file_bytes": self.file_bytes,
+            "matmul": {
+                "device": self.rate.device,
+                "dtype": self.rate.dtype,
+                "flops_per_second": self.rate.flops,
+                "measured": self.rate.measured,
             },
-            "experts_not_adapted": shape.expert_weights,
-            "methods": {
-                method: plan.to_dict()
-                | {
-                    "fits": plan.fits(self.machine.training_bytes),
-                    "to_fit": [change.to_dict() for change in self.changes[method]],
-                    "floor_seconds": self.floor_seconds[method],
-                    "result_bytes": self.result_bytes[method],
-                }
-                for method, plan in self.memory.items()
-            },
-            "rate": {"device": self.rate.device, "dtype": self.rate.dtype, "flops": self.rate.flops},
             "machine": self.machine.to_dict(),
+            "data": None if self.data is None else self.data.to_dict(),
         }
 
     def lines(self) -> list[str]:
-        """The plan as a table and a few sentences."""
-        shape, machine = self.shape, self.machine
-        step = next(iter(self.memory.values())).step
+        """Return the plan as text."""
+        return [*self._model_lines(), "", *self._count_lines(), "", *self._method_lines(), "", *self._machine_lines()]
+
+    def _model_lines(self) -> list[str]:
+        shape = self.shape
+        head = "tied to the embedding" if shape.tied else f"{shape.head_parameters:,}"
         lines = [
-            f"{shape.source}: {shape.architecture}, {shape.parameters:,} parameters, {shape.linear_weights:,} of them "
-            f"in {len(shape.linears)} linear layers",
-            f"LoRA rank {self.rank} on {len(self.adapted)} layers: {self.lora:,} parameters "
-            f"({self.lora / shape.parameters:.2%}), the sum of rank * (in + out)",
-            f"  as one square matrix, 2 * rank * sqrt(parameters): {self.approximation:,} (an approximation)",
+            f"{shape.source}: {shape.architecture}, {shape.parameters:,} parameters",
+            f"  {len(shape.linears)} linear layers in {shape.layers} blocks: {shape.linear_weights:,}; "
+            f"embedding: {shape.embedding_parameters:,}; head: {head}",
         ]
-        if shape.expert_weights:
-            lines.append(f"  {shape.expert_weights:,} weights of experts carry no adapter and are not quantized")
-        lines += [
-            "",
-            f"one step of {step.rows} x {step.length} tokens in {step.dtype}, GiB",
-            f"{'method':10}{'trained':>10}{'weights':>9}{'grads':>9}{'AdamW':>9}{'activ.':>9}{'other':>9}{'peak':>9}"
-            f"{'result':>9}{'least s':>9}  fits here",
+        if shape.experts:
+            lines.append(
+                f"  experts: {shape.expert_weights:,} ({shape.expert_weights / shape.parameters:.0%} of all), "
+                f"{shape.active_experts} of {shape.experts[0].shape[0]} at work on a token; "
+                "neither adapted nor quantized"
+            )
+        sizes = ", ".join(f"{name} {_size(size)}" for name, size in self.file_bytes.items())
+        return [*lines, f"  weights on disk: {sizes}"]
+
+    def _count_lines(self) -> list[str]:
+        rows = [
+            ["true count", f"{self.true_count:,}", "sum of rank * (in + out) over the adapted layers"],
+            ["approximation", f"{self.approximation:,}", "2 * rank * sqrt(parameters): one square matrix"],
         ]
-        for method, plan in self.memory.items():
-            other = plan.peak_bytes - plan.weights_bytes - plan.gradients_bytes - plan.optimizer_bytes
-            other -= plan.activations_bytes
-            figures = (plan.weights_bytes, plan.gradients_bytes, plan.optimizer_bytes, plan.activations_bytes, other)
-            cells = "".join(f"{_gib(count):>9}" for count in (*figures, plan.peak_bytes, self.result_bytes[method]))
-            fits = "yes" if plan.fits(machine.training_bytes) else "no"
-            trained = abbreviate(plan.trainable_parameters, digits=1)
-            lines.append(f"{method:10}{trained:>10}{cells}{self.floor_seconds[method]:>9.2g}  {fits}")
-        lines.append(
-            f"least s: matrix products alone at the {self.rate.flops / 1e9:,.0f} GFLOP/s just measured on "
-            f"{self.rate.device} ({self.rate.dtype}); a real step takes longer"
-        )
-        lines.append(
-            f"here: {_gib(machine.training_bytes)} GiB free on {machine.training_device}, {machine.cores} cores, "
-            f"{_gib(machine.disk_free_bytes)} GiB of disk free"
-        )
-        for method, changes in self.changes.items():
-            if changes:
-                end = "fits" if changes[-1].fits else "still does not fit"
-                lines.append(f"{method}: {'; then '.join(change.text for change in changes)}: {end}")
+        title = f"Trainable parameters of LoRA, rank {self.rank}, {self.targets} ({len(self.adapted)} layers):"
+        return [title, *_aligned(rows, left=(0, 2))]
+
+    def _method_lines(self) -> list[str]:
+        step = self.step
+        table = [["method", "trained", "weights", "grads", "AdamW", "activations", "peak", "disk", "seconds", "fits"]]
+        for method in self.methods:
+            memory = method.memory
+            working = memory.peak_bytes - memory.weights_bytes - memory.gradients_bytes - memory.optimizer_bytes
+            table.append(
+                [
+                    method.label,
+                    abbreviate(memory.trainable_parameters, digits=1),
+                    _size(memory.weights_bytes),
+                    _size(memory.gradients_bytes),
+                    _size(memory.optimizer_bytes),
+                    _size(working),
+                    _size(memory.peak_bytes),
+                    _size(method.disk_bytes),
+                    _seconds(method.floor_seconds),
+                    "yes" if method.fits else "no",
+                ]
+            )
+        rows = "1 row" if step.rows == 1 else f"{step.rows} rows"
+        where = "measured now" if self.rate.measured else "from its data sheet"
+        lines = [
+            f"One step of {rows} of {step.length} tokens in {step.dtype} (activations: with logits, copies, scratch):",
+            *_aligned(table, left=(0,)),
+            f"  seconds a step is a floor: the matrix products alone, at {self.rate.flops / 1e9:,.0f} GFLOP/s "
+            f"in {self.rate.dtype} ({self.rate.device}, {where}).",
+        ]
+        lines.append("  full-bf16 is for comparison: tune keeps what it trains in fp32, where small updates count.")
+        for method in self.methods:
+            if method.memory.kept_wide:
+                names = f"{method.memory.kept_wide[0]} and {len(method.memory.kept_wide) - 1} more"
+                lines.append(
+                    f"  {method.memory.step.format} does not fit {names}: counted in 16 bits; tune refuses it."
+                )
+                break
+        if self.data is not None:
+            data = self.data
+            share = data.supervised_tokens / data.tokens if data.tokens else 0.0
+            lines.append(
+                f"  data: {data.rows:,} rows, {data.tokens:,} tokens ({share:.0%} supervised), longest "
+                f"{data.longest_row_tokens:,}, {data.truncated_rows:,} cut."
+            )
+        return lines
+
+    def _machine_lines(self) -> list[str]:
+        machine = self.machine
+        lines = [
+            f"This machine: {machine.training_device}, {_size(machine.training_bytes)} free for training, "
+            f"{machine.cores} cores, {_size(machine.disk_free_bytes)} of disk free."
+        ]
+        alike: dict[tuple[str, ...], list[MethodPlan]] = {}
+        for method in self.methods:
+            if not method.fits:
+                alike.setdefault(tuple(change.text for change in method.changes), []).append(method)
+        for methods in alike.values():
+            names = [
+                f"{method.label} lacks {_size(missing_bytes(method.memory, machine.training_bytes))}"
+                for method in methods
+            ]
+            lines.append(f"  {', '.join(names)}. To fit, one on top of the other:")
+            changes = methods[0].changes
+            for change in changes:
+                outcome = "fits" if change.fits else "not yet"
+                lines.append(f"    {change.text}: {_size(change.plan.peak_bytes)}, {outcome}")
+            if not (changes and changes[-1].fits):
+                last = changes[-1].plan if changes else methods[0].memory
+                lines.append(f"    still {_size(missing_bytes(last, machine.training_bytes))} short")
         return lines
 
 
-def plan_sizes(sizes: Sequence[str], ranks: Sequence[str | int]) -> SizesPlan:
-    """Tabulate 2 * rank * sqrt(parameters).
-
-    Args:
-        sizes: parameter counts such as 7B, 1.5B, 350M.
-        ranks: whole numbers of at least 1.
-
-    Raises:
-        UsageError: a size or a rank is none; the message names it.
-
-    >>> plan_sizes(["7B"], [1]).square_matrix
-    {'7B': {'1': 167332}}
-    """
-    if not sizes or not ranks:
-        raise UsageError("a table needs at least one size and one rank; for example --sizes 7B,13B --ranks 1,8")
-    counted = {size.strip(): parse_size(size) for size in sizes}
-    numbers = [parse_rank(rank) for rank in ranks]
-    return SizesPlan(
-        {
-            size: {str(rank): square_matrix_parameters(count, rank) for rank in numbers}
-            for size, count in counted.items()
-        }
-    )
-
-
 def plan_model(
-    model: str | Path,
+    model_or_config: str | Path | PreTrainedConfig | nn.Module,
     *,
     rank: int = 16,
     targets: str | Sequence[str] = "all-linear",
     batch_size: int = 1,
     max_length: int = 512,
     checkpointing: bool = False,
+    data: str | Path | None = None,
+    device: str | None = None,
 ) -> ModelPlan:
-    """Count a model's parameters and weigh every method against this machine; no weight is read.
+    """Return what fine-tuning a model takes.
 
     Args:
-        model: a folder, a config.json, a hub id, or "demo".
+        model_or_config: a folder, a config.json, a hub id, `demo`, a transformers configuration, or a model.
         rank: of the adapters.
-        targets: which linear layers carry them, as `tune` takes it.
+        targets: the layers that carry adapters, as `tune` takes them.
         batch_size: rows in a micro batch.
         max_length: tokens in a row.
-        checkpointing: whether activations are computed again in the backward pass.
+        checkpointing: whether activations are computed again instead of kept.
+        data: rows to count with the model's own tokenizer; needs a model folder or hub id.
+        device: a device's name (`H200`, `RTX-4090`) whose printed speed is used; None measures this machine's products
+            for a fraction of a second.
 
     Raises:
-        MissingInputError, ModelError: the model's configuration is not there or not usable.
-        TargetError: a target matches nothing.
-        UsageError: a rank, a batch or a length below 1.
+        UsageError: a number is out of range, a device is unknown.
+        TargetError: a target matches no layer.
+        MissingInputError, ModelError: as `read_shape`.
+        DataError: the data cannot be read.
     """
-    parse_rank(rank)
-    if batch_size < 1 or max_length < 1:
-        raise UsageError(f"batch_size {batch_size}, max_length {max_length}: needed at least 1 of each")
-    bundled = str(model) == BUNDLED and not Path(BUNDLED).exists()
-    shape, skeleton = open_shape(demo.model_path() if bundled else model)
-    wanted = targets.split(",") if isinstance(targets, str) and "," in targets else targets
-    names = select(skeleton, wanted)
-    by_name = {linear.name: linear for linear in shape.linears}
-    adapted = [by_name[name] for name in names]
+    from strop.layers.surgery import select
+    from strop.recipes.tune import EAGER_LENGTH
+    from strop.training.precision import choose_device, compute_dtype
+
+    rank = parse_rank(rank)
+    problems = [
+        f"{name} is {number}; it must be at least 1."
+        for name, number in (("batch_size", batch_size), ("max_length", max_length))
+        if number < 1
+    ]
+    if problems:
+        raise UsageError(" ".join(problems))
+    rate = named_rate(device) if device is not None else None
+    shape, model = open_shape(model_or_config)
+    names = set(select(model, targets))
+    adapted = tuple(linear for linear in shape.linears if linear.name in names)
+    where = choose_device("auto")
+    dtype = compute_dtype("auto", where)
+    plain = where.type == "cpu" and max_length <= EAGER_LENGTH.get(dtype, 0)
+    step = Step(
+        rows=batch_size,
+        length=max_length,
+        checkpointing=checkpointing,
+        rank=rank,
+        dtype="float32" if str(dtype) == "torch.float32" else "bfloat16",
+        attention="plain" if plain else "fused",
+    )
     machine = this_machine()
-    rate = fastest_rate()
-    memory: dict[Method, MemoryPlan] = {}
-    changes: dict[Method, list[Change]] = {}
-    floor: dict[Method, float] = {}
-    result: dict[Method, int] = {}
-    lora = lora_parameters(adapted, rank)
-    for method in METHODS:
-        step = Step(
-            rows=batch_size,
-            length=max_length,
-            checkpointing=checkpointing,
-            rank=rank,
-            format=QAT_FORMAT if method == "qat" else Step.format,
-            dtype=rate.dtype,
-        )
-        has_adapter = method in ("lora", "qlora")
-        memory[method] = plan_memory(shape, method, step, adapted=adapted)
-        changes[method] = changes_to_fit(shape, method, step, machine.training_bytes, adapted=adapted)
-        flops = step_flops(
-            shape,
-            rows=batch_size,
-            length=max_length,
-            adapters=adapted if has_adapter else None,
-            rank=rank if has_adapter else 0,
-            checkpointing=checkpointing,
-        )
-        floor[method] = flops.floor_seconds(rate)
-        result[method] = 4 * lora if has_adapter else 2 * shape.parameters
+    rate = rate or fastest_rate()
+    methods = [_method_plan(shape, "full", "full", step, adapted, machine, rate)]
+    methods.append(_method_plan(shape, "full-bf16", "full-bf16", step, adapted, machine, rate))
+    methods.append(_method_plan(shape, "lora", "lora", step, adapted, machine, rate))
+    for number, format in enumerate(QLORA_FORMATS):
+        label = "qlora" if number == 0 else f"qlora-{format}"
+        methods.append(_method_plan(shape, "qlora", label, _in_format(step, format), adapted, machine, rate))
+    methods.append(_method_plan(shape, "qat", "qat", _in_format(step, QAT_FORMAT), adapted, machine, rate))
+    files = {"bf16": 2 * shape.parameters}
+    files |= {format: format_bytes(shape, parse_scheme(format))[0] for format in FILE_FORMATS}
     return ModelPlan(
         shape=shape,
         rank=rank,
-        adapted=tuple(names),
-        lora=lora,
-        approximation=square_matrix_parameters(shape.parameters, rank),
-        memory=memory,
-        changes=changes,
-        floor_seconds=floor,
+        targets=targets if isinstance(targets, str) else ", ".join(targets),
+        adapted=adapted,
+        step=step,
+        methods=tuple(methods),
+        file_bytes=files,
         rate=rate,
         machine=machine,
-        result_bytes=result,
+        data=None if data is None else _plan_data(model_or_config, data, max_length),
     )
 
 
 def plan(
-    model: str | Path | None = None,
+    model: str | Path | PreTrainedConfig | nn.Module | None = None,
     *,
     sizes: Sequence[str] | None = None,
-    ranks: Sequence[str | int] = (1, 2, 8, 16, 512),
-    **options: Any,
+    ranks: Sequence[int | str] = DEFAULT_RANKS,
+    **settings: Any,
 ) -> SizesPlan | ModelPlan:
-    """Plan a model (see `plan_model`), or tabulate sizes and ranks (see `plan_sizes`).
+    """Plan a model, or print the notes' table for sizes: `plan("demo", rank=8)`, `plan(sizes=["7B"], ranks=[1, 8])`.
 
     Raises:
-        UsageError: neither a model nor sizes, or both.
+        UsageError: neither a model nor sizes were given, or both. Otherwise as `plan_model` and `plan_sizes`.
     """
     if (model is None) == (sizes is None):
-        got = "both" if model is not None else "neither"
-        raise UsageError(f"plan takes either a model or sizes; got {got}")
-    if sizes is not None:
-        return plan_sizes(sizes, ranks)
-    assert model is not None
-    return plan_model(model, **options)
+        raise UsageError(f"plan takes either a model or sizes; got {'neither' if model is None else 'both'}.")
+    if model is not None:
+        return plan_model(model, **settings)
+    if settings:
+        raise UsageError(f"{', '.join(settings)}: settings of a model's plan; with sizes there are ranks only.")
+    return plan_sizes(sizes or (), ranks)
 
 
-def _gib(count: float) -> str:
-    size = count / GIB
-    return f"{size:,.1f}" if size >= 10 else f"{size:.2f}" if size >= 0.1 else f"{size:.3f}"
+def _in_format(step: Step, format: str) -> Step:
+    return replace(step, format=format)
+
+
+def _method_plan(
+    shape: ModelShape,
+    method: Method,
+    label: str,
+    step: Step,
+    adapted: tuple[LinearShape, ...],
+    machine: Machine,
+    rate: Rate,
+) -> MethodPlan:
+    memory = plan_memory(shape, method, step, adapted=adapted)
+    flops = step_flops(
+        shape,
+        rows=step.rows,
+        length=step.length,
+        adapters=adapted if method in ("lora", "qlora") else None,
+        rank=step.rank,
+        checkpointing=step.checkpointing,
+    )
+    return MethodPlan(
+        label=label,
+        memory=memory,
+        disk_bytes=run_bytes(shape, memory),
+        floor_seconds=flops.floor_seconds(rate),
+        fits=memory.fits(machine.training_bytes),
+        changes=tuple(changes_to_fit(shape, method, step, machine.training_bytes, adapted=adapted)),
+    )
+
+
+def _plan_data(source: Any, data: str | Path, max_length: int) -> DataPlan:
+    from transformers import AutoTokenizer
+
+    from strop.data.records import read_data
+    from strop.data.samples import prepare
+    from strop.models.sources import find_folder
+
+    if not isinstance(source, str | Path):
+        raise UsageError("data are counted with a tokenizer: name a model's folder or hub id, not a configuration.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(find_folder(source)), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{source}: no tokenizer to count the data with ({type(error).__name__}).") from error
+    report = prepare(read_data(data).train, tokenizer, max_length=max_length).report
+    return DataPlan(
+        rows=report.rows,
+        samples=report.samples,
+        tokens=report.tokens,
+        supervised_tokens=report.supervised_tokens,
+        truncated_rows=report.truncated_rows,
+        longest_row_tokens=report.longest_row_tokens,
+    )
+
+
+def _size(size: int) -> str:
+    """Return bytes as people read them, in binary units."""
+    if size >= GIB / 10:
+        return f"{size / GIB:.2f} GiB" if size < 100 * GIB else f"{size / GIB:,.0f} GiB"
+    return f"{size / 2**20:.1f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    """Return a floor: at least this long."""
+    return f">{seconds:,.0f}" if seconds >= 10 else f">{seconds:.2g}"
+
+
+def _aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> list[str]:
+    """Return a table as lines: columns padded to their widest cell, numbers to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  "
+        + "  ".join(
+            cell.ljust(width) if column in left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
