@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from strop.numerics import CodebookFormat, parse_scheme, quantize_tensor, unpack
-from strop.numerics.codebook import dynamic_map, nest
+from strop.numerics import CodebookFormat, codebook, parse_scheme, quantize_tensor, unpack
+from strop.numerics.codebook import dynamic_map, level_table, nest
 
 from .schemes import CODEBOOK_TEXTS, hard_weights
 
@@ -80,6 +80,16 @@ def test_restored_weights_equal_those_of_bitsandbytes(bitsandbytes: Any, name: s
 
 def test_the_dynamic_map_is_that_of_bitsandbytes(bitsandbytes: Any) -> None:
     assert torch.equal(dynamic_map(torch.device("cpu")), bitsandbytes.create_dynamic_map())
+
+
+def test_tables_are_built_whatever_the_default_device_is() -> None:
+    weight = weights((4, 64), torch.float32)
+    expected = quantize_tensor(weight, parse_scheme("nf4-dq")).dequantize()
+    for table in (codebook._cells, codebook._pair_table, level_table, dynamic_map):
+        table.cache_clear()
+    with torch.device("meta"):
+        restored = quantize_tensor(weight, parse_scheme("nf4-dq")).dequantize()
+    assert torch.equal(restored, expected)
 
 
 def distance_to_midpoint(values: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def test_gguf_types_hold_our_grids_without_loss(text: str, kind: str) -> None:
     quantized = quantize_tensor(weight(8, 96), parse_format(text).scheme)
     assert quantized.scale is not None
     codes = quantized.stored_codes().view(-1, 32)
-    # After the float16 scale, Q4_0 has 16 bytes, byte j with element j low and element j + 16 high, as q + 8; Q8_0 has 32
-    # signed bytes, and ours are q + 128 (uint8 wraps around).
+    # After the float16 scale, Q4_0 has 16 bytes, byte j with element j low and element j + 16 high, as q + 8; Q8_0 has
+    # 32 signed bytes, and ours are q + 128 (uint8 wraps around).
     body = codes[:, :16] | codes[:, 16:] << 4 if kind == "Q4_0" else codes - 128
     blocks = torch.cat([quantized.scale.view(-1, 1).view(torch.uint8), body], dim=1).view(8, -1)
     theirs = gguf.quants.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[kind])

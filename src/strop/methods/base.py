@@ -44,7 +44,7 @@ def weighted_error(weight: Tensor, quantized: QuantizedTensor, statistics: Stati
     of an output whose inputs are uncorrelated.
     """
     rows, columns = weight.shape
-    importance = None if statistics is None else check_statistics(statistics, columns).double()
+    importance = None if statistics is None else check_statistics(statistics, weight).double()
     restored = quantized.dequantize()
     total = 0.0
     for part in row_chunks(rows, columns):
@@ -53,17 +53,17 @@ def weighted_error(weight: Tensor, quantized: QuantizedTensor, statistics: Stati
     return total / (rows * columns)
 
 
-def check_statistics(statistics: Statistics, columns: int, *, where: str = "weight") -> Tensor:
-    """The mean squares, float32 [in], of a weight with `columns` inputs.
+def check_statistics(statistics: Statistics, weight: Tensor, *, where: str = "weight") -> Tensor:
+    """The mean squares, float32 [in], on the device of the weight [out, in] that they belong to.
 
     Raises:
         DataError: They are of another layer's width, not finite, or negative.
     """
-    mean_square = statistics.mean_square
+    mean_square, columns = statistics.mean_square, weight.shape[1]
     if tuple(mean_square.shape) != (columns,):
         raise DataError(f"{where}: statistics of {list(mean_square.shape)} inputs for a weight with {columns}")
     if not torch.isfinite(mean_square).all() or (mean_square < 0).any():
         raise DataError(
             f"{where}: mean squares of the inputs must be finite and not negative; calibrate on finite activations"
         )
-    return mean_square.float()
+    return mean_square.to(device=weight.device, dtype=torch.float32)

@@ -38,7 +38,7 @@ def search(
     """
     plain = quantize_tensor(weight, scheme, where=where)  # refuses what cannot be quantized, before the search
     groups = split(weight.detach(), scheme)
-    mean_square = None if statistics is None else check_statistics(statistics, weight.shape[1], where=where)
+    mean_square = None if statistics is None else check_statistics(statistics, weight, where=where)
     low, high = search_range(
         groups,
         scheme.format,

@@ -43,15 +43,15 @@ def _cells(form: CodebookFormat, device: torch.device) -> tuple[Tensor, Tensor, 
     for code, level in enumerate(form.levels):
         first_code.setdefault(level, code)  # -0.0 == 0.0: FP4's second zero is left out
     ascending = sorted(first_code)
-    levels = torch.tensor(ascending, dtype=torch.float32)
+    levels = torch.tensor(ascending, dtype=torch.float32, device="cpu")  # not a default device, such as meta
     midpoints = (levels[:-1] + levels[1:]) / 2
-    starts = torch.arange(_CELLS + 1) * (2 / _CELLS) - 1
+    starts = torch.arange(_CELLS + 1, device="cpu") * (2 / _CELLS) - 1
     slack = 1e-6  # a value within float32's rounding of a cell's end may be counted to the cell beside it
     below = torch.bucketize(starts - slack, midpoints)
     beyond = torch.bucketize(starts + 2 / _CELLS + slack, midpoints, right=True)
     if (beyond - below).max() > 1:
         raise ValueError(f"{form.name}: levels closer than {2 / _CELLS} need more cells")
-    edge = torch.cat([midpoints, torch.tensor([torch.inf])])[below]
+    edge = torch.cat([midpoints, torch.full_like(midpoints[:1], torch.inf)])[below]
     codes = [first_code[level] for level in ascending]
     order = None if codes == list(range(len(codes))) else torch.tensor(codes, dtype=torch.uint8, device=device)
     return below.to(device=device, dtype=torch.uint8), edge.to(device), order
@@ -144,7 +144,7 @@ def dynamic_map(device: torch.device) -> Tensor:
     """
     levels = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32, device="cpu")
         magnitudes = [value.item() for value in 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)]
         levels += magnitudes + [-magnitude for magnitude in magnitudes]
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

@@ -237,15 +237,16 @@ def _nf4_levels() -> tuple[float, ...]:
     probability 0.9677083 and probabilities spaced evenly in float32, as bitsandbytes has them, give all sixteen.
     """
     quantile = NormalDist().inv_cdf
-    above = [quantile(p.item()) for p in torch.linspace(0.9677083, 0.5, 9, dtype=torch.float32)[:-1]]
-    below = [-quantile(p.item()) for p in torch.linspace(0.9677083, 0.5, 8, dtype=torch.float32)[:-1]]
-    levels = torch.tensor(sorted([*below, 0.0, *above]), dtype=torch.float32)
+    cpu = torch.device("cpu")
+    above = [quantile(p.item()) for p in torch.linspace(0.9677083, 0.5, 9, dtype=torch.float32, device=cpu)[:-1]]
+    below = [-quantile(p.item()) for p in torch.linspace(0.9677083, 0.5, 8, dtype=torch.float32, device=cpu)[:-1]]
+    levels = torch.tensor(sorted([*below, 0.0, *above]), dtype=torch.float32, device=cpu)
     return tuple(level.item() for level in levels / levels.max())
 
 
 def _fp4_levels() -> tuple[float, ...]:
     """FP4's levels as bitsandbytes numbers them: a sign bit, then 0, 1/16, 8, 12, 4, 6, 2, 3 twelfths in float32."""
-    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], dtype=torch.float32)
+    magnitudes = torch.tensor([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0], dtype=torch.float32, device="cpu")
     return tuple(level.item() for level in torch.cat([magnitudes, -magnitudes]) / 12.0)
 
 

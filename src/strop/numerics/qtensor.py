@@ -23,7 +23,7 @@ from strop.numerics.codebook import NestedScale, nest
 from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
 from strop.numerics.packing import pack, packed_size, unpack
 from strop.numerics.scales import settle_scale, stored_zero_point
-from strop.numerics.scheme import Granularity, Mode, Scheme
+from strop.numerics.scheme import NESTED_BLOCK, Granularity, Mode, Scheme
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,7 @@ def _expected_parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[t
         codes = (rows, packed_size(columns, scheme.bits))
     parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"codes": (codes, torch.uint8)}
     if scheme.double_quant:
-        nested_blocks = -(-size[0] // 256)
+        nested_blocks = -(-size[0] // NESTED_BLOCK)
         parts["nested_codes"] = (size, torch.uint8)
         parts["nested_scale"] = ((nested_blocks,), torch.float32)
         parts["nested_offset"] = ((), torch.float32)

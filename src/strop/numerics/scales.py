@@ -53,8 +53,7 @@ def choose_scale(
     >>> scale.item(), zero_point.item()
     (4.0, 5)
     """
-    low = torch.as_tensor(xmin, dtype=torch.float32).clamp(max=0.0)
-    high = torch.as_tensor(xmax, dtype=torch.float32).clamp(min=0.0)
+    low, high = _float32(xmin).clamp(max=0.0), _float32(xmax).clamp(min=0.0)
     check_finite_range(low, high, where=where)
     if isinstance(form, IntFormat) and not form.signed and mode is not Mode.ASYMMETRIC:
         _check_unsigned(low, form, mode, where)
@@ -152,6 +151,11 @@ def smallest_positive(dtype: torch.dtype) -> float:
     """
     limits = torch.finfo(dtype)
     return limits.smallest_normal * limits.eps
+
+
+def _float32(x: Tensor | float) -> Tensor:
+    """A number or tensor in float32, on the tensor's device (`as_tensor` would move it to the default one)."""
+    return x.float() if isinstance(x, Tensor) else torch.tensor(x, dtype=torch.float32, device="cpu")
 
 
 def _check_overflow(scale: Tensor, where: str) -> None:
