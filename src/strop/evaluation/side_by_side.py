@@ -31,7 +31,7 @@ from strop.evaluation.speed import measure_speed
 from strop.evaluation.statistics import LEVEL, bootstrap_mean, compare_proportions, paired_bootstrap, wilson_interval
 from strop.evaluation.tasks import ExactMatch
 from strop.evaluation.weights import keep_weights, weight_errors
-from strop.memory import PeakMemory, release_unused_memory
+from strop.memory import PeakMemory, release_unused_memory, steady_allocation
 from strop.models import OpenedModel, load
 
 MOST_CONTEXT: Final = 4096
@@ -124,7 +124,7 @@ class SideBySide:
             ModelError: The vocabulary differs from the first model's, or the context is too short for a row.
         """
         release_unused_memory()
-        with PeakMemory() as memory:
+        with steady_allocation(), PeakMemory() as memory:
             opened = load(place.path, device=self._settings.device)
             self._prepare(opened)
             self._check_fits(opened, place.name)

@@ -390,7 +390,8 @@ def _methods(comparison: Mapping[str, Any]) -> list[str]:
         f"KL divergence from {comparison['reference']} per supervised token, mean and 99th percentile over tokens; "
         "top-1 agreement is the share of tokens on which both find the same one likeliest.",
         "Weights: the files a model needs on disk; an adapter's include its base's. Peak memory: anonymous and shared "
-        "memory while the model was opened and scored, above what the process held before.",
+        "memory while the model was opened and scored, above what the process held before (on Linux with freed blocks "
+        "given back at once).",
     ]
     if comparison["task"]:
         lines.append(
