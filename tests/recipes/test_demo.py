@@ -27,10 +27,10 @@ def test_the_whole_way_runs_and_accounts_for_every_figure(tmp_path: Path) -> Non
     figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
     assert set(figures["scores"]) == {MAIN_SPLIT, *OTHER_SPLITS}
     for split in figures["scores"].values():
-        assert {"base", "full", "lora", "qlora", "int3 qat", "copying the nearest row"} <= set(split)
-    assert {"int8", "int3 rounded", "int3 control"} <= set(figures["scores"][MAIN_SPLIT])
+        assert {"base", "full", "lora", "qlora", "int3-tensor qat", "copying the nearest row"} <= set(split)
+    assert {"int8", "int3-tensor rounded", "int3-tensor control"} <= set(figures["scores"][MAIN_SPLIT])
     page = result.page.read_text(encoding="utf-8")
-    assert "int3 control" in page
+    assert "int3-tensor control" in page
     assert "<svg" in page
     assert figures["answers"][0]["question"] == "call anna"
     assert any("minutes" in line for line in result.lines())

@@ -66,14 +66,14 @@ class Recipe:
     test_rows: int = 1_000
     tuning: Mapping[str, Mapping[str, Any]] = field(
         default_factory=lambda: {
-            "full": {"max_steps": 180, "batch_size": 32, "learning_rate": 1e-3},
-            "lora": {"max_steps": 220, "batch_size": 32, "learning_rate": 5e-3, "rank": 16},
-            "qlora": {"max_steps": 220, "batch_size": 32, "learning_rate": 5e-3, "rank": 16},
+            "full": {"max_steps": 160, "batch_size": 32, "learning_rate": 1e-3},
+            "lora": {"max_steps": 180, "batch_size": 32, "learning_rate": 5e-3, "rank": 16},
+            "qlora": {"max_steps": 180, "batch_size": 32, "learning_rate": 5e-3, "rank": 16},
         }
     )
-    more: Mapping[str, Any] = field(default_factory=lambda: {"max_steps": 110, "batch_size": 32, "learning_rate": 5e-4})
+    more: Mapping[str, Any] = field(default_factory=lambda: {"max_steps": 90, "batch_size": 32, "learning_rate": 5e-4})
     rounded: tuple[str, ...] = ("int8", "int4-g32", "int3-g32", "int2-g32")
-    grid: str = "int3"
+    grid: str = "int3-tensor"
     questions: tuple[str, ...] = (
         "wake me at half past six on weekdays",
         "remind me to water the plants at a quarter to eight",
@@ -202,6 +202,7 @@ def demo(
             task="exact-match",
             page=page,
             max_rows=recipe.test_rows,
+            batch_size=64,
             seed=seed,
             reporter=reporter,
         )
