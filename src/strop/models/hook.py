@@ -16,7 +16,7 @@ Registration with transformers is explicit (`register`) and happens once per pro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -101,13 +101,13 @@ class RoundingPlan(Plan):
 
     reads_codes = False
 
-    def __init__(self, scheme: Scheme, rounding: Rounding, device: torch.device) -> None:
+    def __init__(self, scheme: Scheme, rounding: Rounding, device: torch.device, *, keep: Collection[str] = ()) -> None:
         super().__init__(device)
-        self.scheme, self.rounding = scheme, rounding
+        self.scheme, self.rounding, self.kept = scheme, rounding, frozenset(keep)
 
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         """Choose every linear layer inside the blocks; FormatError if a shape does not fit, before anything is read."""
-        names = select(model, "all-linear")
+        names = [name for name in select(model, "all-linear") if name not in self.kept]
         plan_linears(model, self.scheme, names)
         self.weights = {f"{name}.weight" for name in names}
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,8 @@ def load(
     device: str | torch.device = "cpu",
     tokenizer: bool = True,
     rounding: Rounding | None = None,
+    keep: Collection[str] = (),
+    to_merge: bool = False,
 ) -> OpenedModel:
     """Open a model.
 
@@ -99,6 +101,8 @@ def load(
         device: where the model is put.
         tokenizer: whether to open the tokenizer too.
         rounding: how a weight becomes a `QuantizedTensor` of the format; rounding to nearest by default.
+        keep: full names of linear layers that are not rounded.
+        to_merge: the adapter is opened to be merged; allows one that was trained to serve in no other way.
 
     Raises:
         MissingInputError: no such folder or hub id.
@@ -110,15 +114,15 @@ def load(
     torch_dtype, torch_device = _dtype(dtype), _device(device)
     folder = find_folder(path_or_id)
     if not is_adapter(folder):
-        opened = _open_model(folder, scheme, torch_dtype, torch_device, rounding)
+        opened = _open_model(folder, scheme, torch_dtype, torch_device, rounding, keep)
         homes = [folder]
     else:
         adapter = read_adapter_config(folder)
         base = _find_base(folder, adapter)
         if scheme is None and adapter.record is not None and adapter.record.format is not None:
             scheme = parse_format(adapter.record.format).scheme  # the precision that it was trained on
-        opened = _open_model(base, scheme, torch_dtype, torch_device, rounding)
-        opened.adapter = load_adapter(opened.model, folder)
+        opened = _open_model(base, scheme, torch_dtype, torch_device, rounding, keep)
+        opened.adapter = load_adapter(opened.model, folder, to_merge=to_merge)
         opened.source = str(folder)
         homes = [folder, base]
     if tokenizer:
@@ -145,7 +149,12 @@ def _find_base(folder: Path, adapter: AdapterConfig) -> Path:
 
 
 def _open_model(
-    folder: Path, scheme: Scheme | None, dtype: torch.dtype | str, device: torch.device, rounding: Rounding | None
+    folder: Path,
+    scheme: Scheme | None,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    rounding: Rounding | None,
+    keep: Collection[str],
 ) -> OpenedModel:
     config, quantization = read_config(folder)
     tensor_files(folder)  # every header is checked before transformers opens a file
@@ -161,7 +170,9 @@ def _open_model(
         plan, scheme = ReadingPlan(container, device), container.scheme
     elif scheme is not None:
         wanted = scheme
-        plan = RoundingPlan(wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device)
+        plan = RoundingPlan(
+            wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device, keep=keep
+        )
     model = _through_transformers(folder, config, plan, dtype)
     if plan is not None:
         scheme = _true_scheme(model)
