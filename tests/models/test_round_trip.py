@@ -15,6 +15,8 @@ from tests.tiny import FAMILIES, tiny_folder, tiny_model, tiny_tokenizer
 def test_a_saved_model_opens_bit_for_bit(tmp_path, family, form):
     if family == "gpt2" and form == "int4-g32":
         form = "nf4"  # compressed-tensors holds no Conv1D
+    if family == "falcon" and form == "nf4-dq":
+        form = "int8"  # transformers opens no FalconLinear as bitsandbytes
     opened = load(tiny_folder(tmp_path, family), form)
     save_model(opened.model, opened.tokenizer, tmp_path / "saved")
     again = load(tmp_path / "saved")
