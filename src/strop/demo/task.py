@@ -25,6 +25,7 @@ import numpy as np
 
 from strop.demo import phrasings, spoken
 from strop.demo import words as w
+from strop.demo.intent import Intent
 from strop.errors import UsageError, nearest
 
 Row = dict[str, list[dict[str, str]]]
@@ -199,7 +200,7 @@ def generate(*, seed: int = 0, rows: dict[str, int] | None = None) -> dict[str, 
     known, new = known_pools(), new_pools()
     every = phrasings.INTENTS
     with_strings = tuple(intent for intent in every if OPEN_SLOTS.intersection(intent.keys))
-    plans: dict[str, tuple[Pools, tuple[phrasings.Intent, ...], bool]] = {
+    plans: dict[str, tuple[Pools, tuple[Intent, ...], bool]] = {
         "train": (known, every, False),
         "valid": (known, every, False),
         "test_combinations": (known, every, False),
@@ -228,14 +229,14 @@ def write(folder: str | Path, *, seed: int = 0, rows: dict[str, int] | None = No
 def _split(
     rng: random.Random,
     pools: Pools,
-    intents: Sequence[phrasings.Intent],
+    intents: Sequence[Intent],
     *,
     held_out: bool,
     count: int,
     seen: set[str],
 ) -> list[Row]:
     """`count` rows whose requests are not in `seen`, which grows. Actions are equally likely, then their intents."""
-    by_action: dict[str, list[phrasings.Intent]] = {}
+    by_action: dict[str, list[Intent]] = {}
     for intent in intents:
         by_action.setdefault(intent.action, []).append(intent)
     actions = list(by_action)
@@ -250,7 +251,7 @@ def _split(
     return made
 
 
-def _example(rng: random.Random, intent: phrasings.Intent, pools: Pools, *, held_out: bool) -> tuple[str, str]:
+def _example(rng: random.Random, intent: Intent, pools: Pools, *, held_out: bool) -> tuple[str, str]:
     wording = rng.choice(intent.wordings(held_out=held_out))
     said: dict[str, str] = {}
     answer: dict[str, Value] = {"action": intent.action}
