@@ -39,6 +39,27 @@ def test_search_is_never_worse_than_rounding(weight: Tensor, text: str, weighted
     assert searched.scheme == scheme
 
 
+def test_scales_that_double_quantization_would_spoil_are_not_taken() -> None:
+    """Three blocks that plain scales meet exactly, since all four are 1, and a fourth that hardly matters.
+
+    A better scale for the fourth makes the four differ, and the 8-bit scales of the three inexact.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randint(0, 2, (1, 256), generator=generator) * 2.0 - 1.0
+    weight[0, 192:] = torch.randn(64, generator=generator).clamp(-0.9, 0.9)
+    weight[0, 192] = 1.0
+    mean_square = torch.ones(256)
+    mean_square[192:] = 1e-12
+    statistics = Statistics(mean_square, rows=1)
+    errors = [
+        weighted_error(weight, METHODS["search"](weight, parse_scheme(text), statistics), statistics)
+        / weighted_error(weight, rtn(weight, parse_scheme(text)), statistics)
+        for text in ("nf4", "nf4-dq")
+    ]
+    assert errors[0] < 0.99
+    assert errors[1] == 1.0
+
+
 @pytest.mark.parametrize(
     ("text", "share"),
     [("int2-g32", 0.7), ("int3-g32", 0.85), ("int4-g32", 0.9), ("int4", 0.9), ("int4-g32-full", 0.95), ("nf4", 0.95)],

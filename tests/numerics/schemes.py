@@ -20,7 +20,7 @@ INTEGER_TEXTS = [
     "int2-tensor-full",
     "int4-g8-sf32",
     "int4-g8-sbf16",
-    "int4-g8-asym-sbf16",
+    "int8-g8-asym-sbf16",
     "int5-sf16",
     "uint4-g8-asym",
     "uint8-asym",
@@ -81,7 +81,7 @@ def hard_weights(draw: st.DrawFn, columns: int = COLUMNS) -> Tensor:
             weight[row, draw(st.integers(0, columns - 1))] = 1000.0
         elif kind == "mixed":
             weight[row, : columns // 2] = 0.0
-        weight[row] *= draw(st.sampled_from([1e-42, 1e-38, 1e-20, 1e-9, 1e-6, 1e-3, 1.0, 300.0, 1e7]))
+        weight[row] *= draw(st.sampled_from([1e-42, 1e-38, 1e-20, 1e-9, 1e-6, 1e-5, 1e-3, 1.0, 300.0, 1e7]))
     return weight.to(draw(st.sampled_from([torch.float32, torch.bfloat16])))
 
 

@@ -163,6 +163,15 @@ def test_a_scale_too_small_for_its_dtype_is_the_smallest_positive_there_is(dtype
     assert scale.item() == smallest_positive(dtype) == torch.nextafter(torch.zeros((), dtype=dtype), scale).item()
 
 
+def test_a_zero_point_stays_a_code_where_a_subnormal_scale_is_rounded_down() -> None:
+    """1.4 times float16's smallest number is stored as that number: 255 steps of it do not reach the range's end."""
+    low = -255 * 1.4 * smallest_positive(torch.float16)
+    scale, zero_point = choose_scale(low, 0.0, integers("int8"), Mode.ASYMMETRIC, scale_dtype=torch.float16)
+    assert scale.item() == smallest_positive(torch.float16)
+    assert zero_point is not None
+    assert zero_point.item() == 127
+
+
 @pytest.mark.parametrize("text", ["int4-g8", "int4-g8-full", "int4-g8-asym", "fp8-g8", "int4-sf16"])
 def test_a_scale_that_overflows_float16_is_refused_by_name(text: str) -> None:
     weight = torch.ones(2, 24)

@@ -108,6 +108,17 @@ def test_scales_that_do_not_fit_are_refused(scale: Tensor, zero_point: Tensor | 
             call(torch.ones(3, 24), parse_scheme("int4-g8-asym"), scale=scale, zero_point=zero_point)
 
 
+@pytest.mark.parametrize(
+    ("text", "scale"), [("int4", torch.ones(3, 1)), ("nf4", torch.ones(2)), ("fp8", torch.ones(3, 1))]
+)
+def test_nan_is_refused_under_a_given_scale_too(text: str, scale: Tensor) -> None:
+    weight = torch.ones(3, 24)
+    weight[1, 1] = float("nan")
+    for call in (quantize_tensor, fake_quantize):
+        with pytest.raises(FormatError, match="weight: holds NaN"):
+            call(weight, parse_scheme(text), scale=scale)
+
+
 def test_a_zero_point_for_a_scheme_without_one_is_refused() -> None:
     with pytest.raises(FormatError, match="int4 takes no zero point"):
         fake_quantize(torch.ones(3, 24), parse_scheme("int4"), scale=torch.ones(3, 1), zero_point=torch.zeros(3, 1))
