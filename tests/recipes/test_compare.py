@@ -173,6 +173,17 @@ def test_a_model_against_itself_differs_in_nothing(place: Path):
     assert "no difference was measured" in comparison.verdicts()[0]
 
 
+def test_where_no_model_answers_a_row_the_loss_decides_and_it_is_said(place: Path, tmp_path: Path):
+    save(tiny_model("llama", seed=5), tmp_path / "other")
+    comparison = compare([place / "base", tmp_path / "other"], place / "rows.jsonl", task="exact-match", speed=False)
+    other = comparison.model("other")
+    assert (comparison.reference.score.estimate, other.score.estimate) == (0, 0)
+    assert other.judged_by == "loss"
+    assert other.difference is other.loss_difference
+    assert "No model answers a single row exactly: the verdicts rest on the loss." in comparison.notes
+    assert "(loss " in comparison.verdicts()[0]
+
+
 def test_without_a_task_the_loss_decides_and_texts_may_be_scored(place: Path, tmp_path: Path):
     text = tmp_path / "rows.jsonl"
     lines = ["the quick brown fox jumps over the lazy dog " * count for count in range(1, 9)]
@@ -244,7 +255,7 @@ def test_rows_that_do_not_fit_are_left_out_whole_and_said(place: Path):
     comparison = compare([place / "base"], place / "rows.jsonl", task="exact-match", max_length=limit, speed=False)
     left_out = sum(length > limit for length in lengths)
     assert comparison.rows_scored == ROWS - left_out
-    assert comparison.notes == (f"{left_out} rows are longer than {limit} tokens and were left out.",)
+    assert comparison.notes[0] == f"{left_out} rows are longer than {limit} tokens and were left out."
     with pytest.raises(DataError, match=r"no row fits 3 tokens \(the longest has"):
         compare([place / "base"], place / "rows.jsonl", task="exact-match", max_length=3, speed=False)
 

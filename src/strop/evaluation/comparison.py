@@ -94,9 +94,17 @@ class ModelResult:
     flips: Flips | None = None
 
     @property
+    def judged_by(self) -> Literal["score", "loss"]:
+        """What the verdict rests on: the score where there is a task, unless neither model answers a single row."""
+        if self.score is None or self.score_difference is None:
+            return "loss"
+        nobody = self.score.estimate == 0 and self.score_difference.estimate == 0
+        return "loss" if nobody else "score"
+
+    @property
     def difference(self) -> Difference | None:
-        """What the verdict rests on: the score's difference where there is a task, else the loss's."""
-        return self.score_difference or self.loss_difference
+        """The difference that the verdict rests on; None for the reference itself."""
+        return self.score_difference if self.judged_by == "score" else self.loss_difference
 
     @property
     def verdict(self) -> Verdict | None:
@@ -111,6 +119,7 @@ class ModelResult:
         }
         plain = _finite(asdict(self))
         plain |= {"perplexity": perplexity, "perplexity_ratio": ratio, "verdict": self.verdict}
+        plain["judged_by"] = self.judged_by
         return plain
 
 
@@ -183,10 +192,8 @@ class Comparison:
             columns += ["prefill tok/s", "decode tok/s"]
         columns += ["perplexity", "KL nats", "KL 99%", "top-1 %"]
         if self.task:
-            columns += ["exact %", "difference, points"]
-        else:
-            columns += ["loss difference, nats"]
-        return [*columns, "verdict"]
+            columns.append("exact %")
+        return [*columns, "difference", "verdict"]
 
     def rows(self) -> list[list[str]]:
         """The table's cells, one list per model; see `headers`."""
@@ -194,11 +201,11 @@ class Comparison:
 
     def verdicts(self) -> list[str]:
         """One sentence for each model after the first."""
-        return [verdict_sentence(model, self.reference, task=self.task) for model in self.models[1:]]
+        return [verdict_sentence(model, self.reference) for model in self.models[1:]]
 
     def headline(self) -> str:
         """The answer in a few sentences: what is better, the smallest that keeps up, what is worse."""
-        return headline(self.models, task=self.task)
+        return headline(self.models)
 
     @property
     def _has_speed(self) -> bool:
@@ -214,11 +221,11 @@ class Comparison:
         cells.append(f"{100 * model.top1_agreement.estimate:.1f}" if model.top1_agreement else "-")
         if self.task:
             cells.append(f"{100 * model.score.estimate:.1f}" if model.score else "-")
-        cells.append(_interval_words(model.difference, task=self.task) if model.difference else "reference")
+        cells.append(f"{_difference_words(model)} ({_ends_words(model)})" if model.difference else "reference")
         return [*cells, model.verdict or "-"]
 
 
-def headline(models: Sequence[ModelResult], *, task: str | None) -> str:
+def headline(models: Sequence[ModelResult]) -> str:
     """What may be said of `models` against the first, in a few sentences."""
     reference, others = models[0], models[1:]
     better, worse, undecided = (
@@ -226,30 +233,30 @@ def headline(models: Sequence[ModelResult], *, task: str | None) -> str:
     )
     sentences = []
     if better:
-        sentences.append(f"Better than {reference.name}: {_listed(better, task=task)}.")
+        sentences.append(f"Better than {reference.name}: {_listed(better)}.")
     smaller = [model for model in others if model.weights_bytes < reference.weights_bytes]
     keeping = [model for model in smaller if model.verdict != "worse"]
     if keeping:
-        sentences.append(_keeps_up(min(keeping, key=lambda model: model.weights_bytes), reference, task=task))
+        sentences.append(_keeps_up(min(keeping, key=lambda model: model.weights_bytes), reference))
     elif smaller:
         sentences.append(f"No smaller file keeps up with {reference.name}.")
     if worse:
-        sentences.append(f"Worse than {reference.name}: {_listed(worse, task=task)}.")
+        sentences.append(f"Worse than {reference.name}: {_listed(worse)}.")
     if undecided:
-        sentences.append(f"Undecided: {_listed(undecided, task=task)}.")
+        sentences.append(f"Undecided: {_listed(undecided)}.")
     return " ".join(sentences) or f"{reference.name} stands alone: there is nothing to compare it with."
 
 
-def verdict_sentence(model: ModelResult, reference: ModelResult, *, task: str | None) -> str:
+def verdict_sentence(model: ModelResult, reference: ModelResult) -> str:
     """One sentence: the verdict on `model`, its difference with the interval, and the rows that would decide."""
     difference = model.difference
     if difference is None:
         return f"{model.name}: not compared."
-    measured = f"{_metric(task)} {_difference_words(difference, task=task)}"
+    measured = f"{'exact match' if model.judged_by == 'score' else 'loss'} {_difference_words(model)}"
     if difference.low is None:
         ending = f"{difference.rows} rows are too few for an interval"
     else:
-        ending = f"{round(100 * difference.level)}% interval {_ends_words(difference, task=task)}"
+        ending = f"{round(100 * difference.level)}% interval {_ends_words(model)}"
     if difference.p_value is not None:
         ending += f", exact McNemar p {_p_words(difference.p_value)}"
     sentence = f"{model.name} against {reference.name}: {difference.verdict} ({measured}, {ending})"
@@ -299,55 +306,45 @@ def signed(value: float) -> str:
     return f"{value:+.{max(3, 1 - math.floor(math.log10(abs(value))))}f}"
 
 
-def _metric(task: str | None) -> str:
-    return "exact match" if task else "loss"
+def _difference_words(model: ModelResult) -> str:
+    if model.difference is None:
+        return "-"
+    if model.judged_by == "score":
+        return f"{100 * model.difference.estimate:+.1f} points"
+    return f"{signed(model.difference.estimate)} nats"
 
 
-def _difference_words(difference: Difference, *, task: str | None) -> str:
-    if task:
-        return f"{100 * difference.estimate:+.1f} points"
-    return f"{signed(difference.estimate)} nats per token"
-
-
-def _ends_words(difference: Difference, *, task: str | None) -> str:
-    if difference.low is None or difference.high is None:
-        return "unknown"
-    if task:
+def _ends_words(model: ModelResult) -> str:
+    difference = model.difference
+    if difference is None or difference.low is None or difference.high is None:
+        return "no interval"
+    if model.judged_by == "score":
         return f"{100 * difference.low:+.1f} to {100 * difference.high:+.1f}"
     return f"{signed(difference.low)} to {signed(difference.high)}"
-
-
-def _interval_words(difference: Difference, *, task: str | None) -> str:
-    value = f"{100 * difference.estimate:+.1f}" if task else signed(difference.estimate)
-    return f"{value} ({_ends_words(difference, task=task)})"
 
 
 def _p_words(p_value: float) -> str:
     return "< 0.0001" if p_value < 1e-4 else f"{p_value:.2g}"
 
 
-def _keeps_up(model: ModelResult, reference: ModelResult, *, task: str | None) -> str:
+def _keeps_up(model: ModelResult, reference: ModelResult) -> str:
     share = model.weights_bytes / reference.weights_bytes
     size = f"{mebibytes(model.weights_bytes)} MiB, {100 * share:.0f}% of {reference.name}'s"
-    if task and model.score and reference.score:
+    if model.judged_by == "score" and model.score and reference.score:
         figures = f"{100 * model.score.estimate:.1f}% exact match against {100 * reference.score.estimate:.1f}%"
     else:
-        figures = (
-            f"perplexity {significant(_perplexity(model.loss.estimate))} against "
-            f"{significant(_perplexity(reference.loss.estimate))}"
-        )
-    if model.difference and model.verdict == "undecided":
-        figures += f" (difference {_ends_words(model.difference, task=task)} {'points' if task else 'nats'}, undecided)"
+        perplexities = (significant(_perplexity(one.loss.estimate)) for one in (model, reference))
+        figures = "perplexity " + " against ".join(perplexities)
+    if model.verdict == "undecided":
+        unit = "points" if model.judged_by == "score" else "nats"
+        figures += f" (difference {_ends_words(model)} {unit}, undecided)"
     return f"{model.name} is the smallest file not shown to be worse than {reference.name}: {size}, {figures}."
 
 
-def _listed(models: Sequence[ModelResult], *, task: str | None) -> str:
+def _listed(models: Sequence[ModelResult]) -> str:
     """Names with their differences, or the names alone where there are many."""
     few = len(models) <= _FEW
-    parts = [
-        f"{model.name} ({_difference_words(model.difference, task=task)})" if few and model.difference else model.name
-        for model in models
-    ]
+    parts = [f"{model.name} ({_difference_words(model)})" if few else model.name for model in models]
     return ", ".join(parts[:-1]) + (" and " if len(parts) > 1 else "") + parts[-1]
 
 

@@ -307,6 +307,8 @@ class SideBySide:
     def comparison(self, data: str) -> Comparison:
         """Everything measured, as one result; `data` is what the rows are called."""
         tokens = self.rows.by_document(self.rows.tokens).long()
+        if self._settings.task and not any(bool(right.any()) for right in self._right.values()):
+            self._notes.append("No model answers a single row exactly: the verdicts rest on the loss.")
         digest = hashlib.sha256()
         for sample in self.rows.samples:
             digest.update(torch.tensor([len(sample), *sample.input_ids, *sample.labels]).numpy().tobytes())

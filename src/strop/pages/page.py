@@ -192,10 +192,12 @@ def _intervals(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "caption": "Share of rows answered exactly, to the last token and the stop, with Wilson's interval.",
             }
         )
-    differences = [model for model in models if model["score_difference" if task else "loss_difference"]]
+    by_score = any(model["judged_by"] == "score" for model in models)
+    key = "score_difference" if by_score else "loss_difference"
+    differences = [model for model in models if model[key]]
     if differences:
-        scale, unit = (100.0, "points") if task else (1.0, "nats per token")
-        found = [model["score_difference" if task else "loss_difference"] for model in differences]
+        scale, unit = (100.0, "points") if by_score else (1.0, "nats per token")
+        found = [model[key] for model in differences]
         ends = [
             scale * value for one in found for value in (one["estimate"], one["low"], one["high"]) if value is not None
         ]
@@ -205,7 +207,7 @@ def _intervals(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
         rows = []
         for model, one in zip(differences, found, strict=True):
             values = {end: None if one[end] is None else scale * one[end] for end in ("estimate", "low", "high")}
-            words = _difference_words(values, points=bool(task))
+            words = _difference_words(values, points=by_score)
             rows.append(
                 {
                     "name": model["name"],
@@ -214,7 +216,7 @@ def _intervals(comparison: Mapping[str, Any]) -> list[dict[str, Any]]:
                 }
             )
         shown = [tick for tick in ticks(low, high) if low <= tick <= high]
-        better = "to the right is better" if task else "to the left is better"
+        better = "to the right is better" if by_score else "to the left is better"
         blocks.append(
             {
                 "heading": f"Difference from {reference}",
@@ -285,7 +287,8 @@ def _cells(model: Model, comparison: Mapping[str, Any]) -> list[Any]:
         cells.append("-" if not flips else f"{flips['gained']:,} / {flips['lost']:,}")
     loss = model["loss_difference"]
     cells.append(_difference_cell(loss, points=False))
-    needed = (model["score_difference"] or loss or {}).get("rows_needed")
+    judged = model["score_difference" if model["judged_by"] == "score" else "loss_difference"]
+    needed = judged and judged["rows_needed"]
     cells.append("-" if needed is None else f"{needed:,}")
     return cells
 
