@@ -200,7 +200,7 @@ def _prompts(opened: OpenedModel, data: Rows | None) -> list[list[int]]:
     """Token ids of what is asked: rows of `data`, else built-in prompts; without a tokenizer a walk over the ids."""
     tokenizer = opened.tokenizer
     if tokenizer is None:
-        size = int(opened.model.get_input_embeddings().weight.shape[0])
+        size = int(opened.model.config.get_text_config().vocab_size)
         return [[(97 * at + 31 * row) % size for at in range(24)] for row in range(8)]
     if data is not None:
         limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
@@ -249,8 +249,7 @@ def _dense(weight: Tensor, bias: Tensor | None, *, like: nn.Module) -> nn.Module
 
 def _store(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Round dense weights to the dtype that is saved; codes and scales stay as they are."""
-    module: nn.Module = model
-    module.to(dtype)
+    nn.Module.to(model, dtype)
     model.config.dtype = dtype
 
 
