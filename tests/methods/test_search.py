@@ -98,8 +98,9 @@ def test_each_group_has_the_best_of_the_scales_tried(text: str) -> None:
             group = weight[row : row + 1, start : start + 32]
             importance = statistics.mean_square[start : start + 32].double()
             errors = []
-            for percent in range(30, 113, 2):
-                low, high = group.min() * (percent / 100), group.max() * (percent / 100)
+            factors = [percent / 100 for percent in range(30, 113, 2)]
+            for factor in factors + ([-factor for factor in factors] if "full" in text else []):
+                low, high = sorted((group.min() * factor, group.max() * factor))
                 scale, zero_point = choose_scale(low, high, scheme.format, scheme.mode, scale_dtype=torch.float16)
                 zero = None if zero_point is None else zero_point.view(1, 1)
                 restored = quantize_tensor(group, scheme, scale=scale.view(1, 1), zero_point=zero).dequantize()
