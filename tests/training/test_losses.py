@@ -14,6 +14,7 @@ from strop.data.templates import IGNORED, Sample
 from strop.layers.surgery import attach_lora
 from strop.training import losses
 from strop.training.losses import find_head, token_loss_sum
+from strop.training.shapes import round_up
 from tests.tiny import FAMILIES, tiny_model
 from tests.training.helpers import ragged_samples
 
@@ -84,7 +85,8 @@ def test_the_head_sees_supervised_rows_only():
     head = find_head(model, batch)
     model.get_output_embeddings().register_forward_hook(lambda _m, inputs, _o: rows.append(inputs[0].shape))
     token_loss_sum(model, batch, head=head)
-    assert rows == [(batch.supervised_tokens, 64)]
+    assert rows == [(round_up(batch.supervised_tokens, smallest_step=16), 64)]
+    assert rows[0][0] < 0.7 * batch.input_ids.numel()
 
 
 def small(config) -> nn.Module:

@@ -35,13 +35,14 @@ from strop.files.folders import read_json, write_json
 from strop.memory import PeakMemory
 from strop.progress import SILENT, Reporter
 from strop.training.checkpoints import RunLock, differences
-from strop.training.loop import count_steps, train
+from strop.training.loop import train
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import read_metrics
 from strop.training.optimizers import default_learning_rate
 from strop.training.precision import choose_device, compute_dtype
 from strop.training.preparing import Base, Trained, open_base, put_layers
-from strop.training.settings import TrainSettings
+from strop.training.settings import TrainSettings, count_steps
+from strop.training.shapes import positions_of
 
 DEFAULT_MAX_LENGTH: Final = 1024
 
@@ -329,9 +330,7 @@ class _Tuning:
     def _resolve(self, model: PreTrainedModel) -> None:
         """Fill in the settings that only the model can tell."""
         config = self.config
-        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        limit = limit if isinstance(limit, int) and limit > 0 else None
-        length = config.samples.max_length
+        limit, length = positions_of(model), config.samples.max_length
         if length is not None and limit is not None and length > limit:
             raise ConfigError(f"max_length: got {length}; {config.model} has {limit} positions; set {limit} or less")
         changes: dict[str, Any] = {}

@@ -29,7 +29,7 @@ from typing import Any, Final, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from strop.config import Epochs, Minutes, Steps
+from strop.config import Minutes
 from strop.data.batches import Batch, BatchStream, eval_batches
 from strop.data.packing import check_isolation
 from strop.data.templates import Sample
@@ -57,7 +57,8 @@ from strop.training.optimizers import (
 )
 from strop.training.precision import autocast
 from strop.training.schedules import rate_share
-from strop.training.settings import Progress, TrainResult, TrainSettings
+from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
+from strop.training.shapes import at_common_width, positions_of
 
 SAVE_SECONDS: Final = 600.0
 """Between checkpoints where no number of steps is asked for."""
@@ -115,15 +116,6 @@ def train(
         return run.go(resume=resume)
 
 
-def count_steps(length: Steps | Epochs | Minutes, steps_per_epoch: int) -> int | None:
-    """Optimizer steps of a run; None where only the time they take can tell."""
-    if isinstance(length, Steps):
-        return length.max_steps
-    if isinstance(length, Epochs):
-        return max(1, math.ceil(length.epochs * steps_per_epoch - 1e-9))
-    return None
-
-
 @contextlib.contextmanager
 def _recomputed(model: Any) -> Iterator[None]:
     """Recompute the blocks' activations while the context lasts; transformers renamed the switch on its way to 6."""
@@ -165,6 +157,7 @@ class _Run:
         self.optimizer = adamw(
             self.parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
         )
+        self.positions = positions_of(model)
         self.step = 0
         self.progress = Progress()
         self.first_step_done = False
@@ -289,7 +282,7 @@ class _Run:
         for batch in batches:
             self.guard.check()
             with autocast(self.device, self.settings.compute_dtype):
-                loss_sum, _ = token_loss_sum(self.model, batch, head=self.head)
+                loss_sum, _ = token_loss_sum(self.model, at_common_width(batch, limit=self.positions), head=self.head)
             value = float(loss_sum.detach())
             if not math.isfinite(value):
                 rows = [index for row in batch.rows for index in row]
@@ -368,6 +361,7 @@ class _Run:
         try:
             for batch in eval_batches(self.valid, self.settings.eval_batch_size, pad_id=self.stream.pad_id):
                 with autocast(self.device, self.settings.compute_dtype):
+                    batch = at_common_width(batch, limit=self.positions)
                     loss_sum, count = token_loss_sum(self.model, batch, head=self.head)
                 total += float(loss_sum)
                 tokens += count

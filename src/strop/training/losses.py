@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from strop.training.shapes import round_up
+
 IGNORED: Final = -100
 """The label of a token that carries no loss."""
 
@@ -94,15 +96,18 @@ def token_loss_sum(model: nn.Module, batch: TokenBatch, *, head: Head | None = N
     inputs = _on(batch.inputs(), device)
     targets = batch.labels[:, 1:].reshape(-1).to(device)  # [rows, length] -> [rows * (length - 1)]
     kept = (targets != IGNORED).nonzero().flatten()
-    targets = targets[kept]
+    supervised, added = len(kept), round_up(len(kept), smallest_step=16) - len(kept)
+    if supervised:  # a common number of rows (see shapes.py); the added ones carry no label
+        kept = functional.pad(kept, (0, added), value=int(kept[0]))
+    targets = functional.pad(targets[kept[:supervised]], (0, len(kept) - supervised), value=IGNORED)
     if head is None:
         logits = model(**inputs).logits[:, :-1]
-        return _cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[kept], targets), len(kept)
+        return _cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[kept], targets), supervised
     hidden = head.base(**inputs).last_hidden_state[:, :-1]
     hidden = hidden.reshape(-1, hidden.shape[-1])[kept]  # [rows, length - 1, hidden] -> [tokens, hidden]
     rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
     if len(kept) <= rows:
-        return _cross_entropy_sum(head.projection(hidden), targets), len(kept)
+        return _cross_entropy_sum(head.projection(hidden), targets), supervised
 
     def chunk_sum(part: Tensor, part_targets: Tensor) -> Tensor:
         return _cross_entropy_sum(head.projection(part), part_targets)
@@ -111,13 +116,13 @@ def token_loss_sum(model: nn.Module, batch: TokenBatch, *, head: Head | None = N
     for start in range(0, len(kept), rows):
         part, part_targets = hidden[start : start + rows], targets[start : start + rows]
         total = total + checkpoint(chunk_sum, part, part_targets, use_reentrant=False, preserve_rng_state=False)
-    return total, len(kept)
+    return total, supervised
 
 
 def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits [tokens, vocabulary], targets [tokens] -> scalar, computed in fp32 at least."""
     wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, targets, reduction="sum")
+    return functional.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
 
 
 def _vocabulary(projection: nn.Module) -> int:

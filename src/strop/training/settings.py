@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -80,3 +81,12 @@ class Progress:
     worse_evaluations: int = 0
     ended: str | None = None
     pending: dict[str, Any] | None = None
+
+
+def count_steps(length: Steps | Epochs | Minutes, steps_per_epoch: int) -> int | None:
+    """Optimizer steps of a run; None where only the time they take can tell."""
+    if isinstance(length, Steps):
+        return length.max_steps
+    if isinstance(length, Epochs):
+        return max(1, math.ceil(length.epochs * steps_per_epoch - 1e-9))
+    return None
