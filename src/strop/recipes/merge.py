@@ -2,41 +2,51 @@
 
     W = W0 + scaling * B @ A, W0 dequantized where the base is quantized, W in the base's dtype (or rounded to `format`)
 
-The arithmetic is done in fp32; what is checked is the file. It is opened again, and on prompts its logits are compared
-with those of base plus adapter: the largest difference, and the share of the adapter's effect that survived,
+Each layer is added in fp32 and stored at once, so that memory holds the model in its own dtype and one layer. What is
+checked is the file: it is opened again, and on prompts its logits are compared, all computed in fp32, with those of
+base plus adapter: the largest difference, and the share of the adapter's effect that survived,
 
     effect = <merged - base, pair - base> / ||pair - base||^2        (1: all of it, 0: none)
 
-Rounding a merged weight back to the base's own low-bit grid can lose the adapter whole, with a small divergence to
-show for it; that is why the effect is the gate. Below it nothing is kept. The whole model is held in fp32 meanwhile.
+where with a `format` the base that is subtracted from `merged` is rounded to it too, so that what rounding alone does
+is not counted. Rounding a merged weight back to a low-bit grid can lose the adapter whole, with a small divergence to
+show for it; that is why the effect is the gate. Below it nothing is kept.
+
+An adapter belongs to the base it was trained on: where the base's files are not those that were recorded, that is said.
 """
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from strop.data.records import Message
+from strop.config import load_config
+from strop.data.records import Message, Record, read_data
 from strop.data.samples import prepare
 from strop.data.templates import prompt_ids
-from strop.errors import GateError, UsageError
-from strop.files.folders import atomic_folder, write_json
-from strop.files.saving import skeleton, write_model
-from strop.layers.base import dense_weight, linear_bias
+from strop.errors import FormatError, GateError, ModelError, StropError, UsageError
+from strop.files.folders import atomic_folder, check_target, write_json
+from strop.files.peft_adapter import AdapterConfig, base_digest
+from strop.files.saving import check_expressible, skeleton, write_model
+from strop.layers.base import dense_weight, linear_bias, linear_shape
+from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_linear import QuantLinear
-from strop.layers.surgery import detach_lora, linear_modules, lora_modules, quantize_linears, replace
+from strop.layers.surgery import detach_lora, linear_modules, lora_modules, plan_linears, replace
 from strop.models import OpenedModel, load
-from strop.models.sources import find_folder, read_config
-from strop.numerics.scheme import Scheme, parse_scheme
+from strop.models.sources import find_folder
+from strop.numerics.qtensor import quantize_tensor
+from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
 from strop.recipes.rows import Rows, held_out_records
 
@@ -53,12 +63,15 @@ PROMPTS: Final = (
     "List the files in this folder.",
     "Tell me a short story about a dog and a lamp.",
 )
-"""What is asked where no data are given."""
+"""What is asked where neither `data` nor the run name rows."""
 
 MAX_PROMPTS: Final = 16
 MAX_TOKENS: Final = 256
 LAST_TOKENS: Final = 16
-"""Logits are compared at so many last positions of each prompt."""
+"""Logits are compared at so many last positions of each prompt, at the most."""
+
+MAX_LOGITS: Final = 1 << 24
+"""Numbers kept of each model's logits (64 MiB in fp32); fewer positions are compared where the vocabulary is large."""
 
 
 @dataclass(frozen=True)
@@ -70,24 +83,30 @@ class MergeResult:
         stored: format or dtype of its linear layers.
         layers: adapted layers that were merged.
         prompts: prompts compared.
+        asked: where the prompts came from.
         arithmetic_error: largest logit difference between the pair and the sum in fp32, before it is stored.
         max_logit_difference: largest logit difference between the pair and the saved file, both computed in fp32.
         effect: share of the adapter's effect that the saved file keeps; None for an adapter that changes nothing.
-        gate: least effect that was accepted.
+        gate: least effect that is accepted.
+        forced: whether it was kept although it lost more.
+        warnings: what was noticed about adapter and base.
     """
 
     path: Path
     stored: str
     layers: int
     prompts: int
+    asked: str
     arithmetic_error: float
     max_logit_difference: float
     effect: float | None
     gate: float
+    forced: bool = False
+    warnings: tuple[str, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        return asdict(self) | {"path": str(self.path)}
+        return asdict(self) | {"path": str(self.path), "warnings": list(self.warnings)}
 
     def lines(self) -> list[str]:
         """The result in sentences."""
@@ -95,29 +114,13 @@ class MergeResult:
             "the adapter changes nothing" if self.effect is None else f"{self.effect:.4f} of the adapter's effect kept"
         )
         return [
-            f"{self.layers} layers merged, stored as {self.stored}; {effect} (gate {self.gate:g})",
-            f"largest logit difference from base plus adapter on {self.prompts} prompts: "
-            f"{self.max_logit_difference:.2e} as stored, {self.arithmetic_error:.2e} in fp32",
+            *(f"warning: {warning}" for warning in self.warnings),
+            f"{self.layers} layers merged, stored as {self.stored}; {effect} (gate {self.gate:g}"
+            + (", not reached: kept because it was forced)" if self.forced else ")"),
+            f"largest logit difference from base plus adapter on {self.prompts} prompts ({self.asked}): "
+            f"{self.max_logit_difference:.2e} as stored, {self.arithmetic_error:.2e} before",
             f"the model: {self.path}",
         ]
-
-
-@dataclass
-class _Probe:
-    """Prompts, and what a model answers to them in logits."""
-
-    prompts: list[list[int]]
-    vocabulary: int = field(default=0)
-
-    def logits(self, model: PreTrainedModel) -> Tensor:
-        """Logits at the last positions of every prompt, fp32 [tokens, vocabulary]."""
-        model.eval()
-        parts: list[Tensor] = []
-        with torch.inference_mode():
-            for prompt in self.prompts:
-                logits = model(input_ids=torch.tensor([prompt], device=model.device), use_cache=False).logits
-                parts.append(logits[0, -LAST_TOKENS:].float().cpu())
-        return torch.cat(parts)
 
 
 def merge(
@@ -126,6 +129,7 @@ def merge(
     *,
     format: str | None = None,
     data: Rows | None = None,
+    force: bool = False,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> MergeResult:
@@ -134,52 +138,64 @@ def merge(
     Args:
         run: a run's folder, or an adapter's.
         output: the folder to write.
-        format: round the merged linear layers to this, instead of the dtype that the base is stored in.
-        data: rows whose prompts are compared; a few built-in ones without it.
+        format: round the linear layers to this, instead of storing them in the base's dtype.
+        data: rows that are compared; without it the run's own validation rows, else a few built-in prompts.
+        force: keep the merged model although it lost more of the adapter's effect than the gate allows.
         overwrite: replace what stands at `output`.
         reporter: told what happens.
 
     Raises:
-        UsageError: `run` is no adapter.
-        GateError: the merged model keeps too little of the adapter's effect; nothing was written.
-        MissingInputError, ModelError, FormatError, FileFormatError: as `load` and the writer raise them.
+        UsageError: `run` is no adapter, or something stands at `output`.
+        FormatError: the format is unknown, needs a container, or cannot hold the layers; all are named.
+        GateError: the merged model keeps too little of the adapter's effect; nothing was kept.
+        MissingInputError, ModelError, FileFormatError: as `load` and the writer raise them.
     """
-    scheme = parse_scheme(format) if format is not None else None
-    opened = load(run, dtype="float32")
+    scheme = None if format is None else _scheme(format)
+    check_target(output, overwrite=overwrite)
+    opened = load(run, to_merge=True)
     if opened.adapter is None:
         raise UsageError(f"{run}: holds a whole model, and a merge takes an adapter; there is nothing to merge")
-    stored = _stored_dtype(opened)
-    probe = _Probe(_prompts(opened, data))
+    warnings = tuple(_warnings(opened.adapter))
+    for warning in warnings:
+        reporter.note(f"warning: {warning}")
+    model = opened.model
+    plain = skeleton(model)
+    if scheme is not None:
+        names = list(linear_modules(model))
+        plan_linears(model, scheme, names)
+        check_expressible(scheme, {name: linear_shape(model.get_submodule(name)) for name in names}, plain)
+    probe = _Probe.of(opened, Path(run), data)
+    layers = len(lora_modules(model))
     reporter.start("merge", 4, "steps")
     try:
-        pair = probe.logits(opened.model)
-        base = _base_logits(opened.model, probe)
+        pair, unmerged = probe.logits(model), _without_adapters(model, probe, None)
+        rounded = unmerged if scheme is None else _without_adapters(model, probe, scheme)
         reporter.advance(1)
-        layers = _add(opened.model)
-        arithmetic_error = _largest(probe.logits(opened.model), pair)
+        arithmetic_error = _largest(_added_on_the_fly(model, probe), pair)
         reporter.advance(2)
-        kind = str(stored).removeprefix("torch.")
-        if scheme is not None:
-            quantize_linears(opened.model, scheme)
-        _store(opened.model, stored)
-        gate = EFFECT_GATES["quantized" if scheme is not None else kind]
+        stored = _store(model, plain, scheme)
         with atomic_folder(output, overwrite=overwrite) as temporary:
-            write_model(opened.model, opened.tokenizer, temporary)
+            write_model(model, opened.tokenizer, temporary)
+            opened.model = model = None  # type: ignore[assignment]  # the file is opened again, and one model fits
             reporter.advance(3)
-            saved = probe.logits(load(temporary, dtype="float32", tokenizer=False).model)
-            effect = _effect(base, pair, saved)
-            name = scheme.name if scheme is not None else kind
-            if effect is not None and not effect >= gate:
-                raise GateError(_lost(output, scheme, name, effect, gate))
+            saved = probe.logits(load(temporary, tokenizer=False).model)
+            effect = _effect(pair - unmerged, saved - rounded)
+            gate = EFFECT_GATES["quantized" if scheme is not None else stored]
+            lost = effect is not None and not effect >= gate
+            if lost and not force:
+                raise GateError(_lost(output, scheme, stored, effect or 0.0, gate))
             result = MergeResult(
                 path=Path(output),
-                stored=name,
+                stored=stored,
                 layers=layers,
                 prompts=len(probe.prompts),
+                asked=probe.asked,
                 arithmetic_error=arithmetic_error,
                 max_logit_difference=_largest(saved, pair),
                 effect=effect,
                 gate=gate,
+                forced=lost,
+                warnings=warnings,
             )
             write_json(temporary / "merge.json", result.to_dict() | {"path": "."})
             reporter.advance(4)
@@ -188,26 +204,87 @@ def merge(
     return result
 
 
-def _stored_dtype(opened: OpenedModel) -> torch.dtype:
-    """The dtype that the base's dense weights are stored in."""
-    assert opened.adapter is not None
-    config, _ = read_config(find_folder(opened.adapter.base))
-    dtype = getattr(config.get_text_config(), "dtype", None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+def _scheme(format: str) -> Scheme:
+    spec = parse_format(format)
+    if spec.container is not None:
+        raise FormatError(
+            f"{format!r}: files of the kind {spec.container} are not written yet; the same grid is {spec.scheme}"
+        )
+    return spec.scheme
 
 
-def _prompts(opened: OpenedModel, data: Rows | None) -> list[list[int]]:
-    """Token ids of what is asked: rows of `data`, else built-in prompts; without a tokenizer a walk over the ids."""
+def _warnings(adapter: AdapterConfig) -> Iterator[str]:
+    """What does not fit between the base that is there and the one that was recorded."""
+    if adapter.record is None:
+        yield (
+            f"nothing records which files of {adapter.base} the adapter was trained on; if it was another precision, "
+            "the "
+            "merged model is not the one that was trained"
+        )
+    elif adapter.record.digest is not None and base_digest(find_folder(adapter.base)) != adapter.record.digest:
+        yield (
+            f"{adapter.base} holds other files than the base that the adapter was trained on (SHA-256 differs); the "
+            "merged "
+            "model is not the one that was trained"
+        )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """Token ids of what is asked, how many last positions of each are compared, and where they came from."""
+
+    prompts: list[list[int]]
+    positions: int
+    asked: str
+
+    @classmethod
+    def of(cls, opened: OpenedModel, run: Path, data: Rows | None) -> _Probe:
+        vocabulary = _embedding(opened.model).shape[0]
+        prompts, asked = _prompts(opened, run, data, vocabulary)
+        return cls(prompts, max(1, min(LAST_TOKENS, MAX_LOGITS // vocabulary // len(prompts))), asked)
+
+    def logits(self, model: PreTrainedModel) -> Tensor:
+        """Logits at the last positions of every prompt, computed in fp32 [tokens, vocabulary].
+
+        Raises:
+            ModelError: they are not finite.
+        """
+        parts: list[Tensor] = []
+        last = {"logits_to_keep": self.positions} if "logits_to_keep" in signature(model.forward).parameters else {}
+        with torch.no_grad(), _computing_in_fp32(model.eval()):
+            for prompt in self.prompts:
+                ids = torch.tensor([prompt], device=model.device)
+                logits = model(input_ids=ids, use_cache=False, **last).logits
+                parts.append(logits[0, -self.positions :].float().cpu())
+        logits = torch.cat(parts)
+        if not torch.isfinite(logits).all():
+            raise ModelError("the model's logits hold NaN or infinity, so nothing can be compared; check its weights")
+        return logits
+
+
+def _prompts(opened: OpenedModel, run: Path, data: Rows | None, vocabulary: int) -> tuple[list[list[int]], str]:
     tokenizer = opened.tokenizer
     if tokenizer is None:
-        size = int(opened.model.config.get_text_config().vocab_size)
-        return [[(97 * at + 31 * row) % size for at in range(24)] for row in range(8)]
-    if data is not None:
-        limit = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
-        records = held_out_records(data)[:MAX_PROMPTS]
-        samples = prepare(records, tokenizer, max_length=min(MAX_TOKENS, limit)).samples
-        return [list(sample.input_ids) for sample in samples]
-    return [_asked(text, tokenizer) for text in PROMPTS]
+        return [[(97 * at + 31 * row) % vocabulary for at in range(24)] for row in range(8)], "token ids in turn"
+    records = held_out_records(data) if data is not None else _rows_of_run(run)
+    if records:
+        context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
+        samples = prepare(records[:MAX_PROMPTS], tokenizer, max_length=min(MAX_TOKENS, context)).samples
+        name = "the run's own rows" if data is None else "rows of the data"
+        return [list(sample.input_ids) for sample in samples[:MAX_PROMPTS]], name
+    return [_asked(text, tokenizer) for text in PROMPTS], "built-in prompts"
+
+
+def _rows_of_run(run: Path) -> list[Record]:
+    """Rows that the run was validated on, if its settings and its data are still there."""
+    for folder in (run, run.parent):
+        if (folder / "config.yaml").is_file():
+            try:
+                splits = read_data(load_config(folder / "config.yaml").data)
+            except StropError:
+                return []
+            return splits.valid or splits.test or splits.train
+    return []
 
 
 def _asked(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -216,65 +293,128 @@ def _asked(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text)["input_ids"])
 
 
-def _base_logits(model: PreTrainedModel, probe: _Probe) -> Tensor:
-    """What the base answers without its adapters, which are put back afterwards."""
-    adapters = detach_lora(model)
+@contextmanager
+def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Let a model of 16-bit weights compute in fp32, each layer's weights being widened for its own call alone."""
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, _: Any) -> None:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16) and parameter not in narrow:
+                narrow[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, *_: Any) -> None:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter in narrow:
+                parameter.data = narrow.pop(parameter)
+
+    hooks = []
+    for module in model.modules():
+        if module._parameters and not isinstance(module, QuantLinear):  # that computes in the dtype of its input
+            hooks.append(module.register_forward_pre_hook(widen))
+            hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for parameter, data in narrow.items():
+            parameter.data = data
+
+
+def _without_adapters(model: PreTrainedModel, probe: _Probe, scheme: Scheme | None) -> Tensor:
+    """What the base answers alone, with its linear layers rounded to `scheme` where one is given; all is put back."""
+    adapters = detach_lora(model)
+    stood: dict[str, nn.Module] = {}
+    try:
+        if scheme is not None:
+            for name, module in linear_modules(model).items():
+                if not (isinstance(module, QuantLinear) and module.scheme == scheme):
+                    stood[name] = replace(model, name, _rounded(name, dense_weight(module), module, scheme))
+        return probe.logits(model)
+    finally:
+        for name, module in (stood | adapters).items():
+            replace(model, name, module)
+
+
+def _rounded(name: str, weight: Tensor, module: nn.Module, scheme: Scheme) -> QuantLinear:
+    return QuantLinear(quantize_tensor(weight, scheme, where=name), linear_bias(module))
+
+
+class _Added(nn.Module):
+    """An adapted layer that computes with its merged weight, made in fp32 for each call."""
+
+    def __init__(self, module: LoraLinear) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = linear_bias(self.module)
+        return functional.linear(x, dense_weight(self.module).to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _added_on_the_fly(model: PreTrainedModel, probe: _Probe) -> Tensor:
+    """What the merged weights answer before they are stored; the model is as it was afterwards."""
+    adapters: Mapping[str, LoraLinear] = lora_modules(model)
+    try:
+        for name, module in adapters.items():
+            replace(model, name, _Added(module))
         return probe.logits(model)
     finally:
         for name, module in adapters.items():
             replace(model, name, module)
 
 
-def _add(model: PreTrainedModel) -> int:
-    """Exchange every adapted and every quantized layer for a dense fp32 one; returns the number of adapted ones."""
-    adapted = lora_modules(model)
-    plain = skeleton(model)
+def _store(model: PreTrainedModel, plain: nn.Module, scheme: Scheme | None) -> str:
+    """Exchange every adapted layer, and every one in another format, for its merged weight; returns how it is
+    stored.
+    """
+    dtype = _embedding(model).dtype
     for name, module in linear_modules(model).items():
-        if name in adapted or isinstance(module, QuantLinear):
-            replace(model, name, _dense(dense_weight(module), linear_bias(module), like=plain.get_submodule(name)))
-    return len(adapted)
+        if scheme is not None:
+            if not (isinstance(module, QuantLinear) and module.scheme == scheme):
+                replace(model, name, _rounded(name, dense_weight(module), module, scheme))
+        elif isinstance(module, LoraLinear | QuantLinear):
+            replace(model, name, _dense(dense_weight(module).to(dtype), module, like=plain.get_submodule(name)))
+    return scheme.name if scheme is not None else str(dtype).removeprefix("torch.")
 
 
-def _dense(weight: Tensor, bias: Tensor | None, *, like: nn.Module) -> nn.Module:
-    """A dense layer of the kind that stands in the plain model: Conv1D holds its weight as [in, out]."""
-    rows, columns = weight.shape
-    with torch.device("meta"):
-        made = Conv1D(rows, columns) if isinstance(like, Conv1D) else nn.Linear(columns, rows, bias=bias is not None)
-    made.weight = nn.Parameter(weight.t().contiguous() if isinstance(like, Conv1D) else weight, requires_grad=False)
-    if bias is not None:
-        made.bias = nn.Parameter(bias.detach(), requires_grad=False)
-    return made
+def _dense(weight: Tensor, module: nn.Module, *, like: nn.Module) -> nn.Module:
+    """The layer that the plain model has in this place, with a weight [out, in] and the bias of `module`."""
+    bias = linear_bias(module)
+    weight = weight.t().contiguous() if isinstance(like, Conv1D) else weight
+    like.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+    like.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+    return like
 
 
-def _store(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Round dense weights to the dtype that is saved; codes and scales stay as they are."""
-    nn.Module.to(model, dtype)
-    model.config.dtype = dtype
+def _embedding(model: PreTrainedModel) -> Tensor:
+    """The input embedding [vocabulary, hidden]."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _largest(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().max())
 
 
-def _effect(base: Tensor, pair: Tensor, merged: Tensor) -> float | None:
+def _effect(change: Tensor, merged: Tensor) -> float | None:
     """The projection of the merged model's change on the adapter's; None where the adapter changes no logit."""
-    change = (pair - base).double()
+    change = change.double()
     size = float(change.square().sum())
-    return float(((merged - base).double() * change).sum()) / size if size > 0 and math.isfinite(size) else None
+    return float((merged.double() * change).sum()) / size if size > 0 else None
 
 
 def _lost(output: str | os.PathLike[str], scheme: Scheme | None, stored: str, effect: float, gate: float) -> str:
     advice = (
-        "merge without a format and quantize with data, or train through the grid: strop tune --method qat "
+        "Merge without a format and quantize with data, or train through the grid: strop tune --method qat "
         f"--format {scheme.name}"
         if scheme is not None
-        else "the change is too small for the base's dtype; keep the adapter apart, or train longer"
+        else "The change is too small for the base's dtype; keep the adapter apart, or train longer"
     )
     return (
         f"{output}: stored as {stored}, the merged model keeps {effect:.3f} of the adapter's effect, and {gate:g} is "
-        f"needed; nothing was written. {advice}"
+        f"needed; nothing was kept. {advice}"
     )
-
-
-__all__: Sequence[str] = ("EFFECT_GATES", "MergeResult", "merge")
