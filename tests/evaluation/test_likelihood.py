@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from strop.data.records import read_records
+from strop.data.samples import prepare
 from strop.data.templates import Sample
 from strop.errors import DataError, ModelError
 from strop.evaluation import scoring
 from strop.evaluation.likelihood import Likelihood, likelihood, perplexity_of
 from strop.evaluation.scoring import score
+from strop.models import load
 from tests.evaluation.common import random_samples
 from tests.tiny import FAMILIES, tiny_model
 
@@ -118,3 +122,13 @@ def test_the_reporter_hears_of_every_row():
 def test_a_loss_too_large_for_a_float_is_an_infinite_perplexity():
     assert perplexity_of(800.0) == math.inf
     assert perplexity_of(math.log(7)) == pytest.approx(7)
+
+
+@pytest.mark.parametrize(("name", "published"), [("tinystories_4M_lowercase", 2.73), ("tinyshakespeare", 4.97)])
+def test_a_real_model_has_about_the_loss_that_is_known_of_it(material: Path, name: str, published: float):
+    opened = load(material / "models" / "stories260K")
+    records = read_records(material / "data" / f"{name}.txt")
+    chosen = records[:: len(records) // 8]
+    samples = list(prepare(chosen, opened.require_tokenizer(), max_length=512))
+    # The known figures are over whole files with other windows; eight pieces come close and tell the texts apart.
+    assert likelihood(opened.model, samples).mean_nll == pytest.approx(published, abs=0.3)

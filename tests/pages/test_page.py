@@ -225,6 +225,23 @@ def test_the_drawing_places_marks_and_bars_in_proportion():
     assert re.search(r">score<", svg)
 
 
+def test_where_no_model_answers_a_row_size_is_drawn_against_the_loss():
+    nobody = comparison(["full", "int8"])
+    for model in nobody["models"]:
+        model["score"] = {"estimate": 0.0, "low": 0.0, "high": 0.04}
+    text = render_page(nobody, title="two")
+    assert "Size against loss" in text
+    assert "rows answered exactly, %" not in text
+
+
+def test_folders_of_somebodys_machine_are_not_shown():
+    shown = comparison(["full", "int8"])
+    shown["data"] = "/home/somebody/secret/rows.jsonl"
+    assert "somebody" not in render_page(shown, title="two")
+    shown["data"] = "org/name"
+    assert "org/name" in render_page(shown, title="two")
+
+
 def test_a_loss_that_spans_decades_is_drawn_logarithmically():
     names = ["full", "base"]
     wide = comparison(names)

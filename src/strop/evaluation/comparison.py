@@ -221,7 +221,7 @@ class Comparison:
         cells.append(f"{100 * model.top1_agreement.estimate:.1f}" if model.top1_agreement else "-")
         if self.task:
             cells.append(f"{100 * model.score.estimate:.1f}" if model.score else "-")
-        cells.append(f"{_difference_words(model)} ({_ends_words(model)})" if model.difference else "reference")
+        cells.append(_difference_words(model) if model.difference else "reference")  # `verdicts` has the interval
         return [*cells, model.verdict or "-"]
 
 

@@ -78,7 +78,7 @@ def render_page(comparison: Mapping[str, Any], *, title: str, sections: Sequence
         lstrip_blocks=True,
     )
     models: Sequence[Model] = comparison["models"]
-    reference, task = comparison["reference"], comparison["task"]
+    reference = comparison["reference"]
     others = models[1:]
     return environment.get_template("page.html").render(
         title=title,
@@ -92,9 +92,9 @@ def render_page(comparison: Mapping[str, Any], *, title: str, sections: Sequence
         ],
         sections=sections,
         reference=reference,
-        quantity="score" if task else "loss",
+        quantity="score" if _answered(models) else "loss",
         legend=_legend(models, reference),
-        scatters=_scatters(models, task),
+        scatters=_scatters(models),
         intervals=_intervals(comparison),
         headers=_headers(comparison),
         table=[_cells(model, comparison) for model in models],
@@ -112,10 +112,21 @@ def render_page(comparison: Mapping[str, Any], *, title: str, sections: Sequence
 def _provenance(comparison: Mapping[str, Any]) -> str:
     task = f", {comparison['task'].replace('-', ' ')}" if comparison["task"] else ""
     return (
-        f"{len(comparison['models'])} models on the same {comparison['rows']:,} rows of {comparison['data']} "
+        f"{len(comparison['models'])} models on the same {comparison['rows']:,} rows of {_data_name(comparison)} "
         f"({comparison['supervised_tokens']:,} tokens scored{task}). Intervals hold the truth "
         f"{100 * comparison['level']:.0f} times in a hundred."
     )
+
+
+def _answered(models: Sequence[Model]) -> bool:
+    """Whether there is a task and any model answers a row of it."""
+    return any(model["score"] and model["score"]["estimate"] for model in models)
+
+
+def _data_name(comparison: Mapping[str, Any]) -> str:
+    """A file's name without the folders that lead to it on somebody's machine; a hub id whole."""
+    path = Path(comparison["data"])
+    return path.name if path.suffix or path.is_absolute() else str(comparison["data"])
 
 
 def _kind(model: Model) -> str:
@@ -136,10 +147,10 @@ def _legend(models: Sequence[Model], reference: str) -> list[tuple[str, str]]:
 # --- drawings ---------------------------------------------------------------------------------------------------------
 
 
-def _scatters(models: Sequence[Model], task: str | None) -> list[dict[str, Any]]:
+def _scatters(models: Sequence[Model]) -> list[dict[str, Any]]:
     x_label = "weights on disk, MiB"
     charts = []
-    if task:
+    if _answered(models):
         points = _points(models, lambda model: model["score"], scale=100.0)
         charts.append(
             _chart(points, x_label, "rows answered exactly, %", "Higher and further left is better.", top=100.0)
@@ -386,7 +397,7 @@ def _map(model: Model) -> dict[str, Any]:
 def _methods(comparison: Mapping[str, Any]) -> list[str]:
     level = f"{100 * comparison['level']:.0f}%"
     lines = [
-        f"Rows: {comparison['rows']:,} of {comparison['data']}, the same for every model "
+        f"Rows: {comparison['rows']:,} of {_data_name(comparison)}, the same for every model "
         f"(SHA-256 of their tokens {comparison['rows_sha256'][:16]}…, seed {comparison['seed']}).",
         "Loss: negative log-likelihood per supervised token, in nats; perplexity is its exponential. Intervals "
         f"({level}): studentised bootstrap by row, paired for differences.",
