@@ -340,7 +340,7 @@ def plan_model(
         DataError: the data cannot be read.
     """
     from strop.layers.surgery import select
-    from strop.recipes.tune import EAGER_LENGTH
+    from strop.recipes.session import EAGER_LENGTH
     from strop.training.precision import choose_device, compute_dtype
 
     rank = parse_rank(rank)

@@ -10,47 +10,23 @@ fails before the loop leaves nothing behind.
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import torch
-import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-import strop
-from strop.config import Lora, QLora, TuneConfig, load_config, to_yaml
-from strop.data.batches import BatchStream
-from strop.data.packing import packed_attention
-from strop.data.records import Splits, read_data
-from strop.data.samples import SampleSet, prepare
-from strop.data.templates import Sample, set_chat_template
+from strop.config import TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import read_json, write_json
 from strop.memory import PeakMemory
 from strop.progress import SILENT, Reporter
+from strop.recipes.session import MAY_DIFFER, Session, open_session
 from strop.training.checkpoints import RunLock, differences
 from strop.training.loop import train
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import read_metrics
-from strop.training.optimizers import default_learning_rate
-from strop.training.precision import choose_device, compute_dtype
-from strop.training.preparing import Base, Trained, open_base, put_layers
-from strop.training.settings import TrainSettings, count_steps
-from strop.training.shapes import positions_of
-
-DEFAULT_MAX_LENGTH: Final = 1024
-
-EAGER_LENGTH: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 512, torch.float32: 128}
-"""On a CPU, rows up to so many tokens train faster with plain attention than with torch's fused one."""
-
-_MAY_DIFFER: Final = ("model", "data", "output", "resume", "save_steps", "device")
-"""Settings that a resumed run may have otherwise; the rows and the base's weights are compared by digest."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +142,7 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
     else:
         _check_free(run_dir)
     with PeakMemory() as memory:
-        return _Tuning(config, run_dir, memory, reporter).go()
+        return _run(open_session(config, reporter=reporter), run_dir, memory, reporter)
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------
@@ -211,8 +187,8 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
         raise MissingInputError(f"{file}: there is no run to resume; leave --resume out, or check the output")
     saved, asked = load_config(file).flat(), config.flat()
     wrong = differences(
-        {key: saved.get(key) for key in asked if key not in _MAY_DIFFER},
-        {key: value for key, value in asked.items() if key not in _MAY_DIFFER},
+        {key: saved.get(key) for key in asked if key not in MAY_DIFFER},
+        {key: value for key, value in asked.items() if key not in MAY_DIFFER},
     )
     if wrong:
         raise ConfigError(
@@ -221,211 +197,42 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
             + "\nLeave them as "
             f"they were (strop tune {file} --resume), or start a new run elsewhere."
         )
-    saved |= {key: asked[key] for key in _MAY_DIFFER if key in asked}
+    saved |= {key: asked[key] for key in MAY_DIFFER if key in asked}
     report = read_json(run_dir / "run.json") if (run_dir / "run.json").is_file() else {}
     return TuneConfig.from_flat(saved), Run(run_dir, report) if report.get("finished") is True else None
 
 
-# --- one call ---------------------------------------------------------------------------------------------------------
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class _Tuning:
-    """The steps of one call, in order."""
-
-    def __init__(self, config: TuneConfig, run_dir: Path, memory: PeakMemory, reporter: Reporter) -> None:
-        self.config, self.run_dir, self.memory, self.reporter = config, run_dir, memory, reporter
-        self.device = choose_device(config.machine.device)
-        self.dtype = compute_dtype(config.machine.dtype, self.device)
-
-    def go(self) -> Run:
-        splits = self._read_data()
-        method = self.config.method
-        base = open_base(self.config.model, method, device=self.device, dtype=self.dtype, reporter=self.reporter)
-        model, tokenizer = base.model, base.tokenizer
-        if self.config.samples.chat_template is not None:
-            set_chat_template(tokenizer, self.config.samples.chat_template)
-        self._resolve(model)
-        train_set, valid_set = self._prepare(splits, tokenizer)
-        trained = put_layers(base, method, seed=self.config.seed, reporter=self.reporter)
-        attention = self._choose_attention(model, train_set)
-        stream = self._stream(model, tokenizer, train_set)
-        self._tell_length(stream)
-        report = self._report(base, trained, train_set, valid_set) | {"attention": attention}
-        identity = {
-            **{key: value for key, value in self.config.flat().items() if key not in _MAY_DIFFER},
-            "base": base.record.digest,
-            "attention": attention,
-            "valid_samples": _digest(valid_set.samples if valid_set is not None else []),
-        }
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        with RunLock(self.run_dir):
-            config_file = self.run_dir / "config.yaml"
-            _replace_text(config_file, to_yaml(self.config.replace(resume=None)))
-            self._write_report(report)
-            result = train(
-                model,
-                stream,
-                valid_set.samples if valid_set is not None else [],
-                self._train_settings(identity),
-                self.run_dir,
-                export=base.exporter(method),
-                resume=self.config.resume,
-                memory=self.memory,
-                reporter=self.reporter,
-            )
-            report |= {"finished": True, "result": asdict(result), "peak_bytes": self.memory.peak_bytes}
-            self._write_report(report)
-        return Run(self.run_dir, report)
-
-    # --- data ---------------------------------------------------------------------------------------------------------
-
-    def _read_data(self) -> Splits:
-        config = self.config
-        splits = read_data(config.data, seed=config.seed, valid_fraction=config.samples.valid_fraction)
-        shared = {record.source for record in splits.valid} & {record.source for record in splits.train}
-        if shared:
-            held, rows = len(splits.valid), len(splits.train) + len(splits.valid)
-            self.reporter.note(
-                f"the data name no valid split: {held:,} of {rows:,} rows are held out for it (seed {config.seed})"
-            )
-        return splits
-
-    def _prepare(self, splits: Splits, tokenizer: PreTrainedTokenizerBase) -> tuple[SampleSet, SampleSet | None]:
-        samples = self.config.samples
-        assert samples.max_length is not None
-        made = [
-            prepare(records, tokenizer, max_length=samples.max_length, train_on=samples.train_on) if records else None
-            for records in (splits.train, splits.valid)
-        ]
-        train_set, valid_set = made
-        assert train_set is not None
-        for line in train_set.report.lines():
-            self.reporter.note(line)
-        return train_set, valid_set
-
-    def _stream(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_set: SampleSet) -> BatchStream:
-        samples, optimization, pad_id = self.config.samples, self.config.optimization, tokenizer.pad_token_id
-        assert samples.max_length is not None
-        return BatchStream(
-            train_set.samples,
-            batch_size=optimization.batch_size,
-            accumulation=optimization.accumulation,
-            packing=samples.packing,
-            max_length=samples.max_length,
-            seed=self.config.seed,
-            pad_id=pad_id if isinstance(pad_id, int) else 0,  # padding is masked by its place, not by its id
-            attention=packed_attention(model, samples.max_length) if samples.packing else None,
+def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter) -> Run:
+    """Train what the session holds, with its account beside it from the first moment on."""
+    config, valid_set = session.config, session.valid_set
+    report = session.report()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with RunLock(run_dir):
+        _replace_text(run_dir / "config.yaml", to_yaml(config.replace(resume=None)))
+        _write_report(run_dir, report)
+        result = train(
+            session.model,
+            session.stream,
+            valid_set.samples if valid_set is not None else [],
+            session.train_settings(),
+            run_dir,
+            export=session.base.exporter(config.method),
+            resume=config.resume,
+            memory=memory,
+            reporter=reporter,
         )
-
-    def _tell_length(self, stream: BatchStream) -> None:
-        optimization, length = self.config.optimization, self.config.length
-        rows = "packed sequences" if stream.packing else "rows"
-        steps = count_steps(length, stream.steps_per_epoch)
-        told = "as many as fit into its minutes" if steps is None else f"{steps:,}"
-        most = optimization.batch_size * optimization.accumulation
-        self.reporter.note(f"{stream.steps_per_epoch:,} steps of up to {most} {rows} are an epoch; the run has {told}")
-
-    # --- settings and account -----------------------------------------------------------------------------------------
-
-    def _resolve(self, model: PreTrainedModel) -> None:
-        """Fill in the settings that only the model can tell."""
-        config = self.config
-        limit, length = positions_of(model), config.samples.max_length
-        if length is not None and limit is not None and length > limit:
-            raise ConfigError(f"max_length: got {length}; {config.model} has {limit} positions; set {limit} or less")
-        changes: dict[str, Any] = {}
-        if length is None:
-            changes["max_length"] = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
-        if config.optimization.learning_rate is None:
-            width = _width(model)
-            adapters = isinstance(config.method, Lora | QLora)
-            changes["learning_rate"] = default_learning_rate(width, adapters=adapters)
-            self.reporter.note(
-                f"learning rate {changes['learning_rate']:.3g}, the default of {config.method.name} at width {width}"
-            )
-        self.config = config.replace(**changes)
-
-    def _train_settings(self, identity: Mapping[str, Any]) -> TrainSettings:
-        config, optimization = self.config, self.config.optimization
-        assert optimization.learning_rate is not None
-        return TrainSettings(
-            length=config.length,
-            learning_rate=optimization.learning_rate,
-            schedule=optimization.schedule,
-            warmup_ratio=optimization.warmup_ratio,
-            weight_decay=optimization.weight_decay,
-            clip_norm=optimization.clip_norm,
-            compute_dtype=self.dtype,
-            checkpointing=config.machine.checkpointing,
-            eval_steps=config.watch.eval_steps,
-            eval_batch_size=max(8, optimization.batch_size),
-            save_steps=config.watch.save_steps,
-            patience=config.watch.patience,
-            seed=config.seed,
-            identity=identity,
-        )
-
-    def _choose_attention(self, model: PreTrainedModel, train_set: SampleSet) -> str:
-        """Plain attention for short rows on a CPU, else what the model was opened with; decided by the data alone."""
-        samples = self.config.samples
-        longest = samples.max_length if samples.packing else max(len(sample) for sample in train_set.samples)
-        short = longest is not None and longest <= EAGER_LENGTH.get(self.dtype, 0)
-        if self.device.type == "cpu" and short:
-            model.set_attn_implementation("eager")
-        return str(getattr(model.config, "_attn_implementation", "unknown"))
-
-    def _report(
-        self, base: Base, trained: Trained, train_set: SampleSet, valid_set: SampleSet | None
-    ) -> dict[str, Any]:
-        return {
-            "finished": False,
-            "method": self.config.method.name,
-            "model": self.config.model,
-            "base": asdict(base.record),
-            "format": trained.scheme.name if trained.scheme is not None else None,
-            "layers": len(trained.layers),
-            "parameters": {
-                "trained": trained.parameters,
-                "total": trained.total_parameters,
-                "share": trained.share,
-            },
-            "data": {
-                "train": train_set.report.to_dict(),
-                "valid": valid_set.report.to_dict() if valid_set is not None else None,
-            },
-            "compute_dtype": str(self.dtype).removeprefix("torch."),
-            "stored_dtype": str(base.stored_dtype).removeprefix("torch."),
-            "device": str(self.device),
-            "threads": torch.get_num_threads(),
-            "versions": {
-                "strop": strop.__version__,
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "python": platform.python_version(),
-            },
-        }
-
-    def _write_report(self, report: Mapping[str, Any]) -> None:
-        part = self.run_dir / ".run.json.part"
-        write_json(part, dict(report))
-        os.replace(part, self.run_dir / "run.json")
+        report |= {"finished": True, "result": asdict(result), "peak_bytes": memory.peak_bytes}
+        _write_report(run_dir, report)
+    return Run(run_dir, report)
 
 
-def _width(model: PreTrainedModel) -> int:
-    """Columns of the input embedding."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, torch.Tensor)
-    return weight.shape[1]
-
-
-def _digest(samples: list[Sample]) -> str | None:
-    """SHA-256 over the token ids and labels of rows; None where there are none."""
-    if not samples:
-        return None
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(torch.tensor([len(sample), *sample.input_ids, *sample.labels]).numpy().tobytes())
-    return digest.hexdigest()
+def _write_report(run_dir: Path, report: Mapping[str, Any]) -> None:
+    part = run_dir / ".run.json.part"
+    write_json(part, dict(report))
+    os.replace(part, run_dir / "run.json")
 
 
 def _replace_text(path: Path, text: str) -> None:

@@ -1,0 +1,27 @@
+"""What each verb's options are and how its result is shown, a file a verb. The work itself is in `strop.recipes`."""
+
+from __future__ import annotations
+
+from strop.app.verbs.chat import chat, predict
+from strop.app.verbs.common import stop
+from strop.app.verbs.compare import compare
+from strop.app.verbs.demo import demo
+from strop.app.verbs.explain import affine, bits, tensor
+from strop.app.verbs.plan import plan
+from strop.app.verbs.quantize import quantize
+from strop.app.verbs.tune import merge, tune
+
+__all__ = [
+    "affine",
+    "bits",
+    "chat",
+    "compare",
+    "demo",
+    "merge",
+    "plan",
+    "predict",
+    "quantize",
+    "stop",
+    "tensor",
+    "tune",
+]

@@ -1,0 +1,135 @@
+"""`tune`, and `merge` for what an adapter run ends in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from strop.app.verbs.common import Data, Json, Output, Overwrite, dump
+
+
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="The base: a folder, a hub id, 'demo'; or a config.yaml with everything.")
+    ],
+    data: Data = None,
+    method: Annotated[
+        str | None, typer.Option("--method", "-m", help="full, lora, qlora or qat. [default: lora]")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="qat and qlora: the grid of the weights.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", "--output-dir", help="The run's folder.")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
+    epochs: Annotated[
+        float | None, typer.Option("--epochs", "--num-train-epochs", help="Passes over the data.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Stop after so many minutes.")] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", "--lr", help="Peak; each method has its own default.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", "--lora-r", help="Rank of B and A.")] = None,
+    alpha: Annotated[
+        float | None, typer.Option("--alpha", "--lora-alpha", help="The adapter is scaled by alpha / rank.")
+    ] = None,
+    dropout: Annotated[
+        float | None, typer.Option("--dropout", "--lora-dropout", help="On the adapter's input.")
+    ] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option("--targets", "--lora-target", "--target-modules", help="all-linear, or names and patterns."),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", "--per-device-train-batch-size", help="Rows in a micro batch.")
+    ] = None,
+    accumulation: Annotated[
+        int | None, typer.Option("--accumulation", "--gradient-accumulation-steps", help="Micro batches in a step.")
+    ] = None,
+    max_length: Annotated[
+        int | None, typer.Option("--max-length", "--cutoff-len", "--max-seq-length", help="Tokens in a row.")
+    ] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing/--no-packing", help="Several rows in a sequence, isolated.")
+    ] = None,
+    train_on: Annotated[str | None, typer.Option(help="answers, or all. [default: answers]")] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", "--lr-scheduler-type", help="linear, cosine or constant.")
+    ] = None,
+    warmup_ratio: Annotated[float | None, typer.Option(help="Share of the steps that warms up.")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="AdamW's decay; norms and biases are left out.")] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option("--clip-norm", "--max-grad-norm", help="Clips the gradient's norm.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    checkpointing: Annotated[
+        bool | None,
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            "--gradient-checkpointing",
+            help="Recompute activations to save memory.",
+        ),
+    ] = None,
+    eval_steps: Annotated[int | None, typer.Option(help="Steps between two evaluations.")] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
+    patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="An adapter to train further.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Order, initial adapter, dropout.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the run's last checkpoint, bit for bit.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
+    json: Json = False,
+) -> None:
+    """Fine-tune: every weight (full), an adapter (lora, qlora), or through the quantizer (qat).
+
+    Example: strop tune demo --data chats.jsonl --method lora --epochs 3 -o run     strop tune config.yaml
+    """
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in {"dry_run", "json", "model"}
+    }
+    from strop.app.console import ConsoleReporter
+    from strop.config import load_config, to_yaml
+    from strop.recipes.tune import tune_from_config
+
+    if "output" in given:
+        given["output"] = str(given["output"])
+    file = Path(model) if model.endswith((".yaml", ".yml")) else None
+    config = load_config(file, given if file else {"model": model, **given})
+    if dry_run:
+        print(to_yaml(config), end="")
+        return
+    run = tune_from_config(config, reporter=ConsoleReporter())
+    if json:
+        dump(run.to_dict())
+        return
+    for line in run.lines():
+        print(line)
+
+
+def merge(
+    run: Annotated[str, typer.Argument(help="A run or adapter folder.")],
+    output: Output,
+    data: Data = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+) -> None:
+    """Make one model of an adapter and its base, and check it against the pair on real prompts.
+
+    Example: strop merge run -o merged
+    """
+    from strop.app.console import ConsoleReporter
+    from strop.recipes.merge import merge as merge_run
+
+    result = merge_run(run, output, data=data, overwrite=overwrite, reporter=ConsoleReporter())
+    if json:
+        dump(result.to_dict())
+        return
+    for line in result.lines():
+        print(line)

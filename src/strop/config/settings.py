@@ -1,0 +1,172 @@
+"""The groups of settings: what each holds, its type, its limits and its default. Nothing here imports torch."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Final, Literal, TypeAlias, cast
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+ALL_LINEAR: Final = "all-linear"
+_EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+
+
+def _exponent_text(value: object) -> object:
+    """Read `2e-5`, which YAML 1.1 takes for text because it has no dot, as the number that was meant."""
+    return float(value) if isinstance(value, str) and _EXPONENT.fullmatch(value) else value
+
+
+def _targets(value: object) -> object:
+    """Accept a list of names, or one text with commas; `all` is LLaMA-Factory's word for `all-linear`."""
+    if isinstance(value, str):
+        value = [part.strip() for part in value.split(",") if part.strip()]
+    if isinstance(value, list | tuple):
+        names = cast("list[object] | tuple[object, ...]", value)
+        if not names:
+            raise ValueError("name at least one layer, or 'all-linear'")
+        if "all" in names or ALL_LINEAR in names:
+            if len(names) > 1:
+                raise ValueError("'all-linear' stands alone")
+            return (ALL_LINEAR,)
+        return tuple(names)
+    return value
+
+
+def _dtype(value: object) -> object:
+    return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
+
+
+Real: TypeAlias = Annotated[float, BeforeValidator(_exponent_text)]
+Targets: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_targets)]
+
+
+class Settings(BaseModel):
+    """Base of every group: unknown fields refused, types strict, frozen once made."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+
+
+class Full(Settings):
+    """Every weight is trained."""
+
+    name: Literal["full"] = "full"
+
+
+class LowRank(Settings):
+    """What `Lora` and `QLora` share: W = W0 + scale * B A, with W0 frozen."""
+
+    rank: int = Field(16, ge=1, description="Rank of B and A.")
+    alpha: Real = Field(32.0, gt=0, description="The update is scaled by alpha / rank. Default: twice the rank.")
+    dropout: Real = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: Targets = Field((ALL_LINEAR,), description="all-linear, or names, suffixes and patterns of layers.")
+    rank_stabilised: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    adapter: str | None = Field(None, description="Folder of an adapter to train further; it brings its own rank.")
+
+
+class Lora(LowRank):
+    """A low-rank adapter over the base in 16 or 32 bits."""
+
+    name: Literal["lora"] = "lora"
+
+
+class QLora(LowRank):
+    """A low-rank adapter over a base that is quantized while it is loaded."""
+
+    name: Literal["qlora"] = "qlora"
+    format: str | None = Field(
+        None, description="Grid of the frozen base. Default: the model's own if it is quantized, else nf4-dq."
+    )
+
+
+class Qat(Settings):
+    """Every weight is trained through the quantizer, and the linear layers are stored quantized."""
+
+    name: Literal["qat"] = "qat"
+    format: str = Field(description="Grid that the weights are trained for, for example int3-g32.")
+    targets: Targets = Field((ALL_LINEAR,), description="Which linear layers are quantized.")
+
+
+Method: TypeAlias = Full | Lora | QLora | Qat
+
+
+class Steps(Settings):
+    """Stop after so many optimizer steps."""
+
+    max_steps: int = Field(ge=1, description="Optimizer steps.")
+
+
+class Epochs(Settings):
+    """Stop after so many passes over the training rows."""
+
+    epochs: Real = Field(1.0, gt=0, description="Passes over the training rows; fractions are allowed.")
+
+
+class Minutes(Settings):
+    """Stop after about so many minutes: the steps are counted out from a few timed ones, then fixed."""
+
+    minutes: Real = Field(gt=0, description="Minutes of training; the number of steps is estimated at the start.")
+
+
+Length: TypeAlias = Steps | Epochs | Minutes
+
+
+class Samples(Settings):
+    """How records become token batches."""
+
+    train_on: Literal["answers", "all"] = Field("answers", description="Which tokens carry the loss.")
+    max_length: int | None = Field(
+        None, ge=2, description="Tokens in a row; longer ones are truncated. Default: 1024, or the model's limit."
+    )
+    packing: bool = Field(default=False, description="Several rows in one sequence, isolated from each other.")
+    chat_template: str | None = Field(None, description="chatml, plain, or a jinja file, for bases that have none.")
+    valid_fraction: Real = Field(
+        0.05, ge=0, lt=1, description="Share of the training rows held out where the data name no valid split."
+    )
+
+
+class Optimization(Settings):
+    """AdamW, its schedule, and how many rows make a step."""
+
+    learning_rate: Real | None = Field(
+        None,
+        gt=0,
+        description="Peak. Default: 2e-5 * 4096 / hidden size; for adapters ten times that.",
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
+    warmup_ratio: Real = Field(0.03, ge=0, lt=1, description="Share of the steps that warms up.")
+    weight_decay: Real = Field(0.0, ge=0, description="AdamW's decay; norms, biases and other vectors are left out.")
+    clip_norm: Real = Field(1.0, ge=0, description="Clips the gradient's norm; 0 does not clip.")
+    batch_size: int = Field(8, ge=1, description="Rows (or packed sequences) in a micro-batch.")
+    accumulation: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
+
+
+class Watch(Settings):
+    """When the run is evaluated, saved and stopped early."""
+
+    eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: a tenth of the run.")
+    save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: every ten minutes.")
+    patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without a better one.")
+
+
+class Machine(Settings):
+    """Where and in which precision it is computed. Adapters and trained weights are kept in float32 in any case."""
+
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto takes cuda where there is one.")
+    dtype: Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)] = Field(
+        "auto", description="Precision of the products; auto takes bfloat16 where the processor has it."
+    )
+    checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass, to save memory."
+    )
+
+
+class Top(Settings):
+    """The settings of `TuneConfig` that stand in no group, to be checked even where a group fails."""
+
+    model: str = Field(min_length=1, description="The base: a folder, a hub id, or 'demo'.")
+    data: str = Field(min_length=1, description="A file, a folder of train, valid and test, or a hub id.")
+    output: str | None = Field(
+        None, min_length=1, description="The run's folder. Default: runs/MODEL-METHOD, numbered."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Of row order, initial adapters, dropout and the split.")
+    resume: bool = Field(default=False, description="Go on from the run's newest valid checkpoint, bit for bit.")

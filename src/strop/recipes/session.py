@@ -1,0 +1,268 @@
+"""What a run needs before its first step: the model open with its layers, the data rendered, every setting resolved.
+
+`open_session` does all that `tune` does before the loop and leaves nothing on disk, so that `doctor` and others look at
+the very batches, masks and parameters that training would use. What cannot be trained is refused here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import strop
+from strop.config import Lora, QLora, TuneConfig
+from strop.data.batches import BatchStream
+from strop.data.packing import packed_attention
+from strop.data.records import Splits, read_data
+from strop.data.samples import SampleSet, prepare
+from strop.data.templates import Sample, set_chat_template
+from strop.errors import ConfigError
+from strop.progress import SILENT, Reporter
+from strop.training.optimizers import default_learning_rate
+from strop.training.precision import choose_device, compute_dtype
+from strop.training.preparing import Base, Trained, open_base, put_layers
+from strop.training.settings import TrainSettings, count_steps
+from strop.training.shapes import positions_of
+
+DEFAULT_MAX_LENGTH: Final = 1024
+
+EAGER_LENGTH: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 512, torch.float32: 128}
+"""On a CPU, rows up to so many tokens train faster with plain attention than with torch's fused one."""
+
+MAY_DIFFER: Final = ("model", "data", "output", "resume", "save_steps", "device")
+"""Settings that a resumed run may have otherwise; the rows and the base's weights are compared by digest."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run that is ready to begin.
+
+    Attributes:
+        config: every setting, those that only the model can tell included.
+        base: the opened model and what is known of it.
+        trained: what is trained of it.
+        splits: the records.
+        train_set: the rows to train on, rendered.
+        valid_set: the rows to choose by; None where there are none.
+        stream: the training data, at their beginning.
+        attention: the model's attention implementation.
+        device: where it runs.
+        dtype: of the products.
+    """
+
+    config: TuneConfig
+    base: Base
+    trained: Trained
+    splits: Splits
+    train_set: SampleSet
+    valid_set: SampleSet | None
+    stream: BatchStream
+    attention: str
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model, its layers in place."""
+        return self.base.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, with the chat template that is trained through."""
+        return self.base.tokenizer
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, as JSON values."""
+        return {
+            **{key: value for key, value in self.config.flat().items() if key not in MAY_DIFFER},
+            "base": self.base.record.digest,
+            "attention": self.attention,
+            "valid_samples": _digest(self.valid_set.samples if self.valid_set is not None else []),
+        }
+
+    def train_settings(self) -> TrainSettings:
+        """The loop's settings."""
+        config, optimization = self.config, self.config.optimization
+        assert optimization.learning_rate is not None
+        return TrainSettings(
+            length=config.length,
+            learning_rate=optimization.learning_rate,
+            schedule=optimization.schedule,
+            warmup_ratio=optimization.warmup_ratio,
+            weight_decay=optimization.weight_decay,
+            clip_norm=optimization.clip_norm,
+            compute_dtype=self.dtype,
+            checkpointing=config.machine.checkpointing,
+            eval_steps=config.watch.eval_steps,
+            eval_batch_size=max(8, optimization.batch_size),
+            save_steps=config.watch.save_steps,
+            patience=config.watch.patience,
+            seed=config.seed,
+            identity=self.identity,
+        )
+
+    def report(self) -> dict[str, Any]:
+        """The account of a run that has not begun, for run.json."""
+        base, trained, valid_set = self.base, self.trained, self.valid_set
+        return {
+            "finished": False,
+            "method": self.config.method.name,
+            "model": self.config.model,
+            "base": asdict(base.record),
+            "format": trained.scheme.name if trained.scheme is not None else None,
+            "layers": len(trained.layers),
+            "parameters": {
+                "trained": trained.parameters,
+                "total": trained.total_parameters,
+                "share": trained.share,
+            },
+            "data": {
+                "train": self.train_set.report.to_dict(),
+                "valid": valid_set.report.to_dict() if valid_set is not None else None,
+            },
+            "compute_dtype": str(self.dtype).removeprefix("torch."),
+            "stored_dtype": str(base.stored_dtype).removeprefix("torch."),
+            "attention": self.attention,
+            "device": str(self.device),
+            "threads": torch.get_num_threads(),
+            "versions": {
+                "strop": strop.__version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+def open_session(config: TuneConfig, *, reporter: Reporter = SILENT) -> Session:
+    """Open, read, render and attach, as `config` says.
+
+    Args:
+        config: the settings; those that only the model can tell are filled in.
+        reporter: told of findings.
+
+    Raises:
+        ConfigError, MissingInputError, DataError, ModelError, FormatError, TargetError: as the steps raise them.
+    """
+    device = choose_device(config.machine.device)
+    dtype = compute_dtype(config.machine.dtype, device)
+    splits = _read(config, reporter)
+    base = open_base(config.model, config.method, device=device, dtype=dtype, reporter=reporter)
+    model, tokenizer = base.model, base.tokenizer
+    if config.samples.chat_template is not None:
+        set_chat_template(tokenizer, config.samples.chat_template)
+    config = _resolved(config, model, reporter)
+    train_set, valid_set = _prepare(config, splits, tokenizer, reporter)
+    trained = put_layers(base, config.method, seed=config.seed, reporter=reporter)
+    attention = _choose_attention(config, model, train_set, device, dtype)
+    stream = _stream(config, model, tokenizer, train_set)
+    _tell_length(config, stream, reporter)
+    return Session(config, base, trained, splits, train_set, valid_set, stream, attention, device, dtype)
+
+
+def _read(config: TuneConfig, reporter: Reporter) -> Splits:
+    splits = read_data(config.data, seed=config.seed, valid_fraction=config.samples.valid_fraction)
+    shared = {record.source for record in splits.valid} & {record.source for record in splits.train}
+    if shared:
+        held, rows = len(splits.valid), len(splits.train) + len(splits.valid)
+        reporter.note(
+            f"the data name no valid split: {held:,} of {rows:,} rows are held out for it (seed {config.seed})"
+        )
+    return splits
+
+
+def _resolved(config: TuneConfig, model: PreTrainedModel, reporter: Reporter) -> TuneConfig:
+    """The settings with those filled in that only the model can tell."""
+    limit, length = positions_of(model), config.samples.max_length
+    if length is not None and limit is not None and length > limit:
+        raise ConfigError(f"max_length: got {length}; {config.model} has {limit} positions; set {limit} or less")
+    changes: dict[str, Any] = {}
+    if length is None:
+        changes["max_length"] = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    if config.optimization.learning_rate is None:
+        width = _width(model)
+        adapters = isinstance(config.method, Lora | QLora)
+        changes["learning_rate"] = default_learning_rate(width, adapters=adapters)
+        reporter.note(
+            f"learning rate {changes['learning_rate']:.3g}, the default of {config.method.name} at width {width}"
+        )
+    return config.replace(**changes)
+
+
+def _prepare(
+    config: TuneConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
+) -> tuple[SampleSet, SampleSet | None]:
+    samples = config.samples
+    assert samples.max_length is not None
+    made = [
+        prepare(records, tokenizer, max_length=samples.max_length, train_on=samples.train_on) if records else None
+        for records in (splits.train, splits.valid)
+    ]
+    train_set, valid_set = made
+    assert train_set is not None
+    for line in train_set.report.lines():
+        reporter.note(line)
+    return train_set, valid_set
+
+
+def _stream(
+    config: TuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_set: SampleSet
+) -> BatchStream:
+    samples, optimization, pad_id = config.samples, config.optimization, tokenizer.pad_token_id
+    assert samples.max_length is not None
+    return BatchStream(
+        train_set.samples,
+        batch_size=optimization.batch_size,
+        accumulation=optimization.accumulation,
+        packing=samples.packing,
+        max_length=samples.max_length,
+        seed=config.seed,
+        pad_id=pad_id if isinstance(pad_id, int) else 0,  # padding is masked by its place, not by its id
+        attention=packed_attention(model, samples.max_length) if samples.packing else None,
+    )
+
+
+def _tell_length(config: TuneConfig, stream: BatchStream, reporter: Reporter) -> None:
+    optimization, length = config.optimization, config.length
+    rows = "packed sequences" if stream.packing else "rows"
+    steps = count_steps(length, stream.steps_per_epoch)
+    told = "as many as fit into its minutes" if steps is None else f"{steps:,}"
+    most = optimization.batch_size * optimization.accumulation
+    reporter.note(f"{stream.steps_per_epoch:,} steps of up to {most} {rows} are an epoch; the run has {told}")
+
+
+def _choose_attention(
+    config: TuneConfig, model: PreTrainedModel, train_set: SampleSet, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Plain attention for short rows on a CPU, else what the model was opened with; decided by the data alone."""
+    samples = config.samples
+    longest = samples.max_length if samples.packing else max(len(sample) for sample in train_set.samples)
+    short = longest is not None and longest <= EAGER_LENGTH.get(dtype, 0)
+    if device.type == "cpu" and short:
+        model.set_attn_implementation("eager")
+    return str(getattr(model.config, "_attn_implementation", "unknown"))
+
+
+def _width(model: PreTrainedModel) -> int:
+    """Columns of the input embedding."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return weight.shape[1]
+
+
+def _digest(samples: list[Sample]) -> str | None:
+    """SHA-256 over the token ids and labels of rows; None where there are none."""
+    if not samples:
+        return None
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(torch.tensor([len(sample), *sample.input_ids, *sample.labels]).numpy().tobytes())
+    return digest.hexdigest()
