@@ -116,7 +116,13 @@ def tune(
 def merge(
     run: Annotated[str, typer.Argument(help="A run or adapter folder.")],
     output: Output,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="Round the merged layers to this: int8, int4-g32, nf4 ...")
+    ] = None,
     data: Data = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep the result although it loses the adapter's effect; it is recorded.")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -127,7 +133,9 @@ def merge(
     from strop.app.console import ConsoleReporter
     from strop.recipes.merge import merge as merge_run
 
-    result = merge_run(run, output, data=data, overwrite=overwrite, reporter=ConsoleReporter())
+    result = merge_run(
+        run, output, format=format, data=data, force=force, overwrite=overwrite, reporter=ConsoleReporter()
+    )
     if json:
         dump(result.to_dict())
         return
