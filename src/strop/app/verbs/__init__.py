@@ -9,6 +9,7 @@ from strop.app.verbs.demo import demo
 from strop.app.verbs.explain import affine, bits, tensor
 from strop.app.verbs.plan import plan
 from strop.app.verbs.quantize import quantize
+from strop.app.verbs.selftest import selftest
 from strop.app.verbs.tune import merge, tune
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "plan",
     "predict",
     "quantize",
+    "selftest",
     "stop",
     "tensor",
     "tune",
