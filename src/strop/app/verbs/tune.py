@@ -77,6 +77,9 @@ def tune(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between two evaluations.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write RUN/tensorboard event files as well.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="An adapter to train further.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order, initial adapter, dropout.")] = None,
     resume: Annotated[
