@@ -89,6 +89,11 @@ class Session:
             "valid_samples": _digest(self.valid_set.samples if self.valid_set is not None else []),
         }
 
+    def rows_digest(self) -> str:
+        """SHA-256 over the rendered rows, those to train on and those to choose by."""
+        valid = self.valid_set.samples if self.valid_set is not None else []
+        return hashlib.sha256(f"{_digest(self.train_set.samples)} {_digest(valid)}".encode()).hexdigest()
+
     def train_settings(self) -> TrainSettings:
         """The loop's settings."""
         config, optimization = self.config, self.config.optimization

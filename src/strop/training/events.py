@@ -59,17 +59,18 @@ class EventFile:
 
     def __init__(self, folder: Path, rows: Iterable[Mapping[str, Any]] = ()) -> None:
         require_tensorboard()
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = Event, Summary
+        events: Any = event_pb2  # generated classes, which no checker knows
+        summaries: Any = summary_pb2
+        self._event, self._summary = events.Event, summaries.Summary
         folder.mkdir(parents=True, exist_ok=True)
         rows = list(rows)
         self._time = time.time() - sum(float(row.get("step_seconds", 0.0)) for row in rows)
         part = folder / f".{FILE}.part"
         self._records = RecordWriter(part.open("wb"))
-        self._records.write(Event(wall_time=self._time, file_version="brain.Event:2").SerializeToString())
+        self._records.write(events.Event(wall_time=self._time, file_version="brain.Event:2").SerializeToString())
         for row in rows:
             self.write(row)
         self._records.flush()

@@ -44,9 +44,9 @@ from strop.training.checkpoints import (
     save_checkpoint,
     set_generator_states,
 )
+from strop.training.events import NAME as EVENTS_NAME
 from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head, token_loss_sum
-from strop.training.events import NAME as EVENTS_NAME
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
 from strop.training.optimizers import (

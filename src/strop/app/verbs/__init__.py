@@ -10,6 +10,7 @@ from strop.app.verbs.explain import affine, bits, tensor
 from strop.app.verbs.plan import plan
 from strop.app.verbs.quantize import quantize
 from strop.app.verbs.tune import merge, tune
+from strop.app.verbs.verify import verify
 
 __all__ = [
     "affine",
@@ -24,4 +25,5 @@ __all__ = [
     "stop",
     "tensor",
     "tune",
+    "verify",
 ]

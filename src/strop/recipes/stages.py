@@ -1,0 +1,3 @@
+"""In the making."""
+
+tune_stages = None
