@@ -86,6 +86,10 @@ class StagesConfig:
             top["output"] = self.output
         return {**top, "stages": [{"name": stage.name, **stage.values} for stage in self.stages]}
 
+    def names(self) -> list[str]:
+        """The stages' names, in their order."""
+        return [stage.name for stage in self.stages]
+
     def to_yaml(self) -> str:
         """The configuration as YAML text."""
         return yaml.safe_dump(self.flat(), sort_keys=False, allow_unicode=True)
