@@ -138,9 +138,10 @@ def test_every_model_is_measured_on_the_rows_that_were_held_out(run, home):
 def test_a_stage_gains_on_its_own_rows_and_forgets_earlier_ones(run):
     words = {(effect["stage"], effect["set"]): effect for effect in run.report["effects"]}
     assert list(words) == [
-        ("domain", "domain"), ("task", "task"), ("task", "domain"), ("ship", "ship"), ("ship", "domain"),
-        ("ship", "task"),
+        ("domain", "domain"), ("task", "task"), ("task", "domain"), ("ship", "task"), ("ship", "domain"),
     ]  # fmt: skip
+    assert run.headers()[1:] == ["domain", "task, ship"]  # the same rows are measured once
+    assert words["ship", "task"]["own"]
     assert words["domain", "domain"]["word"] == "gained"
     assert words["task", "task"]["word"] == "gained"
     assert words["task", "domain"]["difference"]["estimate"] == pytest.approx(
@@ -165,12 +166,14 @@ def test_a_change_in_either_direction_gets_its_word_and_noise_gets_none():
         for name, nats in sets.items()
     ]
     report = {"measured": measured, "held_out": [{"name": name} for name in names]}
-    found = [effect["word"] for effect in account(report, seed=0)["effects"] if effect["own"]]
-    assert found == ["gained", "forgot", "undecided"]
+    found = account(report, seed=0)["effects"]
+    assert [effect["word"] for effect in found if effect["own"]] == ["gained", "forgot", "undecided"]
+    assert found[0]["sentence"].startswith("less: gained 0.2637 nats per token (0.2")
+    assert found[3]["sentence"].startswith("noise: undecided on its own held-out rows: the loss ")
 
 
 def test_windows_of_one_text_are_one_row(home, tmp_path):
-    rows = [{"text": "the quick brown fox jumps over the lazy dog " * 6} for _ in range(8)]
+    rows = [{"text": f"{row} " + "the quick brown fox jumps over the lazy dog " * 6} for row in range(8)]
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     stage = DOMAIN | {"data": str(tmp_path / "long.jsonl"), "max_steps": 1, "max_length": 32}
     made = tune_stages(settings(home, tmp_path / "run", stage))
@@ -179,6 +182,9 @@ def test_windows_of_one_text_are_one_row(home, tmp_path):
     assert len(read_held_out(tmp_path / "run" / "held_out" / "1-domain.jsonl").samples) > 2
     assert made.report["effects"][0]["word"] == "undecided"  # two rows decide nothing
     assert "too few for an interval" in made.report["effects"][0]["sentence"]
+    assert [note.split(":")[0] for note in made.report["notes"]] == [
+        "domain holds out 2 rows, and fewer than 6 decide nothing"
+    ]
 
 
 def test_held_out_rows_that_another_stage_trains_on_are_said(home, tmp_path):

@@ -19,7 +19,7 @@ from strop.pages.atomic import write_whole
 from strop.pages.charts import interval_track, mark, number, shortened, ticks
 
 _KINDS = {"gained": "better", "forgot": "worse", "undecided": "undecided"}
-_SHAPES = ("circle", "square", "triangle", "diamond")
+_SHAPES = ("circle", "square", "diamond", "cross")
 
 
 def write_stages_page(report: Mapping[str, Any], path: str | os.PathLike[str], *, title: str) -> Path:
@@ -43,13 +43,13 @@ def render_stages_page(report: Mapping[str, Any], *, title: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    names = [entry["name"] for entry in report["held_out"]]
+    names = set_labels(report)
     effects, matrix = report["effects"], report["matrix"]
     return environment.get_template("stages.html").render(
         title=title,
         css=Markup((templates / "page.css").read_text(encoding="utf-8")),
         headline=_headline(effects, report["overall"]),
-        rows=[f"{entry['rows']:,} of {entry['name']}" for entry in report["held_out"]],
+        rows=[f"{entry['rows']:,} of {entry['label']}" for entry in _sets(report)],
         level=100 * effects[0]["difference"]["level"],
         legend=[(mark(0, 0, kind), word) for word, kind in _LEGEND],
         stages=_stages(report),
@@ -58,7 +58,7 @@ def render_stages_page(report: Mapping[str, Any], *, title: str) -> str:
         names=names,
         table=[_cells(number, model) for number, model in enumerate(matrix)],
         notes=report["notes"],
-        unfinished=len(report["stages"]) < len(names),
+        unfinished=not report["finished"],
     )
 
 
@@ -67,6 +67,16 @@ _LEGEND = (
     ("undecided: the interval holds zero", "undecided"),
     ("forgot: the loss rose, and the interval leaves zero out", "worse"),
 )
+
+
+def _sets(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The held-out sets; stages that hold out the very same rows share one."""
+    return [entry for entry in report["held_out"] if not entry["same_as"]]
+
+
+def set_labels(report: Mapping[str, Any]) -> list[str]:
+    """What each held-out set is called: the stages whose rows it holds."""
+    return [entry["label"] for entry in _sets(report)]
 
 
 def _headline(effects: Sequence[Mapping[str, Any]], overall: Sequence[Mapping[str, Any]]) -> str:
@@ -139,7 +149,7 @@ def _tracks(effects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _figures(difference: Mapping[str, Any]) -> str:
     if difference["low"] is None:
-        return f"{difference['estimate']:+.4f} ({difference['rows']} rows: too few for an interval)"
+        return f"{difference['estimate']:+.4f} ({difference['rows']} rows: too few)"
     return f"{difference['estimate']:+.4f} [{difference['low']:+.4f}, {difference['high']:+.4f}]"
 
 
@@ -237,7 +247,7 @@ def _shape(kind: str, x: float, y: float, css: str, title: str) -> Markup:
     paths = {
         "circle": f"M{x - 5:.1f} {y:.1f}a5 5 0 1 0 10 0a5 5 0 1 0 -10 0z",
         "square": f"M{x - 4.5:.1f} {y - 4.5:.1f}h9v9h-9z",
-        "triangle": f"M{x:.1f} {y - 6:.1f}l6 10.5h-12z",
+        "cross": f"M{x - 2:.1f} {y - 6:.1f}h4v4h4v4h-4v4h-4v-4h-4v-4h4z",
         "diamond": f"M{x:.1f} {y - 6.5:.1f}l6.5 6.5l-6.5 6.5l-6.5 -6.5z",
     }
     return Markup('<path class="{}" d="{}"><title>{}</title></path>').format(css, paths[kind], title)

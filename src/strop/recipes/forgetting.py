@@ -113,7 +113,9 @@ def account(report: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
         `matrix`: per model the mean loss on every set, with its interval; `effects`: per stage its change on its own
         set and on those of the stages before; `overall`: per set the change from the base to the last model.
     """
-    measured, names = report["measured"], [entry["name"] for entry in report["held_out"]]
+    measured, held_out = report["measured"], report["held_out"]
+    names = [entry["name"] for entry in held_out if not entry.get("same_as")]
+    own = {entry["name"]: entry.get("same_as") or entry["name"] for entry in held_out}  # stage -> its set
     matrix = [
         {
             "model": model["model"],
@@ -125,43 +127,40 @@ def account(report: Mapping[str, Any], *, seed: int) -> dict[str, Any]:
         for model in measured
     ]
     effects = [
-        _effect(measured[number - 1], measured[number], stage, held, seed=seed)
-        for number, stage in enumerate(names, 1)
+        _effect(measured[number - 1], measured[number], stage, held, own=own[stage] == held, seed=seed)
+        for number, stage in enumerate(own, 1)
         if number < len(measured)
-        for held in (stage, *names[: number - 1])
+        for held in dict.fromkeys((own[stage], *(own[before] for before in list(own)[: number - 1])))
     ]
     last = measured[-1] if len(measured) > 1 else None
-    overall = [] if last is None else [_effect(measured[0], last, "all stages", held, seed=seed) for held in names]
+    overall = (
+        [] if last is None else [_effect(measured[0], last, "all stages", held, own=False, seed=seed) for held in names]
+    )
     return {"matrix": matrix, "effects": effects, "overall": overall}
 
 
-def _effect(before: Any, after: Any, stage: str, held: str, *, seed: int) -> dict[str, Any]:
+def _effect(before: Any, after: Any, stage: str, held: str, *, own: bool, seed: int) -> dict[str, Any]:
     rows, other = before["sets"][held], after["sets"][held]
     difference = paired_bootstrap(rows["nats"], other["nats"], rows["tokens"], seed=seed)
     effect = {
         "stage": stage,
         "set": held,
-        "own": stage == held,
+        "own": own,
         "word": WORDS[difference.verdict],
         "difference": difference.to_dict(),
     }
-    return effect | {"sentence": _sentence(stage, held, difference)}
+    whose = "its own held-out rows" if own else f"the held-out rows of {held}"
+    return effect | {"sentence": _sentence(stage, whose, difference)}
 
 
-def _sentence(stage: str, held: str, difference: Difference) -> str:
-    whose = "its own held-out rows" if stage == held else f"the held-out rows of {held}"
-    size = f"{abs(difference.estimate):.4f} nats per token"
-    interval = ""
-    if difference.low is not None and difference.high is not None:
-        ends = sorted((-difference.low, -difference.high))
-        if difference.verdict == "worse":
-            ends = sorted((difference.low, difference.high))
-        interval = f" ({ends[0]:+.4f} to {ends[1]:+.4f})" if difference.verdict == "undecided" else ""
-        interval = interval or f" ({ends[0]:.4f} to {ends[1]:.4f})"
-    if difference.verdict == "undecided":
-        needed = f"; about {difference.rows_needed:,} rows would decide" if difference.rows_needed else ""
-        few = "" if interval else f", {difference.rows} rows are too few for an interval"
-        gain = f"a gain of {-difference.estimate:+.4f} nats per token"
-        return f"{stage}: undecided on {whose}: {gain}{interval}{few}{needed}"
-    verb = "gained" if difference.verdict == "better" else "forgot"
-    return f"{stage}: {verb} {size}{interval} on {whose}"
+def _sentence(stage: str, whose: str, difference: Difference) -> str:
+    size, low, high = abs(difference.estimate), difference.low, difference.high
+    if difference.verdict != "undecided" and low is not None and high is not None:
+        ends = sorted((abs(low), abs(high)))
+        verb = WORDS[difference.verdict]
+        return f"{stage}: {verb} {size:.4f} nats per token ({ends[0]:.4f} to {ends[1]:.4f}) on {whose}"
+    moved = "fell" if difference.estimate < 0 else "rose"
+    interval = f" (change {low:+.4f} to {high:+.4f})" if low is not None and high is not None else ""
+    few = "" if interval else f", and {difference.rows} rows are too few for an interval"
+    needed = f"; about {difference.rows_needed:,} rows would decide" if difference.rows_needed else ""
+    return f"{stage}: undecided on {whose}: the loss {moved} by {size:.4f} nats per token{interval}{few}{needed}"

@@ -27,7 +27,7 @@ from typing import Any, Final
 from strop.config import Lora, QLora, Stage, StagesConfig, TuneConfig, load_stages
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, sha256_file, write_json
-from strop.pages.stages import write_stages_page
+from strop.pages.stages import set_labels, write_stages_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.forgetting import account, held_out_file, measure, read_held_out
 from strop.recipes.manifest import FORMAT, files_below, save_manifest
@@ -77,7 +77,7 @@ class StagesRun:
 
     def headers(self) -> list[str]:
         """The table's columns."""
-        return ["nats per token on the held-out rows of", *(f"{entry['name']}" for entry in self.report["held_out"])]
+        return ["nats per token on the held-out rows of", *set_labels(self.report)]
 
     def rows(self) -> list[list[str]]:
         """The table's rows: the base, then the model after each stage."""
@@ -148,7 +148,11 @@ class _Chain:
         if self.report["finished"]:
             self.reporter.note(f"{self.run_dir}: every stage is finished; nothing is left to resume")
             return StagesRun(self.run_dir, self.report)
-        sets = {entry["name"]: read_held_out(self.run_dir / entry["file"]) for entry in self.report["held_out"]}
+        sets = {
+            entry["name"]: read_held_out(self.run_dir / entry["file"])
+            for entry in self.report["held_out"]
+            if not entry["same_as"]
+        }
         measured = self.report["measured"]
         if not measured:
             self._measure("base", self.config.model, sets)
@@ -222,16 +226,21 @@ class _Chain:
 
     def _begin(self, held_out: Mapping[str, Any], notes: list[str]) -> None:
         (self.run_dir / "config.yaml").write_text(self.config.to_yaml(), encoding="utf-8")
-        entries = []
+        entries: list[dict[str, Any]] = []
         for stage in self.config.stages:
             path = held_out_file(self.run_dir, stage.folder)
             held_out[stage.name].write(path)
-            rows = held_out[stage.name]
+            rows, digest = held_out[stage.name], sha256_file(path)
+            same = next((entry for entry in entries if entry["sha256"] == digest), None)
+            if same is not None:  # measured once, under the first stage's name
+                same["label"] += f", {stage.name}"
             entries.append(
                 {
                     "name": stage.name,
+                    "label": stage.name,
+                    "same_as": None if same is None else same["name"],
                     "file": path.relative_to(self.run_dir).as_posix(),
-                    "sha256": sha256_file(path),
+                    "sha256": digest,
                     "rows": rows.rows,
                     "tokens": rows.tokens,
                 }

@@ -19,6 +19,7 @@ from strop.data.records import Record, Splits, read_data
 from strop.data.samples import prepare
 from strop.data.templates import set_chat_template
 from strop.errors import ConfigError, ModelError, StropError
+from strop.evaluation.statistics import MINIMUM_DOCUMENTS
 from strop.files.peft_adapter import read_adapter_config
 from strop.files.saving import check_expressible
 from strop.layers.base import linear_shape
@@ -105,7 +106,7 @@ def check_stages(config: StagesConfig, *, reporter: Reporter = SILENT) -> Ready:
         lines = "\n".join(f"  - {problem}" for problem in check.problems)
         count = len(check.problems)
         raise ConfigError(check.problems[0] if count == 1 else f"the stages cannot be run, {count} problems:\n{lines}")
-    notes = _leaks(config, splits)
+    notes = [*_few(held_out), *_leaks(config, splits)]
     for note in notes:
         reporter.note(f"warning: {note}")
     return Ready(held_out, plans, notes)
@@ -192,6 +193,15 @@ def _tokenizer(*folders: Path) -> Any:
     raise ModelError(f"{folders[-1]}: holds no tokenizer, and rows are rendered with it; save the base's into it")
 
 
+def _few(held_out: dict[str, HeldOut]) -> list[str]:
+    return [
+        f"{name} holds out {held.rows} {'row' if held.rows == 1 else 'rows'}, and fewer than {MINIMUM_DOCUMENTS} "
+        "decide nothing: raise valid_fraction, or give a valid split"
+        for name, held in held_out.items()
+        if held.rows < MINIMUM_DOCUMENTS
+    ]
+
+
 def _leaks(config: StagesConfig, splits: dict[str, Splits]) -> list[str]:
     """Held-out rows of one stage that another stage trains on: there it is memory that is measured."""
     notes: list[str] = []
@@ -200,7 +210,11 @@ def _leaks(config: StagesConfig, splits: dict[str, Splits]) -> list[str]:
         for other in config.stages:
             trained = {_said(record) for record in splits[other.name].train}
             shared = sum(row in trained for row in rows)
-            if shared:
+            if shared and other is held:
+                notes.append(
+                    f"{shared:,} of the {len(rows):,} held-out rows of {held.name} stand in its training rows too"
+                )
+            elif shared:
                 notes.append(
                     f"{shared:,} of the {len(rows):,} held-out rows of {held.name} are training rows of {other.name}: "
                     "losses there are too good; use the same seed and valid_fraction, or a valid split"
