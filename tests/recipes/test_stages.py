@@ -234,6 +234,18 @@ def test_a_killed_run_goes_on_at_its_unfinished_stage_and_ends_in_the_same_files
     assert notes.trainings == 0
 
 
+def test_ctrl_c_says_how_to_go_on(home, tmp_path):
+    class Pressing(Notes):
+        def advance(self, done: float, **fields: float | int | str) -> None:
+            raise KeyboardInterrupt
+
+    notes = Pressing()
+    with pytest.raises(KeyboardInterrupt):
+        tune_stages(settings(home, tmp_path / "run", DOMAIN | {"max_steps": 1}), reporter=notes)
+    assert notes.notes[-1].startswith(f"strop tune {tmp_path / 'run' / 'config.yaml'} --resume")
+    assert tune_stages(tmp_path / "run" / "config.yaml", resume=True).report["finished"]
+
+
 @pytest.mark.parametrize("name", ["1-domain/best/model.safetensors", "1-domain/manifest.json", "held_out/2-task.jsonl"])
 def test_a_finished_stage_whose_files_changed_is_refused(run, tmp_path, name):
     copy = shutil.copytree(run.path, tmp_path / "run")

@@ -129,7 +129,11 @@ def tune_stages_from_config(config: StagesConfig, *, reporter: Reporter = SILENT
     ready = check_stages(config, reporter=reporter)  # nothing is on the disk until all stages can be run
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir):
-        return _Chain(config, run_dir, reporter).go(ready.held_out, ready.notes, ready.plans)
+        try:
+            return _Chain(config, run_dir, reporter).go(ready.held_out, ready.notes, ready.plans)
+        except KeyboardInterrupt:
+            reporter.note(f"strop tune {run_dir / 'config.yaml'} --resume goes on at the unfinished stage")
+            raise
 
 
 class _Chain:

@@ -57,7 +57,8 @@ class Verification:
 
     Attributes:
         path: the run's folder.
-        finished: whether the run had ended; of one that had not, only checkpoints and inputs can be checked.
+        finished: whether the run had ended; of one that had not, only checkpoints, finished stages and inputs can be
+            checked.
         files: files of the run that were compared.
         inputs: inputs that were compared.
         run_findings: what differs in the run's own files.
@@ -98,7 +99,10 @@ class Verification:
         elif self.finished:
             lines.append(f"{self.path}: intact, {self.files:,} files are byte for byte what the run wrote")
         else:
-            lines.append(f"{self.path}: unfinished; {self.files:,} files of its checkpoints are as they were written")
+            lines.append(
+                f"{self.path}: unfinished; {self.files:,} files of its checkpoints and finished stages are as they were "
+                "written"
+            )
         if self.input_findings:
             lines.append(
                 f"its inputs are not what they were ({len(self.input_findings)} of {self.inputs}): the same run could "
