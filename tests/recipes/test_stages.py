@@ -13,7 +13,7 @@ import yaml
 
 import strop
 from strop.app.cli import main
-from strop.config import load_stages
+from strop.config import TuneConfig, load_stages
 from strop.data.records import read_data
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.evaluation.likelihood import likelihood
@@ -338,6 +338,11 @@ def test_resolved_stages_are_printed_and_read_back_to_the_same(home, tmp_path, c
     printed.write_text(capsys.readouterr().out)
     assert load_stages(printed) == load_stages(file, {"learning_rate": 1e-3})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_misspelt_list_of_stages_is_named():
+    with pytest.raises(ConfigError, match=r"stage: unknown setting \(did you mean 'stages'"):
+        TuneConfig.from_flat({"model": "m", "data": "d", "stage": []})
 
 
 def test_a_setting_given_twice_in_a_stage_is_refused(tmp_path):

@@ -71,7 +71,7 @@ def _canonical(layer: Layer, problems: list[str]) -> dict[str, object]:
     for given, value in values.items():
         key = ALIASES.get(given, given)
         if key not in KEYS:
-            problems.append(f"{origin}: {given}: unknown setting{nearest(given, [*KEYS, *ALIASES])}")
+            problems.append(f"{origin}: {given}: unknown setting{nearest(given, [*KEYS, *ALIASES, 'stages'])}")
             continue
         if value is None:
             continue

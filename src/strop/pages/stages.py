@@ -53,7 +53,7 @@ def render_stages_page(report: Mapping[str, Any], *, title: str) -> str:
         level=100 * effects[0]["difference"]["level"],
         legend=[(mark(0, 0, kind), word) for word, kind in _LEGEND],
         stages=_stages(report),
-        overall=_tracks(report["overall"]),
+        overall=_tracks(report["overall"], _labels(report)),
         charts={"wide": _lines(matrix, names, width=960), "narrow": _lines(matrix, names, width=360)},
         names=names,
         table=[_cells(number, model) for number, model in enumerate(matrix)],
@@ -77,6 +77,10 @@ def _sets(report: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 def set_labels(report: Mapping[str, Any]) -> list[str]:
     """What each held-out set is called: the stages whose rows it holds."""
     return [entry["label"] for entry in _sets(report)]
+
+
+def _labels(report: Mapping[str, Any]) -> dict[str, str]:
+    return {entry["name"]: entry["label"] for entry in _sets(report)}
 
 
 def _headline(effects: Sequence[Mapping[str, Any]], overall: Sequence[Mapping[str, Any]]) -> str:
@@ -111,13 +115,13 @@ def _stages(report: Mapping[str, Any]) -> list[dict[str, Any]]:
                 "heading": f"{stage['number']}. {stage['name']}",
                 "start": f"{stage['start']}{what}: {result['steps']:,} steps, {result['tokens']:,} tokens, "
                 f"{stage['parameters']['trained']:,} parameters trained.",
-                "tracks": _tracks(effects),
+                "tracks": _tracks(effects, _labels(report)),
             }
         )
     return found
 
 
-def _tracks(effects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _tracks(effects: Sequence[Mapping[str, Any]], labels: Mapping[str, str]) -> dict[str, Any]:
     """Rows of intervals on one scale around zero; to the left the loss fell."""
     ends = [
         abs(value)
@@ -128,7 +132,7 @@ def _tracks(effects: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     reach = max(ends, default=0.0) * 1.1 or 1.0
     rows = [
         {
-            "name": effect["set"] + (" (its own)" if effect["own"] else ""),
+            "name": labels[effect["set"]] + (" (its own)" if effect["own"] else ""),
             "kind": _KINDS[effect["word"]],
             "word": effect["word"],
             "figures": _figures(effect["difference"]),

@@ -100,8 +100,8 @@ class Verification:
             lines.append(f"{self.path}: intact, {self.files:,} files are byte for byte what the run wrote")
         else:
             lines.append(
-                f"{self.path}: unfinished; {self.files:,} files of its checkpoints and finished stages are as they were "
-                "written"
+                f"{self.path}: unfinished; {self.files:,} files of its checkpoints and finished stages are as "
+                "they were written"
             )
         if self.input_findings:
             lines.append(
