@@ -16,7 +16,6 @@ verified and left alone.
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
 from collections.abc import Mapping
@@ -27,6 +26,7 @@ from typing import Any, Final
 from strop.config import Lora, QLora, Stage, StagesConfig, TuneConfig, load_stages
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, sha256_file, write_json
+from strop.memory import release_unused_memory
 from strop.pages.stages import set_labels, write_stages_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.forgetting import account, held_out_file, measure, read_held_out
@@ -197,8 +197,8 @@ class _Chain:
         if folder.is_dir() and not begun:
             shutil.rmtree(folder)  # killed before it had written a line
         resume = True if begun else None
+        release_unused_memory()  # so that the stage's peak is counted from what is held, not from what is kept free
         run = tune_from_config(stage.config(model, output=str(folder), resume=resume, **shape), reporter=self.reporter)
-        gc.collect()
         entry = {
             "number": stage.number,
             "name": stage.name,
