@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from strop.recipes.merge import merge
     from strop.recipes.plan import plan
     from strop.recipes.quantize import quantize
+    from strop.recipes.stages import tune_stages
     from strop.recipes.tune import tune
+    from strop.recipes.verify import verify
 
 __version__ = "0.1.0"
 
@@ -33,6 +35,8 @@ _HOMES = {
     "predict": "strop.recipes.generate",
     "quantize": "strop.recipes.quantize",
     "tune": "strop.recipes.tune",
+    "tune_stages": "strop.recipes.stages",
+    "verify": "strop.recipes.verify",
 }
 
 __all__ = [  # noqa: RUF022  the version stands last
@@ -47,6 +51,8 @@ __all__ = [  # noqa: RUF022  the version stands last
     "predict",
     "quantize",
     "tune",
+    "tune_stages",
+    "verify",
     "__version__",
 ]
 

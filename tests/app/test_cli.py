@@ -59,6 +59,8 @@ def test_the_public_names_are_these() -> None:
             "predict",
             "quantize",
             "tune",
+            "tune_stages",
+            "verify",
         ]
     )
     for name in strop.__all__:

@@ -31,6 +31,7 @@ from strop.config.settings import (
     Steps,
     Watch,
 )
+from strop.config.stages import Stage, StagesConfig, load_stages
 
 __all__ = [
     "ALIASES",
@@ -48,11 +49,14 @@ __all__ = [
     "QLora",
     "Qat",
     "Samples",
+    "Stage",
+    "StagesConfig",
     "Steps",
     "TuneConfig",
     "Watch",
     "json_schema",
     "load_config",
+    "load_stages",
     "read_yaml",
     "to_yaml",
 ]

@@ -146,6 +146,7 @@ class Watch(Settings):
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: a tenth of the run.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: every ten minutes.")
     patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without a better one.")
+    tensorboard: bool = Field(default=False, description="Write the metrics to RUN/tensorboard as well.")
 
 
 class Machine(Settings):

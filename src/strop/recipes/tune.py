@@ -3,6 +3,7 @@
     RUN/config.yaml      the resolved settings          RUN/best, RUN/last  adapter or model
     RUN/metrics.jsonl    one line a step                RUN/checkpoints     states to go on from
     RUN/run.json         what was trained on what, and what came of it
+    RUN/manifest.json    hashes of all that went in and came out (`verify`)
 
 The steps: settings checked, model opened, data rendered and counted, layers put in place, the loop, the account. What
 fails before the loop leaves nothing behind.
@@ -19,9 +20,10 @@ from typing import Any
 
 from strop.config import TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
-from strop.files.folders import read_json, write_json
+from strop.files.folders import MANIFEST, read_json, write_json
 from strop.memory import PeakMemory
 from strop.progress import SILENT, Reporter
+from strop.recipes.manifest import finish_manifest, run_manifest, save_manifest
 from strop.recipes.session import MAY_DIFFER, Session, open_session
 from strop.training.checkpoints import RunLock, differences
 from strop.training.loop import train
@@ -77,6 +79,12 @@ class Run:
         from strop.recipes.merge import merge
 
         return merge(str(self.best_path), output, **options)
+
+    def verify(self) -> Any:
+        """Check the run's hashes again; see `strop.verify`."""
+        from strop.recipes.verify import verify
+
+        return verify(self.path)
 
     def to_dict(self) -> dict[str, Any]:
         """Path and report as JSON values."""
@@ -137,6 +145,8 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
     if config.resume:
         config, done = _resumed(config, run_dir)
         if done is not None:
+            if (run_dir / MANIFEST).is_file():  # killed between its last two files
+                finish_manifest(run_dir, measured_bytes=done.report["peak_bytes"])
             reporter.note(f"{run_dir}: the run is finished; nothing is left to resume")
             return done
     else:
@@ -213,6 +223,7 @@ def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter
     with RunLock(run_dir):
         _replace_text(run_dir / "config.yaml", to_yaml(config.replace(resume=None)))
         _write_report(run_dir, report)
+        save_manifest(run_dir, run_manifest(session, run_dir))
         result = train(
             session.model,
             session.stream,
@@ -226,6 +237,7 @@ def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter
         )
         report |= {"finished": True, "result": asdict(result), "peak_bytes": memory.peak_bytes}
         _write_report(run_dir, report)
+        finish_manifest(run_dir, measured_bytes=memory.peak_bytes)
     return Run(run_dir, report)
 
 

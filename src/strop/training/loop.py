@@ -44,6 +44,7 @@ from strop.training.checkpoints import (
     save_checkpoint,
     set_generator_states,
 )
+from strop.training.events import NAME as EVENTS_NAME
 from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head, token_loss_sum
 from strop.training.metrics import NAME as METRICS_NAME
@@ -184,7 +185,8 @@ class _Run:
             self._restore(checkpoint)
         else:
             self.progress.total_steps = self._count_steps()
-        self.metrics = MetricsFile(self.run_dir / METRICS_NAME, after_step=self._written_step())
+        events = self.run_dir / EVENTS_NAME if self.settings.tensorboard else None
+        self.metrics = MetricsFile(self.run_dir / METRICS_NAME, after_step=self._written_step(), events=events)
         total = self.progress.total_steps
         self.reporter.start("training", total, "steps")
         try:

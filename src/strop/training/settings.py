@@ -30,6 +30,7 @@ class TrainSettings:
         eval_batch_size: Rows of an evaluation batch.
         save_steps: Steps between checkpoints; None: every ten minutes.
         patience: Evaluations without a better one after which the run stops; None: never.
+        tensorboard: Whether the metrics are written as event files too.
         seed: Of dropout.
         identity: JSON values that must be the same when the run is resumed.
     """
@@ -46,6 +47,7 @@ class TrainSettings:
     eval_batch_size: int = 8
     save_steps: int | None = None
     patience: int | None = None
+    tensorboard: bool = False
     seed: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
 

@@ -11,6 +11,7 @@ from strop.app.verbs.plan import plan
 from strop.app.verbs.quantize import quantize
 from strop.app.verbs.selftest import selftest
 from strop.app.verbs.tune import merge, tune
+from strop.app.verbs.verify import verify
 
 __all__ = [
     "affine",
@@ -26,4 +27,5 @@ __all__ = [
     "stop",
     "tensor",
     "tune",
+    "verify",
 ]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from strop.app.verbs.common import Data, Json, Output, Overwrite, dump
+from strop.app.verbs.common import Data, Json, Output, Overwrite, dump, show
+
+if TYPE_CHECKING:
+    from strop.config import StagesConfig
 
 
 def tune(
@@ -77,6 +80,9 @@ def tune(
     eval_steps: Annotated[int | None, typer.Option(help="Steps between two evaluations.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write RUN/tensorboard event files as well.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="An adapter to train further.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order, initial adapter, dropout.")] = None,
     resume: Annotated[
@@ -88,6 +94,8 @@ def tune(
     """Fine-tune: every weight (full), an adapter (lora, qlora), or through the quantizer (qat).
 
     Example: strop tune demo --data chats.jsonl --method lora --epochs 3 -o run     strop tune config.yaml
+
+    A config.yaml with `stages:`, a list of such settings, trains one stage after the other.
     """
     given = {
         name: value
@@ -95,12 +103,16 @@ def tune(
         if value is not None and name not in {"dry_run", "json", "model"}
     }
     from strop.app.console import ConsoleReporter
-    from strop.config import load_config, to_yaml
+    from strop.config import load_config, load_stages, to_yaml
     from strop.recipes.tune import tune_from_config
 
     if "output" in given:
         given["output"] = str(given["output"])
     file = Path(model) if model.endswith((".yaml", ".yml")) else None
+    stages = load_stages(file, given) if file else None
+    if stages is not None:
+        _in_stages(stages, dry_run=dry_run, json=json)
+        return
     config = load_config(file, given if file else {"model": model, **given})
     if dry_run:
         print(to_yaml(config), end="")
@@ -109,6 +121,23 @@ def tune(
     if json:
         dump(run.to_dict())
         return
+    for line in run.lines():
+        print(line)
+
+
+def _in_stages(stages: StagesConfig, *, dry_run: bool, json: bool) -> None:
+    """Carry out, or print, a configuration with `stages:`."""
+    from strop.app.console import ConsoleReporter
+    from strop.recipes.stages import tune_stages_from_config
+
+    if dry_run:
+        print(stages.to_yaml(), end="")
+        return
+    run = tune_stages_from_config(stages, reporter=ConsoleReporter())
+    if json:
+        dump(run.to_dict())
+        return
+    show(run.headers(), run.rows())
     for line in run.lines():
         print(line)
 
