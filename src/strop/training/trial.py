@@ -42,7 +42,8 @@ class Steps:
         peak_bytes: the most memory that the process (on a GPU: torch) held, without the trial's copy of the weights.
         tensors: how many tensors are trained.
         silent: trained tensors whose gradient was exactly zero in every step.
-        unmoved: trained tensors that had a gradient and are the same bits as before.
+        unmoved: trained tensors that had a gradient and that the optimizer never touched.
+        too_small: trained tensors that the optimizer updated, and that are the same bits as before.
         vanished: share of the weights with a gradient that the first update left unchanged.
         vanished_in_bfloat16: the same share, had the weights been kept in bf16.
     """
@@ -54,6 +55,7 @@ class Steps:
     tensors: int
     silent: list[str]
     unmoved: list[str]
+    too_small: list[str]
     vanished: float
     vanished_in_bfloat16: float
 
@@ -125,7 +127,8 @@ class Trial(Loop):
             peak - copied,
             len(self.parameters),
             [name for name in self.parameters if name not in moved.reached],
-            [name for name in unmoved if name in moved.reached],
+            [name for name in unmoved if name in moved.reached and self.parameters[name] not in self.optimizer.state],
+            [name for name in unmoved if name in moved.reached and self.parameters[name] in self.optimizer.state],
             moved.share(moved.vanished),
             moved.share(moved.vanished_in_bfloat16),
         )

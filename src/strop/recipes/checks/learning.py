@@ -149,14 +149,28 @@ def _steps(session: Session, seen: Seen, steps: Steps) -> list[Finding]:
 
 
 def _movement(steps: Steps) -> Finding:
-    figures = {"tensors": steps.tensors, "unmoved": steps.unmoved, "without_gradient": steps.silent}
+    figures = {
+        "tensors": steps.tensors,
+        "unmoved": steps.unmoved,
+        "too_small": steps.too_small,
+        "without_gradient": steps.silent,
+    }
     if steps.unmoved:
         return Finding(
             "refuse",
             "movement",
-            f"{len(steps.unmoved):,} of {count(steps.tensors, 'trained tensor')} had a gradient and did not move in "
-            f"two steps: {_first(steps.unmoved)}",
-            "raise the learning rate, or leave these layers out of the targets",
+            f"{len(steps.unmoved):,} of {count(steps.tensors, 'trained tensor')} have a gradient that the "
+            f"optimizer never applies: {_first(steps.unmoved)}",
+            "leave these layers out of the targets, or choose another method",
+            figures,
+        )
+    if steps.too_small:
+        return Finding(
+            "warn",
+            "movement",
+            f"two steps left {len(steps.too_small):,} of {count(steps.tensors, 'trained tensor')} as they were: their "
+            f"updates are too small: {_first(steps.too_small)}",
+            "raise the learning rate",
             figures,
         )
     if steps.silent:
