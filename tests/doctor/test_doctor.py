@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from strop.app.cli import main
 from strop.data.templates import IGNORED
 from strop.errors import DataError, MissingInputError
 from strop.recipes import tune as tuning
+from strop.recipes.checks import finding, words
 from strop.recipes.checks.learning import check_learning
 from strop.recipes.doctor import doctor, pieces
 from strop.training.trial import trial
@@ -122,6 +124,11 @@ def test_only_the_first_rows_are_read_back_at_the_start_and_it_is_said(base, dat
     checks = {check["name"]: check for check in short(base, data, tmp_path / "run").report["checks"]}
     assert "the first 1 step of the epoch" in checks["loss mask"]["message"]
     assert checks["loss mask"]["figures"]["complete"] is False
+
+
+@pytest.mark.parametrize("module", [words, finding])
+def test_figures_are_written_as_their_examples_say(module):
+    assert doctest.testmod(module).failed == 0
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------

@@ -313,7 +313,11 @@ def _stops(session: Session, seen: Seen) -> list[Finding]:
     pad = "; it is the padding token too, which is masked by place" if figures["stop_is_pad"] else ""
     return [
         Finding(
-            "fine", name, f"all {count(seen.answers, 'answer')} teach the model to stop ({shown}){pad}", "", figures
+            "fine",
+            name,
+            f"all {count(seen.answers, 'whole answer')} teach the model to stop ({shown}){pad}",
+            "",
+            figures,
         )
     ]
 

@@ -57,6 +57,15 @@ def share(part: int, whole: int) -> str:
     return "under 0.1%" if value < 0.001 else "over 99.9%" if value > 0.999 else f"{value:.1%}"
 
 
+def are(number: int) -> str:
+    """The verb that goes with a number.
+
+    >>> are(1), are(2)
+    ('is', 'are')
+    """
+    return "is" if number == 1 else "are"
+
+
 def count(number: int, noun: str) -> str:
     """A number with its noun, in the plural where it is not one.
 

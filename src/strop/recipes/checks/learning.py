@@ -198,11 +198,12 @@ def _updates(session: Session, steps: Steps) -> Finding:
             "keep the trained weights in float32, or raise the learning rate",
             figures,
         )
-    lost = f"; in bfloat16 {steps.vanished_in_bfloat16:.1%} would be lost" if steps.vanished_in_bfloat16 > 0 else ""
+    lost = f"; in bfloat16 {steps.vanished_in_bfloat16:.1%} would be lost" if steps.vanished_in_bfloat16 >= 1e-3 else ""
+    said = "all" if steps.vanished < 1e-3 else f"{1 - steps.vanished:.1%} of"
     return Finding(
         "fine",
         "updates",
-        f"{1 - steps.vanished:.1%} of the updates change their weight, kept in {', '.join(narrow)}{lost}",
+        f"{said} the updates are large enough to change their weights, kept in {', '.join(narrow)}{lost}",
         "",
         figures,
     )

@@ -9,7 +9,7 @@ from typing import Final
 from strop.data.records import Record
 from strop.data.samples import SampleSet, prepare
 from strop.errors import DataError
-from strop.recipes.checks.finding import Finding, count, share
+from strop.recipes.checks.finding import Finding, are, count, share
 from strop.recipes.session import Session
 from strop.training.shapes import positions_of
 
@@ -54,9 +54,9 @@ def _truncation(session: Session) -> list[Finding]:
         Finding(
             "warn" if hurt >= MANY * answers else "fine",
             "truncation",
-            f"{report.truncated_rows:,} of {count(report.rows, 'row')} are longer than max_length "
-            f"{report.max_length:,}: {count(report.lost_answers, 'answer')} lost, {report.cut_answers:,} cut before "
-            "their stop token",
+            f"{report.truncated_rows:,} of {count(report.rows, 'row')} {are(report.truncated_rows)} longer than "
+            f"max_length {report.max_length:,}: {count(report.lost_answers, 'answer')} lost, {report.cut_answers:,} cut "
+            "before their stop token",
             advice,
             figures,
         )
@@ -73,8 +73,8 @@ def _left_out(session: Session) -> Finding:
     return Finding(
         "warn",
         "rows",
-        f"{report.dropped_rows:,} of {count(report.rows, 'row')} are left out ({reasons})",
-        "mend those rows or take them out of the data",
+        f"{report.dropped_rows:,} of {count(report.rows, 'row')} {are(report.dropped_rows)} left out ({reasons})",
+        "mend or shorten those rows, or take them out of the data",
         figures,
     )
 
@@ -88,7 +88,14 @@ def _duplicates(session: Session) -> Finding:
     if not repeated:
         return Finding("fine", "duplicates", f"no two of the {count(len(records), 'row')} are the same", "", figures)
     where = f", the first in row {records[first].row}" if alike else ""
-    how = "" if exact == repeated else f"; {repeated - exact:,} of them but for case, spaces or what was cut off"
+    if exact >= alike:
+        how = f"; {exact - alike:,} of them only as they are cut at max_length" if exact > alike else ""
+    else:
+        how = (
+            f"; {alike - exact:,} of them but for case, spaces or what was cut off"
+            if exact
+            else ", in other case or spaces"
+        )
     return Finding(
         "warn" if repeated >= MANY * len(records) else "fine",
         "duplicates",
@@ -134,8 +141,8 @@ def check_overlap(session: Session, *, test_tokens: bool) -> list[Finding]:
             Finding(
                 "warn" if overlap >= MANY * len(records) else "fine",
                 title,
-                f"{overlap:,} of {count(len(records), 'row')} ({share(overlap, len(records))}) are trained on as well: "
-                "their loss will look better than it is",
+                f"{overlap:,} of {count(len(records), 'row')} ({share(overlap, len(records))}) {are(overlap)} trained on "
+                "as well: their loss will look better than it is",
                 "take them out of the training rows",
                 figures,
             )
