@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,20 @@ def test_a_trial_that_fails_is_undone_too(base, data):
         fails()
     assert same(dict(session.model.state_dict()), before)
     assert session.stream.state_dict() == place
+
+
+def test_ctrl_c_in_a_trial_is_not_lost(base, data):
+    session = session_of(base, data)
+    before = {name: value.clone() for name, value in session.model.state_dict().items()}
+
+    def pressed() -> None:
+        with trial(session.model, session.stream, session.train_settings()) as one:
+            one.take_steps([0])
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed()
+    assert same(dict(session.model.state_dict()), before)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -205,6 +205,7 @@ def trial(model: nn.Module, stream: BatchStream, settings: TrainSettings) -> Ite
             one.kept = kept
             stack.callback(one.close)
             yield one
+            guard.check()
     finally:
         with torch.no_grad():
             for name, tensor in _changeable(model).items():

@@ -22,6 +22,9 @@ from strop.recipes.session import Session
 LOW_SHARE: Final = 0.01
 """Supervised tokens over all tokens, below which most of the work teaches nothing."""
 
+MUCH_PADDING: Final = 0.8
+"""Share of positions that hold tokens, below which packing is worth a word."""
+
 
 @dataclass(frozen=True)
 class Document:
@@ -147,6 +150,8 @@ class _Reader:
     def rows(self, batch: Batch, seen: Seen) -> Iterator[SeenRow]:
         """The rows of a batch, counted into `seen`."""
         width = batch.input_ids.shape[1]
+        mask = batch.attention_mask if batch.documents is None else None  # a packed one is measured by check_packing
+        shown = mask.tolist() if isinstance(mask, Tensor) else None
         for place, (ids, labels) in enumerate(zip(batch.input_ids.tolist(), batch.labels.tolist(), strict=True)):
             documents, begin = [], 0
             for index in batch.rows[place]:
@@ -158,9 +163,8 @@ class _Reader:
             seen.rows += 1
             seen.padding += width - begin
             seen.misplaced += width - begin - labels[begin:].count(IGNORED)
-            if isinstance(mask := batch.attention_mask if batch.documents is None else None, Tensor):
-                shown = mask[place].tolist()
-                seen.hidden += shown[:begin].count(0) + (width - begin) - shown[begin:].count(0)
+            if shown is not None:
+                seen.hidden += shown[place][:begin].count(0) + (width - begin) - shown[place][begin:].count(0)
             yield SeenRow(documents, width - begin)
 
     def _count(self, document: Document, seen: Seen) -> None:

@@ -65,6 +65,8 @@ def check_coverage(session: Session) -> Finding:
     said = f"{trained.parameters:,} of {trained.total_parameters:,} parameters are trained ({trained.share:.2%})"
     if not left:
         layers = f", in {count(len(trained.layers), 'linear layer')}" if trained.layers else ""
+        if trained.layers and trained.parameters == trained.total_parameters:
+            layers = f", {count(len(trained.layers), 'linear layer')} of them through {trained.scheme}"
         return Finding("fine", "coverage", said + layers, "", figures)
     what = "stay as they are" if frozen else "are trained but not rounded"
     return Finding(

@@ -55,8 +55,8 @@ def _truncation(session: Session) -> list[Finding]:
             "warn" if hurt >= MANY * answers else "fine",
             "truncation",
             f"{report.truncated_rows:,} of {count(report.rows, 'row')} {are(report.truncated_rows)} longer than "
-            f"max_length {report.max_length:,}: {count(report.lost_answers, 'answer')} lost, {report.cut_answers:,} cut "
-            "before their stop token",
+            f"max_length {report.max_length:,}: {count(report.lost_answers, 'answer')} lost, "
+            f"{report.cut_answers:,} cut before their stop token",
             advice,
             figures,
         )
@@ -141,8 +141,8 @@ def check_overlap(session: Session, *, test_tokens: bool) -> list[Finding]:
             Finding(
                 "warn" if overlap >= MANY * len(records) else "fine",
                 title,
-                f"{overlap:,} of {count(len(records), 'row')} ({share(overlap, len(records))}) {are(overlap)} trained on "
-                "as well: their loss will look better than it is",
+                f"{overlap:,} of {count(len(records), 'row')} ({share(overlap, len(records))}) {are(overlap)} trained "
+                "on as well: their loss will look better than it is",
                 "take them out of the training rows",
                 figures,
             )
