@@ -144,6 +144,13 @@ def test_an_answer_that_ends_where_serving_does_not_stop_is_found(base, data, mo
     assert "<|im_end|>" in found.message
 
 
+def test_much_padding_is_said_where_packing_would_fill_it(base, data):
+    session = session_of(base, data, batch_size=16)
+    assert "packing: true" in one(check_collated(session, seen_of(session)), "padding").message
+    session = session_of(base, data, batch_size=1)
+    assert "100% of the positions" in one(check_collated(session, seen_of(session)), "padding").message
+
+
 def test_an_attention_mask_by_id_is_refused(base, data, monkeypatch):
     monkeypatch.setattr(Batch, "attention_mask", property(lambda batch: (batch.input_ids != 4).long()))
     session = session_of(base, data)
@@ -423,6 +430,17 @@ def test_a_step_that_fills_the_memory_is_a_warning(base, data, monkeypatch):
     found = one(check_learning(session, seen_of(session), steps=True), "memory")
     assert found.level == "warn"
     assert "checkpointing" in found.remedy
+
+
+def test_a_step_that_does_not_fit_is_refused(base, data, monkeypatch):
+    def full(self, places):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    session = session_of(base, data)
+    monkeypatch.setattr(trials.Trial, "take_steps", full)
+    found = one(check_learning(session, seen_of(session), steps=True), "memory")
+    assert found.level == "refuse"
+    assert "lower batch_size" in found.remedy
 
 
 def test_a_trial_is_made_of_the_loops_own_steps():

@@ -377,6 +377,7 @@ def _padding(session: Session, seen: Seen) -> Finding:
             figures,
         )
     what = "packs" if session.stream.packing else "batches"
-    return Finding(
-        "fine", "padding", f"{share(seen.tokens, places)} of the positions in the {what} hold tokens", "", figures
-    )
+    said = f"{share(seen.tokens, places)} of the positions in the {what} hold tokens"
+    if seen.tokens < MUCH_PADDING * places and not session.stream.packing:
+        said += "; packing: true would fill the others"
+    return Finding("fine", "padding", said, "", figures)

@@ -25,6 +25,8 @@ MANY_VANISHED: Final = 0.05
 
 FIRST_STEPS: Final = "first steps"
 
+LESS_MEMORY: Final = "lower batch_size and raise accumulation, or set checkpointing: true"
+
 _FULL = 0.9
 
 
@@ -89,6 +91,9 @@ def check_learning(session: Session, seen: Seen, *, steps: bool, packed_apart: b
             findings += _accumulation(session, one, seen)
             if steps:
                 findings += _steps(session, seen, one.take_steps([0, seen.largest_step]))
+    except torch.OutOfMemoryError:
+        said = f"a step does not fit into the memory of {session.device}"
+        return [*findings, Finding("refuse", "memory", said, LESS_MEMORY)]
     except TrainingError as error:
         return [*findings, Finding("refuse", FIRST_STEPS, str(error), "mend what the message names")]
     return findings
@@ -224,9 +229,7 @@ def _memory(session: Session, steps: Steps) -> Finding:
     figures = {"peak_bytes": steps.peak_bytes, "available_bytes": total}
     said = f"the process held {size(steps.peak_bytes)} at the largest step; {size(total)} are there for it"
     if steps.peak_bytes > _FULL * total:
-        return Finding(
-            "warn", "memory", said, "lower batch_size and raise accumulation, or set checkpointing: true", figures
-        )
+        return Finding("warn", "memory", said, LESS_MEMORY, figures)
     return Finding("fine", "memory", said, "", figures)
 
 
