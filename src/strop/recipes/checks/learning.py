@@ -115,7 +115,7 @@ def _accumulation(session: Session, one: Trial, seen: Seen) -> list[Finding]:
             Finding(
                 "fine",
                 "accumulation",
-                f"{len(rows)} rows give the same gradient one at a time as at once (apart by {difference:.1e} of it)",
+                f"{len(rows)} rows give the same gradient one at a time as at once (relative difference {difference:.1e})",
                 "",
                 figures,
             )
