@@ -115,7 +115,8 @@ def _accumulation(session: Session, one: Trial, seen: Seen) -> list[Finding]:
             Finding(
                 "fine",
                 "accumulation",
-                f"{len(rows)} rows give the same gradient one at a time as at once (relative difference {difference:.1e})",
+                f"{len(rows)} rows give the same gradient one at a time as at once (relative difference "
+                f"{difference:.1e})",
                 "",
                 figures,
             )
