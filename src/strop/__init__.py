@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from strop.numerics.qtensor import QuantizedTensor
     from strop.numerics.scheme import Scheme, parse_format
     from strop.recipes.compare import compare
+    from strop.recipes.doctor import doctor
     from strop.recipes.generate import predict
     from strop.recipes.merge import merge
     from strop.recipes.plan import plan
@@ -28,6 +29,7 @@ _HOMES = {
     "QuantizedTensor": "strop.numerics.qtensor",
     "Scheme": "strop.numerics.scheme",
     "compare": "strop.recipes.compare",
+    "doctor": "strop.recipes.doctor",
     "load": "strop.models",
     "merge": "strop.recipes.merge",
     "parse_format": "strop.numerics.scheme",
@@ -44,6 +46,7 @@ __all__ = [  # noqa: RUF022  the version stands last
     "QuantizedTensor",
     "Scheme",
     "compare",
+    "doctor",
     "load",
     "merge",
     "parse_format",

@@ -52,6 +52,7 @@ def test_the_public_names_are_these() -> None:
             "Scheme",
             "__version__",
             "compare",
+            "doctor",
             "load",
             "merge",
             "parse_format",

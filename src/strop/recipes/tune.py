@@ -23,6 +23,7 @@ from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, write_json
 from strop.memory import PeakMemory
 from strop.progress import SILENT, Reporter
+from strop.recipes.doctor import check_start
 from strop.recipes.manifest import finish_manifest, run_manifest, save_manifest
 from strop.recipes.session import MAY_DIFFER, Session, open_session
 from strop.training.checkpoints import RunLock, differences
@@ -218,7 +219,7 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
 def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter) -> Run:
     """Train what the session holds, with its account beside it from the first moment on."""
     config, valid_set = session.config, session.valid_set
-    report = session.report()
+    report = session.report() | {"checks": check_start(session, run_dir, reporter=reporter)}
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir):
         _replace_text(run_dir / "config.yaml", to_yaml(config.replace(resume=None)))

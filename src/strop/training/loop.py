@@ -109,16 +109,16 @@ def train(
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)
         if settings.checkpointing:
-            stack.enter_context(_recomputed(model))
+            stack.enter_context(recomputed(model))
         was_training = model.training
         stack.callback(model.train, was_training)
-        run = _Run(model, stream, list(valid_samples), settings, run_dir, export, memory, guard, reporter)
+        run = Loop(model, stream, list(valid_samples), settings, run_dir, export, memory, guard, reporter)
         stack.callback(run.close)
         return run.go(resume=resume)
 
 
 @contextlib.contextmanager
-def _recomputed(model: Any) -> Iterator[None]:
+def recomputed(model: Any) -> Iterator[None]:
     """Recompute the blocks' activations while the context lasts; transformers renamed the switch on its way to 6."""
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     enable = getattr(model, f"{name}_checkpointing_enable", None)
@@ -131,7 +131,7 @@ def _recomputed(model: Any) -> Iterator[None]:
         getattr(model, f"{name}_checkpointing_disable")()
 
 
-class _Run:
+class Loop:
     """One call of `train`."""
 
     def __init__(
@@ -173,6 +173,7 @@ class _Run:
         self.boundary = self._note_boundary()
 
     def close(self) -> None:
+        """Let go of gradients and the metrics file."""
         if self.metrics is not None:
             self.metrics.close()
         self.optimizer.zero_grad(set_to_none=True)
@@ -180,6 +181,7 @@ class _Run:
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def go(self, *, resume: bool) -> TrainResult:
+        """Run to the end, from the newest checkpoint where `resume` says so."""
         checkpoint = self._newest() if resume else None
         if checkpoint is not None:
             self._restore(checkpoint)

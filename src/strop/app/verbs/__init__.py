@@ -6,6 +6,7 @@ from strop.app.verbs.chat import chat, predict
 from strop.app.verbs.common import stop
 from strop.app.verbs.compare import compare
 from strop.app.verbs.demo import demo
+from strop.app.verbs.doctor import doctor
 from strop.app.verbs.explain import affine, bits, tensor
 from strop.app.verbs.plan import plan
 from strop.app.verbs.quantize import quantize
@@ -19,6 +20,7 @@ __all__ = [
     "chat",
     "compare",
     "demo",
+    "doctor",
     "merge",
     "plan",
     "predict",
