@@ -14,6 +14,8 @@ Not done here: truncation and counting (`samples.py`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,6 +156,19 @@ def set_chat_template(tokenizer: Any, name_or_file: str | Path) -> str:
     source = chat_template_text(tokenizer, name_or_file)
     tokenizer.chat_template = source
     return source
+
+
+def template_hash(tokenizer: Any, chat_template: str | Path | None = None) -> str:
+    """SHA-256 of what writes conversations for a tokenizer: the template's text and the special tokens, as hex digits.
+
+    Args:
+        tokenizer: A transformers tokenizer; where it has no template and none is passed, the text is empty.
+        chat_template: As for `chat_template_text`.
+    """
+    known = chat_template is not None or tokenizer.chat_template
+    source = chat_template_text(tokenizer, chat_template) if known else ""
+    special = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([source, special], sort_keys=True).encode()).hexdigest()
 
 
 _FORMATS: WeakKeyDictionary[Any, dict[tuple[Any, ...], ChatFormat]] = WeakKeyDictionary()
