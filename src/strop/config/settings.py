@@ -113,7 +113,10 @@ Length: TypeAlias = Steps | Epochs | Minutes
 class Samples(Settings):
     """How records become token batches."""
 
-    train_on: Literal["answers", "all"] = Field("answers", description="Which tokens carry the loss.")
+    train_on: Literal["answers", "last", "all", "custom"] = Field(
+        "answers",
+        description="Which tokens carry the loss: the answers, a conversation's last one, all, or what the data mark.",
+    )
     max_length: int | None = Field(
         None, ge=2, description="Tokens in a row; longer ones are truncated. Default: 1024, or the model's limit."
     )

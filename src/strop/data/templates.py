@@ -18,18 +18,18 @@ import hashlib
 import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from strop.data.layout import ChatFormat, Layout, added_tokens, compile_template
+from strop.data.layout import ChatFormat, Layout, StoppedError, added_tokens, compile_template
 from strop.data.records import ROLES, Message, Record
 from strop.errors import DataError, MissingInputError, nearest
 
 IGNORED = -100
 
-TrainOn = Literal["answers", "all"]
+TrainOn = Literal["answers", "last", "all", "custom"]
 
 BUILT_IN = ("chatml", "plain")
 
@@ -262,10 +262,46 @@ def _surplus_bos(tokenizer: Any, ids: list[int]) -> int:
     return max(0, count - 1)
 
 
+def learned_turns(messages: Sequence[Message], train_on: TrainOn) -> frozenset[int]:
+    """The positions of the turns that are learned.
+
+    ``answers`` and ``all``: the assistant's, but for those marked as context. ``last``: of these the conversation's
+    last assistant turn alone. ``custom``: exactly the turns that the data mark as learned, whoever speaks.
+
+    Raises:
+        DataError: For ``custom``, if the data mark no turn at all.
+    """
+    if train_on == "custom":
+        if not any(message.marked for message in messages):
+            raise DataError(
+                "train_on is custom, but no turn says whether it is learned; give the turns that are a loss_weight "
+                "(or weight, or train) of 1 and the others 0, or train on answers"
+            )
+        return frozenset(index for index, message in enumerate(messages) if message.marked and message.supervise)
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    chosen = answers[-1:] if train_on == "last" else answers
+    return frozenset(index for index in chosen if messages[index].supervise)
+
+
+def _turn_places(tokenizer: Any, layout: Layout, ids: list[int]) -> list[tuple[int, int]]:
+    """The token ranges of `layout.turns`: the tokens that the text up to a place and the whole text have in common.
+
+    A token that crosses the beginning counts as within, one that crosses the end does not.
+    """
+    places: list[int] = []
+    for place in (place for turn in layout.turns for place in turn):
+        before = replace(layout, text=layout.text[:place], cuts=tuple(cut for cut in layout.cuts if cut <= place))
+        shorter = _tokens(tokenizer, [before])[0][0]
+        differing = (at for at, pair in enumerate(zip(shorter, ids, strict=False)) if pair[0] != pair[1])
+        places.append(next(differing, len(shorter)))
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
 def _sample(tokenizer: Any, layout: Layout, ids: list[int], places: list[int], train_on: TrainOn) -> Sample:
     where = dict(zip(layout.cuts, places, strict=True))
     extra = _surplus_bos(tokenizer, ids)
-    answers = tuple((max(1, where[start] - extra), where[end] - extra) for start, end in layout.answers)
+    ranges = [(where[start], where[end]) for start, end in layout.answers] + _turn_places(tokenizer, layout, ids)
+    answers = tuple((max(1, start - extra), end - extra) for start, end in sorted(ranges))
     ids = ids[extra:]
     if train_on == "all":
         labels = [IGNORED, *ids[1:]]
@@ -301,33 +337,57 @@ def render_all(
     Args:
         records: Conversations and texts.
         tokenizer: A transformers tokenizer.
-        train_on: ``answers`` supervises assistant turns with their stop tokens, ``all`` every token but the first.
-        Texts
-            are supervised whole either way.
+        train_on: ``answers`` supervises assistant turns with their stop tokens, ``last`` only a conversation's last
+            one, ``custom`` the turns that the data mark, ``all`` every token but the first. Texts are supervised whole
+            in any case.
         chat_template: As for `chat_template_text`.
 
     Raises:
         DataError: If there are conversations and no usable template.
     """
     results: dict[int, Sample | DataError] = {}
-    layouts: dict[int, Layout] = {}
+    chats: dict[int, Record] = {}
+    learned: list[frozenset[int]] = []
     texts: dict[int, Record] = {}
-    form: ChatFormat | None = None
     for place, record in enumerate(records):
         if record.messages is None:
             texts[place] = record
             continue
-        form = form or chat_format(tokenizer, chat_template)
         try:
-            layouts[place] = form.lay_out(record.messages)
+            learned.append(learned_turns(record.messages, train_on))
+            chats[place] = record
         except DataError as error:
             results[place] = located(record, error)
+    layouts: dict[int, Layout] = {}
+    for place, laid_out in zip(chats, _lay_out(chats, learned, tokenizer, chat_template), strict=True):
+        if isinstance(laid_out, Layout):
+            layouts[place] = laid_out
+        else:
+            results[place] = laid_out
     for place, layout, (ids, cuts) in zip(
         layouts, layouts.values(), _tokens(tokenizer, [*layouts.values()]), strict=True
     ):
         results[place] = _sample(tokenizer, layout, ids, cuts, train_on)
     results.update(zip(texts, _text_samples(tokenizer, [*texts.values()]), strict=True))
     return [results[place] for place in range(len(results))]
+
+
+def _lay_out(
+    chats: Mapping[int, Record], learned: Sequence[frozenset[int]], tokenizer: Any, chat_template: str | Path | None
+) -> list[Layout | DataError]:
+    """Layouts of conversations, or what is wrong with each, with its place in front."""
+    if not chats:
+        return []
+    rows = [*chats.values()]
+    try:
+        form = chat_format(tokenizer, chat_template)
+        laid_out = form.lay_out_all([record.messages or () for record in rows], learned)
+    except StoppedError as error:
+        raise located(rows[error.place], error) from error
+    return [
+        located(record, result) if isinstance(result, DataError) else result
+        for record, result in zip(rows, laid_out, strict=True)
+    ]
 
 
 def render(
@@ -375,7 +435,9 @@ def prompt_ids(
     chat = as_messages(messages)
     if not chat or chat[-1].role == "assistant":
         raise DataError("there is nothing to answer: the conversation must end with a turn that is not the assistant's")
-    layout = chat_format(tokenizer, chat_template).lay_out(chat, prompt=True)
+    [layout] = chat_format(tokenizer, chat_template).lay_out_all([chat], [frozenset()], prompt=True)
+    if isinstance(layout, DataError):
+        raise layout
     ids = _tokens(tokenizer, [layout])[0][0]
     return ids[_surplus_bos(tokenizer, ids) :]
 

@@ -53,7 +53,7 @@ def tune(
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Several rows in a sequence, isolated.")
     ] = None,
-    train_on: Annotated[str | None, typer.Option(help="answers, or all. [default: answers]")] = None,
+    train_on: Annotated[str | None, typer.Option(help="answers, last, all or custom. [default: answers]")] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
     ] = None,
