@@ -121,6 +121,9 @@ class Samples(Settings):
         None, ge=2, description="Tokens in a row; longer ones are truncated. Default: 1024, or the model's limit."
     )
     packing: bool = Field(default=False, description="Several rows in one sequence, isolated from each other.")
+    group_by_length: bool = Field(
+        default=False, description="Rows of like length share a step, which saves padding without packing."
+    )
     chat_template: str | None = Field(None, description="chatml, plain, or a jinja file, for bases that have none.")
     valid_fraction: Real = Field(
         0.05, ge=0, lt=1, description="Share of the training rows held out where the data name no valid split."
