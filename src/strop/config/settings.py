@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Final, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ALL_LINEAR: Final = "all-linear"
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -128,6 +128,12 @@ class Samples(Settings):
     valid_fraction: Real = Field(
         0.05, ge=0, lt=1, description="Share of the training rows held out where the data name no valid split."
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_save_padding(self) -> Samples:
+        if self.packing and self.group_by_length:
+            raise ValueError("packing and group_by_length both save padding, each in its own way; set one of them")
+        return self
 
 
 class Optimization(Settings):

@@ -239,7 +239,8 @@ def _tell_length(config: TuneConfig, stream: BatchStream, limit: int | None, rep
     most = optimization.batch_size * optimization.accumulation
     reporter.note(f"{stream.steps_per_epoch:,} steps of up to {most} {rows} are an epoch; the run has {told}")
     used = stream.used_positions(lambda width: common_width(width, limit=limit))
-    advice = "" if stream.packing or used > 0.9 else " (packing, or group_by_length, wastes fewer)"
+    wasteful = not (stream.packing or stream.group_by_length) and stream.used_positions() < 0.8
+    advice = "; packing or group_by_length would leave fewer empty" if wasteful else ""
     reporter.note(f"{used:.1%} of the positions that are computed hold tokens{advice}")
 
 
