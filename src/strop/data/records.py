@@ -33,7 +33,7 @@ from strop.data.readers import (
     read_dataset,
     read_file,
 )
-from strop.data.tools import call_text, read_calls, read_tools
+from strop.data.tools import call_text, read_calls, read_tools, with_functions
 from strop.errors import DataError, MissingInputError, nearest
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -264,8 +264,7 @@ def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Mes
     if messages and messages[0].role == "system":
         first, messages = messages[0], messages[1:]
     said = "\n\n".join(text for text in (first.content, system) if text)
-    functions = f"Functions that can be called:\n{told}" if told else ""
-    content = "\n\n".join(text for text in (said, functions) if text)
+    content = with_functions(said, told)
     if not content:
         return messages
     return [replace(first, content=content, tools=tools, said=said if tools else ""), *messages]

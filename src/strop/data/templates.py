@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from strop.data.layout import ChatFormat, Layout, StoppedError, added_tokens, compile_template
+from strop.data.built_in import BUILT_IN, built_in_template, writes_bos
+from strop.data.layout import ChatFormat, Layout, StoppedError, compile_template
 from strop.data.records import ROLES, Message, Record
+from strop.data.tools import read_calls, read_tools, with_functions
 from strop.errors import DataError, MissingInputError, nearest
 
 IGNORED = -100
 
 TrainOn = Literal["answers", "last", "all", "custom"]
-
-BUILT_IN = ("chatml", "plain")
 
 _NO_TEMPLATE = (
     "the tokenizer has no chat template, so it is not known how a conversation is written for this model; "
@@ -63,55 +63,6 @@ class Sample:
     def supervised(self) -> int:
         """How many tokens are learned."""
         return len(self.labels) - self.labels.count(IGNORED)
-
-
-def _writes_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts a BOS in front of a text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-
-
-def built_in_template(tokenizer: Any, name: str) -> str:
-    r"""The Jinja text of a built-in template, made for a tokenizer.
-
-    ``chatml`` is `<|im_start|>role\ncontent<|im_end|>\n`; where the tokenizer does not hold `<|im_end|>` as one
-    token, an answer is closed by the tokenizer's own end token instead, so that there is one token to stop at.
-    ``plain`` is `Role: content\n\n`, an answer closed by the end token. Both begin with BOS if the tokenizer adds one
-    to a text.
-
-    Raises:
-        DataError: If the tokenizer has no end token that could close an answer.
-    """
-    added = set(added_tokens(tokenizer))
-    stop = "<|im_end|>" if name == "chatml" and "<|im_end|>" in added else tokenizer.eos_token
-    if not stop:
-        raise DataError(
-            f"the tokenizer has no end token, which the built-in template {name!r} needs to close an answer; "
-            "set eos_token in tokenizer_config.json"
-        )
-    bos = "{{ bos_token }}" if _writes_bos(tokenizer) else ""
-    if name == "chatml":
-        header, space, other, gap, prompt = (
-            "'<|im_start|>' + message.role + '\\n'",
-            "",
-            "<|im_end|>",
-            "\\n",
-            "<|im_start|>assistant\n",
-        )
-    else:
-        header, space, other, gap, prompt = "message.role | capitalize + ':'", "' ' + ", "", "\\n\\n", "Assistant:"
-    return (
-        f"{bos}{{%- for message in messages -%}}"
-        f"{{{{ ({header}) }}}}"
-        "{%- if message.role == 'assistant' -%}"
-        f"{{% generation %}}{{{{ {space}message.content + {stop!r} }}}}{{% endgeneration %}}"
-        "{%- else -%}"
-        f"{{{{ {space}message.content + {other!r} }}}}"
-        "{%- endif -%}"
-        f"{{{{ '{gap}' }}}}"
-        "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{ {prompt!r} }}}}{{%- endif -%}}"
-    )
 
 
 def chat_template_text(tokenizer: Any, name_or_file: str | Path | None = None) -> str:
@@ -315,7 +266,7 @@ def _sample(tokenizer: Any, layout: Layout, ids: list[int], places: list[int], t
 def _text_samples(tokenizer: Any, records: Sequence[Record]) -> list[Sample]:
     """Plain texts, all learned: BOS in front if the tokenizer adds one, the end token behind if the text ends."""
     samples: list[Sample] = []
-    bos = [tokenizer.bos_token_id] if records and _writes_bos(tokenizer) else []
+    bos = [tokenizer.bos_token_id] if records and writes_bos(tokenizer) else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for record, read in zip(records, _encode(tokenizer, [str(record.text) for record in records]), strict=True):
         ids = [*bos, *read]
@@ -405,34 +356,62 @@ def render(
     return result
 
 
-def as_messages(messages: Sequence[Message | Mapping[str, str]]) -> tuple[Message, ...]:
-    """Messages from messages or from mappings with `role` and `content`."""
+def as_messages(
+    messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[Message, ...]:
+    """Messages from messages or from mappings with `role`, `content` and perhaps `tool_calls`.
+
+    Args:
+        messages: The turns.
+        tools: Schemas of the functions that can be called; they are put on the first turn, as in a row with `tools`.
+
+    Raises:
+        DataError: If a turn or a function is not of that form.
+    """
     result: list[Message] = []
     for message in messages:
         if isinstance(message, Message):
             result.append(message)
             continue
         role, content = message.get("role"), message.get("content")
+        if message.get("tool_calls"):
+            calls, said = read_calls(message["tool_calls"]), content or ""
+            if not calls or not isinstance(said, str):
+                raise DataError(f"tool_calls need a function with a name each, beside a text; got {dict(message)!r}")
+            result.append(Message("assistant", "\n".join([said, *calls]).strip(), calls=calls, said=said))
+            continue
         if role is None or role not in ROLES or not isinstance(content, str):
             raise DataError(f"a message needs a role ({', '.join(ROLES)}) and a text as content; got {dict(message)!r}")
         result.append(Message(ROLES[role], content))
+    if tools:
+        told, schemas = read_tools(list(tools))
+        if not schemas:
+            raise DataError("tools must be a list of functions, each an object with a name")
+        first = result.pop(0) if result and result[0].role == "system" else Message("system", "")
+        content = with_functions(first.content, told)
+        result.insert(0, replace(first, content=content, tools=schemas, said=first.content))
     return tuple(result)
 
 
 def prompt_ids(
-    messages: Sequence[Message | Mapping[str, str]], tokenizer: Any, *, chat_template: str | Path | None = None
+    messages: Sequence[Message | Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    chat_template: str | Path | None = None,
 ) -> list[int]:
     """Token ids that ask for the assistant's next turn, as training saw them before that turn.
 
     Args:
         messages: The conversation so far, ending with a turn that is not the assistant's.
         tokenizer: A transformers tokenizer.
+        tools: Functions that can be called, for mappings; a record's messages hold theirs already.
         chat_template: As for `chat_template_text`.
 
     Raises:
         DataError: If there is no template, it refuses the turns, or there is nothing to answer.
     """
-    chat = as_messages(messages)
+    chat = as_messages(messages, tools=tools)
     if not chat or chat[-1].role == "assistant":
         raise DataError("there is nothing to answer: the conversation must end with a turn that is not the assistant's")
     [layout] = chat_format(tokenizer, chat_template).lay_out_all([chat], [frozenset()], prompt=True)
@@ -443,12 +422,15 @@ def prompt_ids(
 
 
 def stop_ids(tokenizer: Any, *, chat_template: str | Path | None = None) -> list[int]:
-    """Ids at which an answer ends: the tokenizer's end token, and the one the chat template closes an answer with."""
+    """Ids at which an answer ends: the end token, and those the chat template closes an answer and a call with."""
     stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    try:
-        chat = (Message("user", "a"), Message("assistant", "b"))
-        sample = render(Record("probe", 1, messages=chat), tokenizer, chat_template=chat_template)
-    except DataError:
-        return stops
-    last = sample.input_ids[sample.answers[-1][1] - 1]
-    return stops if last in stops else [*stops, last]
+    asked, call = Message("user", "a"), '{"name": "a", "arguments": {}}'
+    for said in (Message("assistant", "b"), Message("assistant", call, calls=(call,))):
+        try:
+            sample = render(Record("probe", 1, messages=(asked, said)), tokenizer, chat_template=chat_template)
+        except DataError:
+            continue
+        last = sample.input_ids[sample.answers[-1][1] - 1]
+        if last not in stops:
+            stops.append(last)
+    return stops

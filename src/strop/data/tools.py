@@ -52,9 +52,14 @@ def read_tools(value: Any) -> tuple[str, str]:
     return text.strip(), json.dumps([{"type": "function", "function": f} for f in functions], ensure_ascii=False)
 
 
-def read_calls(text: str) -> tuple[str, ...]:
-    """The calls that a text holds, each as JSON `{name, arguments}`; none where it is not JSON of that form."""
-    value = _parsed(text)
+def with_functions(said: str, functions: str) -> str:
+    """The text of a first turn with the functions that can be called, for a template that knows no tools."""
+    return "\n\n".join(text for text in (said, f"Functions that can be called:\n{functions}" * bool(functions)) if text)
+
+
+def read_calls(value: Any) -> tuple[str, ...]:
+    """Calls, or a text that holds them, each as JSON `{name, arguments}`; none where they are not of that form."""
+    value = _parsed(value)
     calls = [_named(call) for call in (value if isinstance(value, list) else [value])]
     if not calls or None in calls:
         return ()
