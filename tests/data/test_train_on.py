@@ -108,7 +108,7 @@ def test_exactly_the_characters_that_are_meant_are_learned_at_every_length(name:
             assert all(
                 (begin < start) == (position <= start) for start, _ in spans[1::2]
             )  # answers' beginnings are cuts
-            assert all((begin < end) == (position <= end) for _, end in spans[1::2])  # and their ends
+            assert all((begin < end) == (position <= end) for _, end in spans[1::2])  # and so here
             assert whole.labels[place] == (token if learned and place else IGNORED), (way, place)
         for start, end in whole.answers:
             assert whole.labels[start:end] == ids[start:end]
