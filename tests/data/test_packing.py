@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -21,7 +22,8 @@ from strop.data.batches import Batch, BatchStream, padded_batch
 from strop.data.packing import PackedAttention, block_mask, check_isolation, packed_attention
 from strop.data.templates import IGNORED, Sample
 from strop.errors import TrainingError
-from tests.tiny import tiny_config, tiny_model
+from strop.training.shapes import at_common_width
+from tests.tiny import FAMILIES, tiny_config, tiny_model
 
 LENGTHS = (14, 9, 11, 5)
 
@@ -63,7 +65,7 @@ def build(config: Any, implementation: str, dtype: torch.dtype = torch.float32) 
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma", "gpt2", "falcon", "mixtral"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe"])
 def test_replacing_one_document_leaves_the_others_logits_bitwise_alone(family: str, implementation: str) -> None:
     model = build(tiny_config(family), implementation)
     batch = packed(model)
@@ -212,8 +214,44 @@ def test_rows_of_one_document_need_no_check_and_the_models_mode_is_kept() -> Non
     assert model.training
 
 
-def test_an_attention_without_explicit_masks_is_refused() -> None:
+@pytest.mark.parametrize("name", ["flash_attention_2", "flash_attention_3", "flex_attention", "paged|eager"])
+def test_an_attention_without_explicit_masks_is_refused_by_name(name: str) -> None:
     model = tiny_model("llama")
-    model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(TrainingError, match=r"explicit attention mask.*'flash_attention_2'.*sdpa or eager"):
+    model.config._attn_implementation = name
+    with pytest.raises(TrainingError, match=rf"explicit attention mask.*'{re.escape(name)}'.*sdpa or eager"):
         packed_attention(model, 40)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_restarted_positions_alone_leak_through_the_default_cache_and_packed_inputs_have_none(
+    implementation: str,
+) -> None:
+    model = build(MistralConfig(**COMMON, sliding_window=None), implementation)
+    batch = packed(model)
+    assert batch.inputs()["use_cache"] is False
+    assert batch.position_ids is not None
+    assert batch.documents is not None
+    first = batch.documents == 0
+    other = torch.where(first, (batch.input_ids + 7) % 300, batch.input_ids)
+    with torch.no_grad():
+        careless = [model(input_ids=ids, position_ids=batch.position_ids).logits for ids in (batch.input_ids, other)]
+        careful = [model(**batch.with_ids(ids).inputs()).logits for ids in (batch.input_ids, other)]
+    moved = [(after - before)[~first].abs().max() for before, after in (careless, careful)]
+    assert moved[0] > 1e-3  # the hazard is real
+    assert moved[1] == 0
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe"])
+def test_the_loss_of_one_document_has_no_gradient_in_anothers_tokens(family: str, implementation: str) -> None:
+    model = build(tiny_config(family), implementation)
+    batch = at_common_width(packed(model, max_length=45), limit=256)  # with padding, as it is trained
+    assert batch.documents is not None
+    inputs = batch.inputs()
+    embedded = model.get_input_embeddings()(inputs.pop("input_ids")).detach().requires_grad_()
+    logits = model(inputs_embeds=embedded, **inputs).logits
+    for document in range(4):
+        inside = batch.documents == document
+        [gradient] = torch.autograd.grad(logits[inside].square().sum(), embedded, retain_graph=True)
+        assert not gradient[~inside].any()
+        assert gradient[inside].any()

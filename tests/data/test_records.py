@@ -44,7 +44,7 @@ SHAPES = {
     "message parts": {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "q"}]},
-            {"role": "assistant", "content": [{"type": "text", "value": "a"}], "loss_weight": 1.0},
+            {"role": "assistant", "content": [{"type": "text", "value": "a"}]},
         ]
     },
     "sharegpt": {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
@@ -136,10 +136,12 @@ def test_sharegpt_keeps_calls_observations_and_the_list_of_functions_as_text() -
         "tools": '[{"name": "weather"}]',
     }
     [record] = read_records([row])
+    call, told = '{"name": "weather", "arguments": {}}', "be brief\n\nFunctions that can be called:\n"
+    tools = '[{"type": "function", "function": {"name": "weather"}}]'
     assert record.messages == (
-        Message("system", 'be brief\n\nFunctions that can be called:\n[{"name": "weather"}]'),
+        Message("system", told + '[{"name": "weather"}]', tools=tools, said="be brief"),
         Message("user", "weather?"),
-        Message("assistant", '{"name": "weather", "arguments": {}}'),
+        Message("assistant", call, calls=(call,)),
         Message("tool", '{"sky": "blue"}'),
         Message("assistant", "It is clear."),
     )
@@ -150,7 +152,8 @@ def test_tool_calls_of_a_message_become_its_text() -> None:
     row = {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]}
     [record] = read_records([row])
     assert record.messages is not None
-    assert record.messages[1] == Message("assistant", '{"name": "weather", "arguments": {"city": "Köln"}}')
+    text = '{"name": "weather", "arguments": {"city": "Köln"}}'
+    assert record.messages[1] == Message("assistant", text, calls=(text,))
 
 
 def test_a_loss_weight_of_zero_makes_an_answer_context() -> None:

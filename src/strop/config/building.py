@@ -100,6 +100,9 @@ def _explain(group: type[BaseModel], values: Mapping[str, object], origins: Mapp
                 hint = " (for example int4-g32)" if key == "format" else ""
                 lines.setdefault(key, f"{key}: missing; it has no default{hint}")
                 continue
+            if not item["loc"]:  # settings that each are right and do not go together
+                lines.setdefault(message, f"settings: {message}")
+                continue
             got = values.get(key)
             text = f"{origins.get(key, 'settings')}: {key}: got {got!r} ({type(got).__name__}); {message}"
             lines.setdefault(key, text)

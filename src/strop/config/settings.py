@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Final, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ALL_LINEAR: Final = "all-linear"
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -113,15 +113,27 @@ Length: TypeAlias = Steps | Epochs | Minutes
 class Samples(Settings):
     """How records become token batches."""
 
-    train_on: Literal["answers", "all"] = Field("answers", description="Which tokens carry the loss.")
+    train_on: Literal["answers", "last", "all", "custom"] = Field(
+        "answers",
+        description="Which tokens carry the loss: the answers, a conversation's last one, all, or what the data mark.",
+    )
     max_length: int | None = Field(
         None, ge=2, description="Tokens in a row; longer ones are truncated. Default: 1024, or the model's limit."
     )
     packing: bool = Field(default=False, description="Several rows in one sequence, isolated from each other.")
+    group_by_length: bool = Field(
+        default=False, description="Rows of like length share a step, which saves padding without packing."
+    )
     chat_template: str | None = Field(None, description="chatml, plain, or a jinja file, for bases that have none.")
     valid_fraction: Real = Field(
         0.05, ge=0, lt=1, description="Share of the training rows held out where the data name no valid split."
     )
+
+    @model_validator(mode="after")
+    def _one_way_to_save_padding(self) -> Samples:
+        if self.packing and self.group_by_length:
+            raise ValueError("packing and group_by_length both save padding, each in its own way; set one of them")
+        return self
 
 
 class Optimization(Settings):

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from torch import Tensor
 from strop.data.packing import PackedAttention, block_mask, pack
 from strop.data.templates import IGNORED, Sample
 from strop.errors import ConfigError, DataError, TrainingError
+
+GROUPED_STEPS: Final = 50
+"""Steps whose rows are sorted together, so that a step's rows are like in length and still drawn from many."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +154,17 @@ class BatchStream:
     With packing, a row is a pack of samples of at most `max_length` tokens. The packs' lengths are worked out once;
     each epoch deals samples of equal length anew, so that every epoch has the same number of steps.
 
+    With `group_by_length`, rows of like length share a step: the shuffled rows are cut into parts of `GROUPED_STEPS`
+    steps (of a quarter of the epoch, if that is less), each part is sorted by length and cut into steps, and the
+    epoch's steps are shuffled. With packing the same is done with the packs, so that those which nothing fills up do
+    not stand beside full ones.
+
     Args:
         samples: What `prepare` gives, or a list of samples.
         batch_size: Rows of a micro-batch.
         accumulation: Micro-batches of a step, at most.
         packing: Whether rows are packs.
+        group_by_length: Whether rows of like length share a step; packs do in any case.
         max_length: Most tokens of a row.
         seed: Decides the order, with the epoch.
         pad_id: Any valid token id; padding is masked by its place.
@@ -163,7 +172,7 @@ class BatchStream:
 
     Raises:
         DataError: If there is no sample, or one is longer than `max_length`.
-        ConfigError: If a size is below 1.
+        ConfigError: If a size is below 1, or `group_by_length` is asked for beside packing.
     """
 
     def __init__(
@@ -173,6 +182,7 @@ class BatchStream:
         batch_size: int,
         accumulation: int = 1,
         packing: bool = False,
+        group_by_length: bool = False,
         max_length: int,
         seed: int = 0,
         pad_id: int = 0,
@@ -182,6 +192,8 @@ class BatchStream:
         for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("max_length", max_length)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
+        if packing and group_by_length:
+            raise ConfigError("packing and group_by_length both save padding, each in its own way; set one of them")
         if not self.samples:
             raise DataError("there is no sample to train on")
         longest = max(len(sample) for sample in self.samples)
@@ -189,18 +201,19 @@ class BatchStream:
             raise DataError(
                 f"a sample has {longest} tokens, above max_length {max_length}; prepare with this max_length"
             )
-        self.batch_size, self.accumulation, self.packing = batch_size, accumulation, packing
+        self.batch_size, self.accumulation = batch_size, accumulation
+        self.packing, self.group_by_length = packing, group_by_length
         self.max_length, self.seed, self.pad_id = max_length, seed, pad_id
         self.attention = attention or PackedAttention()
         self._packs = pack([len(sample) for sample in self.samples], max_length) if packing else None
         self._digest = self._fingerprint()
         self._epoch, self._step = 0, 0
-        self._order = self._epoch_order(0)
+        self._steps = self._epoch_steps(0)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps of an epoch, the same for all."""
-        return math.ceil(len(self._order) / (self.batch_size * self.accumulation))
+        return math.ceil(self.rows_per_epoch / (self.batch_size * self.accumulation))
 
     @property
     def epoch(self) -> int:
@@ -210,22 +223,37 @@ class BatchStream:
     @property
     def rows_per_epoch(self) -> int:
         """Rows of an epoch: samples, or packs."""
-        return len(self._order)
+        return len(self.samples if self._packs is None else self._packs)
 
     def next_step(self) -> list[Batch]:
         """The micro-batches of the next optimizer step, at most `accumulation`."""
-        rows = self._rows_of_step(self._step)
+        parts = self._micro_batches(self._steps[self._step])
         self._step += 1
         if self._step == self.steps_per_epoch:
             self._epoch, self._step = self._epoch + 1, 0
-            self._order = self._epoch_order(self._epoch)
-        rows = sorted(rows, key=lambda row: sum(len(self.samples[index]) for index in row))
-        count = math.ceil(len(rows) / self.batch_size)
-        return [self._batch(part) for part in _deal(rows, count)]
+            self._steps = self._epoch_steps(self._epoch)
+        return [self._batch(part) for part in parts]
 
-    def _rows_of_step(self, step: int) -> list[list[int]]:
-        total, steps = len(self._order), self.steps_per_epoch
-        return self._order[step * total // steps : (step + 1) * total // steps]
+    def used_positions(self, width: Callable[[int], int] = int) -> float:
+        """The share of an epoch's positions that hold tokens: those of the epoch that the stream stands in.
+
+        Args:
+            width: The width at which a batch of so many tokens is trained; as it is, if nothing is said.
+        """
+        used = positions = 0
+        for step in self._steps:
+            for part in self._micro_batches(step):
+                lengths = [self._row_length(row) for row in part]
+                used += sum(lengths)
+                positions += len(lengths) * width(max(lengths))
+        return used / positions
+
+    def _row_length(self, row: Sequence[int]) -> int:
+        return sum(len(self.samples[index]) for index in row)
+
+    def _micro_batches(self, rows: Sequence[list[int]]) -> list[Sequence[list[int]]]:
+        rows = sorted(rows, key=self._row_length)
+        return list(_deal(rows, math.ceil(len(rows) / self.batch_size)))
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         if self._packs is None:
@@ -233,17 +261,34 @@ class BatchStream:
             return padded_batch([self.samples[index] for index in indices], indices, pad_id=self.pad_id)
         return packed_batch(rows, self.samples, pad_id=self.pad_id, attention=self.attention)
 
-    def _epoch_order(self, epoch: int) -> list[list[int]]:
-        """The rows of an epoch in order, each a list of sample indices."""
+    def _epoch_steps(self, epoch: int) -> list[Sequence[list[int]]]:
+        """The steps of an epoch in order: for each its rows, each a list of sample indices."""
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
-        shuffled = torch.randperm(len(self.samples), generator=generator).tolist()
+
+        def shuffled(count: int) -> list[int]:
+            return torch.randperm(count, generator=generator).tolist()
+
+        samples = shuffled(len(self.samples))
         if self._packs is None:
-            return [[index] for index in shuffled]
-        by_length: dict[int, list[int]] = {}
-        for index in shuffled:
-            by_length.setdefault(len(self.samples[index]), []).append(index)
-        rows = [[by_length[len(self.samples[index])].pop() for index in row] for row in self._packs]
-        return [rows[place] for place in torch.randperm(len(rows), generator=generator).tolist()]
+            rows = [[index] for index in samples]
+        else:
+            by_length: dict[int, list[int]] = {}
+            for index in samples:
+                by_length.setdefault(len(self.samples[index]), []).append(index)
+            packs = [[by_length[len(self.samples[index])].pop() for index in row] for row in self._packs]
+            rows = [packs[place] for place in shuffled(len(packs))]
+        count = self.steps_per_epoch
+        if not (self.packing or self.group_by_length):
+            return list(_deal(rows, count))
+        grouped: list[Sequence[list[int]]] = []
+        parts = max(math.ceil(count / GROUPED_STEPS), min(4, count))
+        for steps in _deal(list(_deal(rows, count)), parts):
+            longest_last = sorted((row for step in steps for row in step), key=self._row_length)
+            begin = 0
+            for step in steps:  # as many rows as the step had
+                grouped.append(longest_last[begin : begin + len(step)])
+                begin += len(step)
+        return [grouped[place] for place in shuffled(count)]
 
     def _fingerprint(self) -> str:
         digest = hashlib.sha256()
@@ -257,6 +302,7 @@ class BatchStream:
             "batch_size": self.batch_size,
             "accumulation": self.accumulation,
             "packing": self.packing,
+            "group_by_length": self.group_by_length,
             "max_length": self.max_length,
             "samples": len(self.samples),
             "samples_sha256": self._digest,
@@ -290,7 +336,7 @@ class BatchStream:
                     f"the data stream's {name} is {value!r}, which is no place in it; the state is damaged"
                 )
         self._epoch, self._step = state["epoch"], state["step"]
-        self._order = self._epoch_order(self._epoch)
+        self._steps = self._epoch_steps(self._epoch)
 
 
 def _deal(rows: Sequence[Any], count: int) -> Iterator[Sequence[Any]]:

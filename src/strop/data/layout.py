@@ -4,25 +4,43 @@ An answer begins where the serving prompt ends: the template is rendered up to t
 and that text must be a prefix of the whole. It ends with the turn's stop token, the special token that the template
 writes after the content (or after its `{% generation %}` mark).
 
-Positions here are characters; tokens are `templates.py`'s part.
+Positions here are characters; tokens are `templates.py`'s part, and the process that renders is `rendering.py`'s.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
-
 from strop.data.records import Message
-from strop.data.sandbox import ChatTemplate, Rendered, TemplateLimitError, compiled
+from strop.data.rendering import (
+    Job,
+    TemplateRefusedError,
+    TemplateStoppedError,
+    TemplateSyntaxError,
+    View,
+    check_template,
+    render_jobs,
+)
+from strop.data.tools import as_turns
 from strop.errors import DataError
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class PrefixError(DataError):
     """A template writes a turn differently once later turns follow, so that serving and training would differ."""
+
+
+class StoppedError(DataError):
+    """A template hit a limit. `place` is the position of the conversation that it was writing."""
+
+    def __init__(self, message: str, place: int = 0) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 @dataclass(frozen=True)
@@ -34,25 +52,28 @@ class Layout:
         cuts: Where answers begin and end, in order; no token crosses them.
         answers: The ranges [start, end) that are learned.
         anchors: Where special tokens begin; the tokenizer reads what lies between them independently.
+        turns: Ranges of other turns that are learned; tokens may cross their ends.
     """
 
     text: str
     cuts: tuple[int, ...]
     answers: tuple[tuple[int, int], ...]
     anchors: tuple[int, ...] = ()
+    turns: tuple[tuple[int, int], ...] = ()
 
 
-def compile_template(source: str, origin: str = "the chat template") -> ChatTemplate:
-    """Compile a Jinja text (compiled ones are kept).
+@functools.lru_cache(maxsize=32)
+def compile_template(source: str, origin: str = "the chat template") -> None:
+    """Compile a Jinja text, in the process that will render it.
 
     Raises:
         DataError: If it is not valid Jinja, or too large; `origin` says where it came from.
     """
     try:
-        return compiled(source)
-    except jinja2.TemplateSyntaxError as error:
-        raise DataError(f"{origin}, line {error.lineno}: not valid Jinja: {error.message}") from error
-    except (jinja2.TemplateError, RecursionError) as error:
+        check_template(source)
+    except TemplateSyntaxError as error:
+        raise DataError(f"{origin}, {error}") from error
+    except TemplateStoppedError as error:
         raise DataError(f"{origin}: refused: {error}") from error
 
 
@@ -62,114 +83,164 @@ def added_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted((text for text in texts if text.strip()), key=len, reverse=True))
 
 
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "strop_tool",
+        "description": "a",
+        "parameters": {"type": "object", "properties": {"a": {"type": "string", "description": "b"}}, "required": []},
+    },
+}
+_CALL = Message("assistant", "", calls=('{"name": "strop_call", "arguments": {"a": "b"}}',))
+_CALLING = (Message("user", "a"), _CALL, Message("tool", "strop-probe"), Message("assistant", "c"))
+
+
 class ChatFormat:
     """A chat template with a tokenizer's special tokens: lays conversations out and finds their answers.
 
     Args:
         tokenizer: A transformers tokenizer.
         source: The Jinja text.
+
+    Attributes:
+        takes_tools: Whether the template writes out `tools`, `tool_calls` and the role `tool`; if not, calls and
+            functions are given to it as text.
     """
 
     def __init__(self, tokenizer: Any, source: str) -> None:
-        self.template = compile_template(source)
+        compile_template(source)
+        self.source = source
         self.variables = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+        self._marked = _GENERATION.search(source) is not None
         texts = "|".join(re.escape(text) for text in added_tokens(tokenizer)) or "(?!)"  # (?!) never matches
         self._special = re.compile(texts)
         self._stop_after = re.compile(rf"\s*(?:{texts})")
         self._stop_last = re.compile(rf"(?:{texts})(?=\s*\Z)")
-        self._tool_role = self._accepts_tools()
+        plain = [{"role": m.role, "content": m.content or "b"} for m in _CALLING]
+        self._tool_role = self._writes(Job(plain), "strop-probe")
+        calling = Job(as_turns(_CALLING)[0], variables={"tools": [_TOOL]})
+        self.takes_tools = self._writes(calling, "strop_tool", "strop_call", "strop-probe")
 
-    def _accepts_tools(self) -> bool:
-        """Whether the template writes out turns of the role `tool`; if not, they are given as the user's."""
-        probe = [("user", "a"), ("assistant", "b"), ("tool", "strop-probe"), ("assistant", "c")]
+    def _render(self, jobs: Sequence[Job]) -> list[View | TemplateRefusedError]:
         try:
-            text = self.template.render([{"role": role, "content": text} for role, text in probe], self.variables).text
-        except jinja2.TemplateError:
-            return False
-        return "strop-probe" in text
+            return render_jobs(self.source, self.variables, jobs)
+        except TemplateStoppedError as error:
+            message = f"the chat template was stopped: {error}; use another with --chat-template"
+            raise StoppedError(message, error.place) from error
 
-    def write(self, messages: Sequence[Message], *, prompt: bool = False) -> Rendered:
-        """Render turns to text; with `prompt`, followed by the header of the assistant's next turn.
+    def _writes(self, job: Job, *words: str) -> bool:
+        """Whether all the words stand in what the template makes of a conversation."""
+        [view] = self._render([job])
+        return isinstance(view, View) and all(word in view.text for word in words)
+
+    def turns(self, messages: Sequence[Message]) -> tuple[list[dict[str, Any]], list[Any] | None]:
+        """What the template sees as `messages` and as `tools`."""
+        if self.takes_tools:
+            return as_turns(messages)
+        roles = ["user" if m.role == "tool" and not self._tool_role else m.role for m in messages]
+        return [{"role": role, "content": m.content} for role, m in zip(roles, messages, strict=True)], None
+
+    def _job(self, messages: Sequence[Message], *, prompt: bool) -> Job:
+        turns, tools = self.turns(messages)
+        left_out = len(messages) - len(turns)  # a first turn that holds the functions alone
+        parts: list[tuple[int, bool]] = []
+        for index in _answers(messages):
+            parts += [(index - left_out, True), (index + 1 - left_out, False)]
+        return Job(turns, prompt, parts, {"tools": tools} if tools else {})
+
+    def lay_out_all(
+        self, conversations: Sequence[Sequence[Message]], learned: Sequence[frozenset[int]], *, prompt: bool = False
+    ) -> list[Layout | DataError]:
+        """Render conversations and find where each answer begins and ends.
+
+        Answers that are context only are looked for too, since they cut the text for the tokenizer, but they need not
+        be found.
+
+        Args:
+            conversations: The turns of each.
+            learned: For each, the positions of the turns that are learned.
+            prompt: Whether the header of the assistant's next turn follows.
+
+        Returns:
+            For each its layout, or what is wrong with it: a `PrefixError` if a learned answer does not stand in the
+            text as serving would have prompted for it, another `DataError` if the template writes no stop token after
+            an answer, or refuses the turns.
 
         Raises:
-            DataError: If the template raises; the message says on which roles.
+            StoppedError: If the template hits a limit.
         """
-        chat = [
-            {"role": "user" if m.role == "tool" and not self._tool_role else m.role, "content": m.content}
-            for m in messages
-        ]
-        try:
-            return self.template.render(chat, {**self.variables, "add_generation_prompt": prompt})
-        except TemplateLimitError as error:
-            raise DataError(f"the chat template was stopped: {error}; use another with --chat-template") from error
-        except jinja2.TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in chat)
-            advice = "order the turns as the template asks, or use another with --chat-template"
-            if chat and chat[0]["role"] == "system" and self._refuses_system(chat):
+        results: list[Layout | DataError] = []
+        jobs = [self._job(messages, prompt=prompt) for messages in conversations]
+        views = self._render(jobs)
+        for place, view in enumerate(views):
+            if isinstance(view, TemplateRefusedError):
+                results.append(self._refusal(jobs[place], str(view)))
+                continue
+            try:
+                results.append(self._layout(conversations[place], learned[place], jobs[place], view))
+            except StoppedError as error:
+                raise StoppedError(str(error), place) from error
+            except DataError as error:
+                results.append(error)
+        return results
+
+    def _refusal(self, job: Job, words: str) -> DataError:
+        roles = ", ".join(turn["role"] for turn in job.turns)
+        advice = "order the turns as the template asks, or use another with --chat-template"
+        if job.turns and job.turns[0]["role"] == "system":
+            [rest] = self._render([Job(job.turns[1:], variables=job.variables)])
+            if isinstance(rest, View):
                 advice = (
                     "it takes no system turn: move that text into the first user turn, "
                     "or use another with --chat-template"
                 )
-            raise DataError(f"the chat template refuses the turns ({roles}): {error}; {advice}") from error
+        return DataError(f"the chat template refuses the turns ({roles}): {words}; {advice}")
 
-    def _refuses_system(self, chat: list[dict[str, str]]) -> bool:
-        try:
-            self.template.render(chat[1:], {**self.variables, "add_generation_prompt": False})
-        except jinja2.TemplateError:
-            return False
-        return True
-
-    def lay_out(self, messages: Sequence[Message], *, prompt: bool = False) -> Layout:
-        """Render a conversation and find where each answer begins and ends.
-
-        Answers that are context only (`supervise` False) are looked for too, since they cut the text for the tokenizer,
-        but they need not be found.
-
-        Raises:
-            PrefixError: If a supervised answer does not stand in the text as serving would have prompted for it.
-            DataError: If the template writes no stop token after an answer, or refuses the turns.
-        """
-        whole = self.write(messages, prompt=prompt)
+    def _layout(self, messages: Sequence[Message], learned: frozenset[int], job: Job, view: View) -> Layout:
         cuts: set[int] = set()
         answers: list[tuple[int, int]] = []
         position = 0
-        for index, message in enumerate(messages):
-            if message.role != "assistant":
-                continue
-            last = index == len(messages) - 1 and not prompt
+        for index, asked, closed in zip(_answers(messages), view.parts[::2], view.parts[1::2], strict=True):
+            last = index == len(messages) - 1 and not job.prompt
             try:
-                ranges = self._find(messages, index, whole, position, last=last)
+                if isinstance(asked, str) and index:
+                    turns = job.turns[: index - (len(messages) - len(job.turns))]
+                    raise self._refusal(Job(turns, variables=job.variables), asked)
+                begin = asked if isinstance(asked, int) else None
+                if not index and begin is None:  # most templates look at the first turn: there is no prompt to ask with
+                    begin = max(0, view.text.find(messages[0].content.strip()))
+                end = len(view.text) if last else closed if isinstance(closed, int) else None
+                ranges = self._find(messages[index], index, view, begin, end, position)
             except DataError:
-                if message.supervise and not prompt:
+                if index in learned:
                     raise
                 continue
             for start, end in ranges:
                 cuts.update((start, end))
                 position = end
-                if message.supervise:
+                if index in learned:
                     answers.append((start, end))
-        if prompt:
-            cuts.add(len(whole.text))
-        anchors = tuple(match.start() for match in self._special.finditer(whole.text))
-        return Layout(whole.text, tuple(sorted(cuts)), tuple(answers), anchors)
+        if job.prompt:
+            cuts.add(len(view.text))
+        others = sorted(index for index in learned if messages[index].role != "assistant")
+        turns = tuple(self._other_turn(job, view, index, len(messages)) for index in others)
+        anchors = tuple(match.start() for match in self._special.finditer(view.text))
+        return Layout(view.text, tuple(sorted(cuts)), tuple(answers), anchors, turns)
 
     def _find(
-        self, messages: Sequence[Message], index: int, whole: Rendered, position: int, *, last: bool
+        self, message: Message, index: int, view: View, start: int | None, closed: int | None, position: int
     ) -> list[tuple[int, int]]:
         """The character ranges of one answer in the whole text, the first from the end of its prompt on."""
-        text, message = whole.text, messages[index]
-        asked = self.write(messages[:index], prompt=True).text if index else self._opening(message, text)
-        start = len(asked)
-        if not text.startswith(asked) or start < position:
+        text = view.text
+        if start is None or start < position:
             raise PrefixError(
                 f"turn {index + 1} (assistant): in the whole conversation the chat template writes what comes before "
                 "it differently from when that turn is asked for, so training would not match serving; use a "
                 "template that only appends, or another with --chat-template"
             )
-        closed = text if last else self.write(messages[: index + 1]).text
-        end = len(closed) if text.startswith(closed) and len(closed) > start else None
-        if self.template.has_marks:
-            marks = [mark for mark in whole.marks if mark[1] > start and (end is None or mark[0] < end)]
+        end = closed if closed is not None and closed > start else None
+        if self._marked:
+            marks = [mark for mark in view.marks if mark[1] > start and (end is None or mark[0] < end)]
             return self._by_marks(text, start, marks if end is not None else marks[:1], index)
         if end is None:
             return [(start, self._locate(text, start, message, index))]
@@ -178,12 +249,34 @@ class ChatFormat:
             raise self._no_stop(text[start:end], index)
         return [(start, stop.end())]
 
-    def _opening(self, message: Message, text: str) -> str:
-        """What stands before the answer of a conversation that begins with it."""
-        try:
-            return self.write([], prompt=True).text
-        except DataError:  # most templates look at the first turn
-            return text[: max(0, text.find(message.content.strip()))]
+    def _other_turn(self, job: Job, view: View, index: int, count: int) -> tuple[int, int]:
+        """The range of a turn that is not the assistant's: its content and what closes it.
+
+        The content is what changes when it is another: it begins where the two texts part, and ends where they meet.
+        """
+        place = index - (count - len(job.turns))
+        content = str(job.turns[place]["content"]) if place >= 0 else ""
+        edges = {content[:1], content[-1:], content.strip()[:1], content.strip()[-1:]}
+        other = next(digit for digit in "01234" if digit not in edges)
+        changed = [{**turn, "content": other} if at == place else turn for at, turn in enumerate(job.turns)]
+        end_of_turn = (place + 1, False)
+        [with_other, again] = self._render(
+            [Job(changed, variables=job.variables), Job(job.turns, parts=[end_of_turn], variables=job.variables)]
+        )
+        text = view.text
+        begin = end = 0
+        if isinstance(with_other, View):
+            begin = _shared(text, with_other.text)
+            end = len(text) - _shared(text[begin:][::-1], with_other.text[begin:][::-1])
+        if begin >= end:
+            raise DataError(
+                f"turn {index + 1} ({job.turns[place]['role']}): it is marked to be learned, but the chat template "
+                "does not write it out; take its mark away"
+            )
+        stop = self._stop_after.match(text, end)
+        closed = again.parts[0] if isinstance(again, View) else None
+        whole = closed if isinstance(closed, int) and closed >= end else end
+        return begin, stop.end() if stop is not None else whole
 
     def _by_marks(self, text: str, start: int, marks: list[tuple[int, int]], index: int) -> list[tuple[int, int]]:
         """The marked ranges of an answer, from the end of its prompt to its stop token; none if it is unmarked."""
@@ -223,3 +316,14 @@ class ChatFormat:
             f"({text[-60:]!r}), so the model could not learn to stop; write {{{{ eos_token }}}} after the content, or "
             "pass --chat-template chatml or plain"
         )
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    """The positions of the assistant's turns."""
+    return [index for index, message in enumerate(messages) if message.role == "assistant"]
+
+
+def _shared(first: str, second: str) -> int:
+    """How many characters two texts begin with alike."""
+    differing = (at for at, (one, other) in enumerate(zip(first, second, strict=False)) if one != other)
+    return next(differing, min(len(first), len(second)))

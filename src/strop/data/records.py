@@ -16,10 +16,9 @@ name. This module reads no chat template and no tokenizer; it holds all records 
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ from strop.data.readers import (
     read_dataset,
     read_file,
 )
+from strop.data.tools import call_text, read_calls, read_tools, with_functions
 from strop.errors import DataError, MissingInputError, nearest
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -85,11 +85,25 @@ KNOWN_FIELDS = (
 
 @dataclass(frozen=True)
 class Message:
-    """One turn. `supervise` is False where the data say that an answer is context only (loss_weight 0)."""
+    """One turn.
+
+    Attributes:
+        role: Who speaks.
+        content: The whole turn as text; calls, and functions that can be called, are written out in it.
+        supervise: False where the data say that the turn is context only (loss_weight 0).
+        marked: Whether the data say of this turn if it is learned.
+        calls: The functions that the turn calls, each as JSON `{name, arguments}`.
+        tools: On the first turn, the functions that can be called in the conversation: a JSON list of schemas.
+        said: Where there are calls or tools, the text beside them.
+    """
 
     role: Role
     content: str
     supervise: bool = True
+    marked: bool = False
+    calls: tuple[str, ...] = ()
+    tools: str = ""
+    said: str = ""
 
 
 @dataclass(frozen=True)
@@ -166,8 +180,8 @@ def _optional_text(fields: Mapping[str, Any], name: str) -> str:
     return "" if value is None else _text_of(value, f"field {name!r}").strip()
 
 
-def _weight(turn: Mapping[str, Any], where: str) -> bool:
-    """Whether a turn is learned: `loss_weight` or `weight` of 0 or 1, `train` true or false."""
+def _weight(turn: Mapping[str, Any], where: str) -> bool | None:
+    """Whether a turn is learned: `loss_weight` or `weight` of 0 or 1, `train` true or false; None: it is not said."""
     for name in ("loss_weight", "weight", "train"):
         value = turn.get(name)
         if value is None:
@@ -175,14 +189,14 @@ def _weight(turn: Mapping[str, Any], where: str) -> bool:
         if value not in (0, 1):
             raise _RowError(f"{where}.{name} is {value!r}; only 0 (context) and 1 (learned) are supported")
         return bool(value)
-    return True
+    return None
 
 
-def _tool_calls(turn: Mapping[str, Any], where: str) -> str:
-    """Calls of functions as text: one JSON object {name, arguments} a line."""
+def _tool_calls(turn: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    """Calls of functions, each as JSON `{name, arguments}`."""
     calls = turn.get("tool_calls")
     if not calls:
-        return ""
+        return ()
     if not isinstance(calls, list):
         raise _RowError(f"{where}.tool_calls is {kind_of(calls)}; it must be a list")
     lines: list[str] = []
@@ -190,12 +204,8 @@ def _tool_calls(turn: Mapping[str, Any], where: str) -> str:
         function = call.get("function", call) if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise _RowError(f"{where}.tool_calls[{index}] has no function name")
-        arguments = function.get("arguments", {})
-        if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):
-                arguments = json.loads(arguments)
-        lines.append(json.dumps({"name": function["name"], "arguments": arguments}, ensure_ascii=False))
-    return "\n".join(lines)
+        lines.append(call_text(function["name"], function.get("arguments", {})))
+    return tuple(lines)
 
 
 def _turn(turn: Any, where: str) -> Message | None:
@@ -211,20 +221,25 @@ def _turn(turn: Any, where: str) -> Message | None:
         hint = nearest(role, ROLES) if isinstance(role, str) else ""
         raise _RowError(f"{where}.{role_name} is {role!r}; known roles: {', '.join(ROLES)}{hint}")
     known_role = ROLES[role.lower()]
-    calls = _tool_calls(turn, where)
+    calls, weight = _tool_calls(turn, where), _weight(turn, where)
+    learned, marked = weight is not False, weight is not None
     content = turn.get(content_name)
     field = f"{where}.{content_name}"
     if calls:
         said = "" if content is None else _text_of(content, field).strip()
-        return Message("assistant", f"{said}\n{calls}".strip(), _weight(turn, where))
+        whole = "\n".join([said, *calls]).strip()
+        return Message("assistant", whole, learned, marked, calls=calls, said=said)
     if content_name not in turn:
         raise _RowError(f"{field} is missing")
     if known_role == "system":
         text = _text_of(content, field)
-        return Message("system", text) if text.strip() else None
-    if role.lower() in ("function_call", "tool_call") and isinstance(content, Mapping | list):
+        return Message("system", text, learned, marked) if text.strip() else None
+    if role.lower() not in ("function_call", "tool_call"):
+        return Message(known_role, _filled_text(content, field), learned, marked)
+    if isinstance(content, Mapping | list):
         content = json.dumps(content, ensure_ascii=False)
-    return Message(known_role, _filled_text(content, field), _weight(turn, where))
+    text = _filled_text(content, field)
+    return Message(known_role, text, learned, marked, calls=read_calls(text))
 
 
 def _turns(value: Any, name: str) -> list[Message]:
@@ -243,19 +258,16 @@ def _turns(value: Any, name: str) -> list[Message]:
 
 def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
     """Put the row's `system` text and `tools` in front, merged into the conversation's own system turn."""
-    texts = [_optional_text(fields, "system")]
-    tools = fields.get("tools")
-    if isinstance(tools, list | Mapping) and tools:
-        tools = json.dumps(tools, ensure_ascii=False)
-    if isinstance(tools, str) and tools.strip() not in ("", "[]", "{}", "null"):
-        texts.append(f"Functions that can be called:\n{tools.strip()}")
-    texts = [text for text in texts if text]
-    if not texts:
-        return messages
+    system = _optional_text(fields, "system")
+    told, tools = read_tools(fields.get("tools"))
+    first = Message("system", "")
     if messages and messages[0].role == "system":
-        texts.insert(0, messages[0].content)
-        messages = messages[1:]
-    return [Message("system", "\n\n".join(texts)), *messages]
+        first, messages = messages[0], messages[1:]
+    said = "\n\n".join(text for text in (first.content, system) if text)
+    content = with_functions(said, told)
+    if not content:
+        return messages
+    return [replace(first, content=content, tools=tools, said=said if tools else ""), *messages]
 
 
 def _from_messages(fields: Mapping[str, Any]) -> list[Message]:

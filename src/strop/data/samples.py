@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from strop.data.layout import PrefixError
-from strop.data.records import Message, Record
-from strop.data.templates import IGNORED, Sample, TrainOn, render_all
+from strop.data.records import Record
+from strop.data.templates import IGNORED, Sample, TrainOn, learned_turns, render_all
 from strop.errors import DataError
 
 _SHOWN = 10
@@ -101,14 +101,21 @@ class SampleSet:
         return self.samples[index]
 
 
-def _turn_by_turn(record: Record) -> list[Record]:
-    """One record per supervised answer, ending with it; the answers before it are context."""
+def _turn_by_turn(record: Record, train_on: TrainOn) -> list[Record]:
+    """One record per learned answer, ending with it; answers and turns of earlier records are context."""
     assert record.messages is not None
     pieces: list[Record] = []
-    for index, message in enumerate(record.messages):
-        if message.role == "assistant" and message.supervise:
-            before = [Message(m.role, m.content, supervise=False) for m in record.messages[:index]]
+    begin = 0
+    learned = learned_turns(record.messages, train_on)
+    for index in sorted(learned):
+        message = record.messages[index]
+        if message.role == "assistant":
+            before = [
+                m if at >= begin and at in learned else replace(m, supervise=False)
+                for at, m in enumerate(record.messages[:index])
+            ]
             pieces.append(replace(record, messages=(*before, message)))
+            begin = index + 1
     return pieces
 
 
@@ -122,7 +129,7 @@ def _rendered(
     for index, (record, result) in enumerate(zip(records, first, strict=True)):
         parts: list[Sample | DataError] = [result]
         if isinstance(result, PrefixError):
-            pieces = _turn_by_turn(record)
+            pieces = _turn_by_turn(record, train_on)
             parts = (
                 render_all(pieces, tokenizer, train_on=train_on, chat_template=chat_template)
                 if len(pieces) > 1
@@ -183,7 +190,7 @@ def prepare(
         records: What `read_data` gives.
         tokenizer: A transformers tokenizer.
         max_length: Most tokens of a sample.
-        train_on: ``answers`` or ``all``.
+        train_on: ``answers``, ``last``, ``all`` or ``custom``, as for `render_all`.
         chat_template: A name, a file or a Jinja text; None for the tokenizer's own.
 
     Returns:

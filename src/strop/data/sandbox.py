@@ -9,7 +9,8 @@ on top of it:
 - everything written, in captured blocks too, counts against a size limit;
 - operators, calls and filters that could make one huge value (`'a' * 10**9`, `ljust`, `format`) are checked first.
 
-A template that goes over a limit raises `TemplateLimitError`. Text is the same as transformers renders it.
+A template that goes over a limit raises `TemplateLimitError`. Text is the same as transformers renders it. All of this
+runs in a process of its own (`rendering.py`), which the operating system limits as well.
 """
 
 from __future__ import annotations
@@ -268,18 +269,18 @@ class ChatTemplate:
         self._template = environment.from_string(_meter_tree(environment.parse(source)))
         self.has_marks = re.search(r"\{%-?\s*generation\s*-?%\}", source) is not None
 
-    def render(self, messages: Sequence[Mapping[str, str]], variables: Mapping[str, Any]) -> Rendered:
+    def render(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> Rendered:
         """Render a conversation.
 
         Args:
-            messages: Turns with ``role`` and ``content``.
-            variables: Everything else the template sees: special tokens, ``add_generation_prompt``.
+            messages: Turns with ``role`` and ``content``, and perhaps ``tool_calls``.
+            variables: Everything else the template sees: special tokens, ``tools``, ``add_generation_prompt``.
 
         Raises:
             jinja2.TemplateError: If the template raises, or goes over a limit.
         """
         self._meter.reset()
-        chat = [{key: _without_marks(value) for key, value in message.items()} for message in messages]
+        chat, variables = _without_marks(list(messages)), _without_marks(dict(variables))
         try:
             raw = "".join(self._blocks(chat, variables))
         except jinja2.TemplateError:
@@ -288,9 +289,14 @@ class ChatTemplate:
             raise TemplateLimitError(f"the template runs out of bounds ({type(error).__name__})") from error
         except (TypeError, ValueError, KeyError, IndexError, AttributeError, ZeroDivisionError) as error:
             raise jinja2.TemplateRuntimeError(f"{type(error).__name__}: {error}") from error
-        return _split_marks(raw) if self.has_marks else Rendered(raw, ())
+        rendered = _split_marks(raw) if self.has_marks else Rendered(raw, ())
+        try:
+            rendered.text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise jinja2.TemplateRuntimeError(f"it writes half of a surrogate pair ({error.reason})") from error
+        return rendered
 
-    def _blocks(self, chat: list[dict[str, str]], variables: Mapping[str, Any]) -> Iterator[str]:
+    def _blocks(self, chat: list[dict[str, Any]], variables: Mapping[str, Any]) -> Iterator[str]:
         values = {"tools": None, "documents": None, **variables, "messages": chat}
         size = 0
         for block in self._template.generate(values):
@@ -299,8 +305,13 @@ class ChatTemplate:
             yield block
 
 
-def _without_marks(text: str) -> str:
-    return text.replace(_START, "").replace(_END, "") if _START in text or _END in text else text
+def _without_marks(value: Any) -> Any:
+    """The same value with no mark in any of its texts."""
+    if isinstance(value, str):
+        return value.replace(_START, "").replace(_END, "") if _START in value or _END in value else value
+    if isinstance(value, dict):
+        return {_without_marks(key): _without_marks(inner) for key, inner in value.items()}
+    return [_without_marks(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _split_marks(raw: str) -> Rendered:

@@ -14,22 +14,24 @@ Not done here: truncation and counting (`samples.py`).
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
-from strop.data.layout import ChatFormat, Layout, added_tokens, compile_template
+from strop.data.built_in import BUILT_IN, built_in_template, writes_bos
+from strop.data.layout import ChatFormat, Layout, StoppedError, compile_template
 from strop.data.records import ROLES, Message, Record
+from strop.data.tools import read_calls, read_tools, with_functions
 from strop.errors import DataError, MissingInputError, nearest
 
 IGNORED = -100
 
-TrainOn = Literal["answers", "all"]
-
-BUILT_IN = ("chatml", "plain")
+TrainOn = Literal["answers", "last", "all", "custom"]
 
 _NO_TEMPLATE = (
     "the tokenizer has no chat template, so it is not known how a conversation is written for this model; "
@@ -61,55 +63,6 @@ class Sample:
     def supervised(self) -> int:
         """How many tokens are learned."""
         return len(self.labels) - self.labels.count(IGNORED)
-
-
-def _writes_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer itself puts a BOS in front of a text."""
-    bos = tokenizer.bos_token_id
-    return bos is not None and list(tokenizer("a")["input_ids"])[:1] == [bos]
-
-
-def built_in_template(tokenizer: Any, name: str) -> str:
-    r"""The Jinja text of a built-in template, made for a tokenizer.
-
-    ``chatml`` is `<|im_start|>role\ncontent<|im_end|>\n`; where the tokenizer does not hold `<|im_end|>` as one
-    token, an answer is closed by the tokenizer's own end token instead, so that there is one token to stop at.
-    ``plain`` is `Role: content\n\n`, an answer closed by the end token. Both begin with BOS if the tokenizer adds one
-    to a text.
-
-    Raises:
-        DataError: If the tokenizer has no end token that could close an answer.
-    """
-    added = set(added_tokens(tokenizer))
-    stop = "<|im_end|>" if name == "chatml" and "<|im_end|>" in added else tokenizer.eos_token
-    if not stop:
-        raise DataError(
-            f"the tokenizer has no end token, which the built-in template {name!r} needs to close an answer; "
-            "set eos_token in tokenizer_config.json"
-        )
-    bos = "{{ bos_token }}" if _writes_bos(tokenizer) else ""
-    if name == "chatml":
-        header, space, other, gap, prompt = (
-            "'<|im_start|>' + message.role + '\\n'",
-            "",
-            "<|im_end|>",
-            "\\n",
-            "<|im_start|>assistant\n",
-        )
-    else:
-        header, space, other, gap, prompt = "message.role | capitalize + ':'", "' ' + ", "", "\\n\\n", "Assistant:"
-    return (
-        f"{bos}{{%- for message in messages -%}}"
-        f"{{{{ ({header}) }}}}"
-        "{%- if message.role == 'assistant' -%}"
-        f"{{% generation %}}{{{{ {space}message.content + {stop!r} }}}}{{% endgeneration %}}"
-        "{%- else -%}"
-        f"{{{{ {space}message.content + {other!r} }}}}"
-        "{%- endif -%}"
-        f"{{{{ '{gap}' }}}}"
-        "{%- endfor -%}"
-        f"{{%- if add_generation_prompt -%}}{{{{ {prompt!r} }}}}{{%- endif -%}}"
-    )
 
 
 def chat_template_text(tokenizer: Any, name_or_file: str | Path | None = None) -> str:
@@ -154,6 +107,19 @@ def set_chat_template(tokenizer: Any, name_or_file: str | Path) -> str:
     source = chat_template_text(tokenizer, name_or_file)
     tokenizer.chat_template = source
     return source
+
+
+def template_hash(tokenizer: Any, chat_template: str | Path | None = None) -> str:
+    """SHA-256 of what writes conversations for a tokenizer: the template's text and the special tokens, as hex digits.
+
+    Args:
+        tokenizer: A transformers tokenizer; where it has no template and none is passed, the text is empty.
+        chat_template: As for `chat_template_text`.
+    """
+    known = chat_template is not None or tokenizer.chat_template
+    source = chat_template_text(tokenizer, chat_template) if known else ""
+    special = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return hashlib.sha256(json.dumps([source, special], sort_keys=True).encode()).hexdigest()
 
 
 _FORMATS: WeakKeyDictionary[Any, dict[tuple[Any, ...], ChatFormat]] = WeakKeyDictionary()
@@ -247,10 +213,46 @@ def _surplus_bos(tokenizer: Any, ids: list[int]) -> int:
     return max(0, count - 1)
 
 
+def learned_turns(messages: Sequence[Message], train_on: TrainOn) -> frozenset[int]:
+    """The positions of the turns that are learned.
+
+    ``answers`` and ``all``: the assistant's, but for those marked as context. ``last``: of these the conversation's
+    last assistant turn alone. ``custom``: exactly the turns that the data mark as learned, whoever speaks.
+
+    Raises:
+        DataError: For ``custom``, if the data mark no turn at all.
+    """
+    if train_on == "custom":
+        if not any(message.marked for message in messages):
+            raise DataError(
+                "train_on is custom, but no turn says whether it is learned; give the turns that are a loss_weight "
+                "(or weight, or train) of 1 and the others 0, or train on answers"
+            )
+        return frozenset(index for index, message in enumerate(messages) if message.marked and message.supervise)
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    chosen = answers[-1:] if train_on == "last" else answers
+    return frozenset(index for index in chosen if messages[index].supervise)
+
+
+def _turn_places(tokenizer: Any, layout: Layout, ids: list[int]) -> list[tuple[int, int]]:
+    """The token ranges of `layout.turns`: the tokens that the text up to a place and the whole text have in common.
+
+    A token that crosses the beginning counts as within, one that crosses the end does not.
+    """
+    places: list[int] = []
+    for place in (place for turn in layout.turns for place in turn):
+        before = replace(layout, text=layout.text[:place], cuts=tuple(cut for cut in layout.cuts if cut <= place))
+        shorter = _tokens(tokenizer, [before])[0][0]
+        differing = (at for at, pair in enumerate(zip(shorter, ids, strict=False)) if pair[0] != pair[1])
+        places.append(next(differing, len(shorter)))
+    return list(zip(places[::2], places[1::2], strict=True))
+
+
 def _sample(tokenizer: Any, layout: Layout, ids: list[int], places: list[int], train_on: TrainOn) -> Sample:
     where = dict(zip(layout.cuts, places, strict=True))
     extra = _surplus_bos(tokenizer, ids)
-    answers = tuple((max(1, where[start] - extra), where[end] - extra) for start, end in layout.answers)
+    ranges = [(where[start], where[end]) for start, end in layout.answers] + _turn_places(tokenizer, layout, ids)
+    answers = tuple((max(1, start - extra), end - extra) for start, end in sorted(ranges))
     ids = ids[extra:]
     if train_on == "all":
         labels = [IGNORED, *ids[1:]]
@@ -264,7 +266,7 @@ def _sample(tokenizer: Any, layout: Layout, ids: list[int], places: list[int], t
 def _text_samples(tokenizer: Any, records: Sequence[Record]) -> list[Sample]:
     """Plain texts, all learned: BOS in front if the tokenizer adds one, the end token behind if the text ends."""
     samples: list[Sample] = []
-    bos = [tokenizer.bos_token_id] if records and _writes_bos(tokenizer) else []
+    bos = [tokenizer.bos_token_id] if records and writes_bos(tokenizer) else []
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for record, read in zip(records, _encode(tokenizer, [str(record.text) for record in records]), strict=True):
         ids = [*bos, *read]
@@ -286,33 +288,57 @@ def render_all(
     Args:
         records: Conversations and texts.
         tokenizer: A transformers tokenizer.
-        train_on: ``answers`` supervises assistant turns with their stop tokens, ``all`` every token but the first.
-        Texts
-            are supervised whole either way.
+        train_on: ``answers`` supervises assistant turns with their stop tokens, ``last`` only a conversation's last
+            one, ``custom`` the turns that the data mark, ``all`` every token but the first. Texts are supervised whole
+            in any case.
         chat_template: As for `chat_template_text`.
 
     Raises:
         DataError: If there are conversations and no usable template.
     """
     results: dict[int, Sample | DataError] = {}
-    layouts: dict[int, Layout] = {}
+    chats: dict[int, Record] = {}
+    learned: list[frozenset[int]] = []
     texts: dict[int, Record] = {}
-    form: ChatFormat | None = None
     for place, record in enumerate(records):
         if record.messages is None:
             texts[place] = record
             continue
-        form = form or chat_format(tokenizer, chat_template)
         try:
-            layouts[place] = form.lay_out(record.messages)
+            learned.append(learned_turns(record.messages, train_on))
+            chats[place] = record
         except DataError as error:
             results[place] = located(record, error)
+    layouts: dict[int, Layout] = {}
+    for place, laid_out in zip(chats, _lay_out(chats, learned, tokenizer, chat_template), strict=True):
+        if isinstance(laid_out, Layout):
+            layouts[place] = laid_out
+        else:
+            results[place] = laid_out
     for place, layout, (ids, cuts) in zip(
         layouts, layouts.values(), _tokens(tokenizer, [*layouts.values()]), strict=True
     ):
         results[place] = _sample(tokenizer, layout, ids, cuts, train_on)
     results.update(zip(texts, _text_samples(tokenizer, [*texts.values()]), strict=True))
     return [results[place] for place in range(len(results))]
+
+
+def _lay_out(
+    chats: Mapping[int, Record], learned: Sequence[frozenset[int]], tokenizer: Any, chat_template: str | Path | None
+) -> list[Layout | DataError]:
+    """Layouts of conversations, or what is wrong with each, with its place in front."""
+    if not chats:
+        return []
+    rows = [*chats.values()]
+    try:
+        form = chat_format(tokenizer, chat_template)
+        laid_out = form.lay_out_all([record.messages or () for record in rows], learned)
+    except StoppedError as error:
+        raise located(rows[error.place], error) from error
+    return [
+        located(record, result) if isinstance(result, DataError) else result
+        for record, result in zip(rows, laid_out, strict=True)
+    ]
 
 
 def render(
@@ -330,48 +356,81 @@ def render(
     return result
 
 
-def as_messages(messages: Sequence[Message | Mapping[str, str]]) -> tuple[Message, ...]:
-    """Messages from messages or from mappings with `role` and `content`."""
+def as_messages(
+    messages: Sequence[Message | Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] = ()
+) -> tuple[Message, ...]:
+    """Messages from messages or from mappings with `role`, `content` and perhaps `tool_calls`.
+
+    Args:
+        messages: The turns.
+        tools: Schemas of the functions that can be called; they are put on the first turn, as in a row with `tools`.
+
+    Raises:
+        DataError: If a turn or a function is not of that form.
+    """
     result: list[Message] = []
     for message in messages:
         if isinstance(message, Message):
             result.append(message)
             continue
         role, content = message.get("role"), message.get("content")
+        if message.get("tool_calls"):
+            calls, said = read_calls(message["tool_calls"]), content or ""
+            if not calls or not isinstance(said, str):
+                raise DataError(f"tool_calls need a function with a name each, beside a text; got {dict(message)!r}")
+            result.append(Message("assistant", "\n".join([said, *calls]).strip(), calls=calls, said=said))
+            continue
         if role is None or role not in ROLES or not isinstance(content, str):
             raise DataError(f"a message needs a role ({', '.join(ROLES)}) and a text as content; got {dict(message)!r}")
         result.append(Message(ROLES[role], content))
+    if tools:
+        told, schemas = read_tools(list(tools))
+        if not schemas:
+            raise DataError("tools must be a list of functions, each an object with a name")
+        first = result.pop(0) if result and result[0].role == "system" else Message("system", "")
+        content = with_functions(first.content, told)
+        result.insert(0, replace(first, content=content, tools=schemas, said=first.content))
     return tuple(result)
 
 
 def prompt_ids(
-    messages: Sequence[Message | Mapping[str, str]], tokenizer: Any, *, chat_template: str | Path | None = None
+    messages: Sequence[Message | Mapping[str, Any]],
+    tokenizer: Any,
+    *,
+    tools: Sequence[Mapping[str, Any]] = (),
+    chat_template: str | Path | None = None,
 ) -> list[int]:
     """Token ids that ask for the assistant's next turn, as training saw them before that turn.
 
     Args:
         messages: The conversation so far, ending with a turn that is not the assistant's.
         tokenizer: A transformers tokenizer.
+        tools: Functions that can be called, for mappings; a record's messages hold theirs already.
         chat_template: As for `chat_template_text`.
 
     Raises:
         DataError: If there is no template, it refuses the turns, or there is nothing to answer.
     """
-    chat = as_messages(messages)
+    chat = as_messages(messages, tools=tools)
     if not chat or chat[-1].role == "assistant":
         raise DataError("there is nothing to answer: the conversation must end with a turn that is not the assistant's")
-    layout = chat_format(tokenizer, chat_template).lay_out(chat, prompt=True)
+    [layout] = chat_format(tokenizer, chat_template).lay_out_all([chat], [frozenset()], prompt=True)
+    if isinstance(layout, DataError):
+        raise layout
     ids = _tokens(tokenizer, [layout])[0][0]
     return ids[_surplus_bos(tokenizer, ids) :]
 
 
 def stop_ids(tokenizer: Any, *, chat_template: str | Path | None = None) -> list[int]:
-    """Ids at which an answer ends: the tokenizer's end token, and the one the chat template closes an answer with."""
+    """Ids at which an answer ends: the end token, and those the chat template closes an answer and a call with."""
     stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
-    try:
-        chat = (Message("user", "a"), Message("assistant", "b"))
-        sample = render(Record("probe", 1, messages=chat), tokenizer, chat_template=chat_template)
-    except DataError:
-        return stops
-    last = sample.input_ids[sample.answers[-1][1] - 1]
-    return stops if last in stops else [*stops, last]
+    asked, call = Message("user", "a"), '{"name": "a", "arguments": {}}'
+    for said in (Message("assistant", "b"), Message("assistant", call, calls=(call,))):
+        try:
+            sample = render(Record("probe", 1, messages=(asked, said)), tokenizer, chat_template=chat_template)
+        except DataError:
+            continue
+        last = sample.input_ids[sample.answers[-1][1] - 1]
+        if last not in stops:
+            stops.append(last)
+    return stops

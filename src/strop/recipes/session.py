@@ -30,7 +30,7 @@ from strop.training.optimizers import default_learning_rate
 from strop.training.precision import choose_device, compute_dtype
 from strop.training.preparing import Base, Trained, open_base, put_layers
 from strop.training.settings import TrainSettings, count_steps
-from strop.training.shapes import positions_of
+from strop.training.shapes import common_width, positions_of
 
 DEFAULT_MAX_LENGTH: Final = 1024
 
@@ -173,7 +173,7 @@ def open_session(config: TuneConfig, *, reporter: Reporter = SILENT) -> Session:
     trained = put_layers(base, config.method, seed=config.seed, reporter=reporter)
     attention = _choose_attention(config, model, train_set, device, dtype)
     stream = _stream(config, model, tokenizer, train_set)
-    _tell_length(config, stream, reporter)
+    _tell_length(config, stream, positions_of(model), reporter)
     return Session(config, base, trained, splits, train_set, valid_set, stream, attention, device, dtype)
 
 
@@ -232,6 +232,7 @@ def _stream(
         batch_size=optimization.batch_size,
         accumulation=optimization.accumulation,
         packing=samples.packing,
+        group_by_length=samples.group_by_length,
         max_length=samples.max_length,
         seed=config.seed,
         pad_id=pad_id if isinstance(pad_id, int) else 0,  # padding is masked by its place, not by its id
@@ -239,13 +240,17 @@ def _stream(
     )
 
 
-def _tell_length(config: TuneConfig, stream: BatchStream, reporter: Reporter) -> None:
+def _tell_length(config: TuneConfig, stream: BatchStream, limit: int | None, reporter: Reporter) -> None:
     optimization, length = config.optimization, config.length
     rows = "packed sequences" if stream.packing else "rows"
     steps = count_steps(length, stream.steps_per_epoch)
     told = "as many as fit into its minutes" if steps is None else f"{steps:,}"
     most = optimization.batch_size * optimization.accumulation
     reporter.note(f"{stream.steps_per_epoch:,} steps of up to {most} {rows} are an epoch; the run has {told}")
+    used = stream.used_positions(lambda width: common_width(width, limit=limit))
+    wasteful = not (stream.packing or stream.group_by_length) and stream.used_positions() < 0.8
+    advice = "; packing or group_by_length would leave fewer empty" if wasteful else ""
+    reporter.note(f"{used:.1%} of the positions that are computed hold tokens{advice}")
 
 
 def _choose_attention(

@@ -30,6 +30,17 @@ def round_up(count: int, *, smallest_step: int = SMALLEST_STEP) -> int:
     return -(-count // step) * step
 
 
+def common_width(width: int, *, limit: int | None) -> int:
+    """The width at which a batch of `width` tokens is trained: one of the few, where the model has positions for it.
+
+    Args:
+        width: Tokens of the longest row.
+        limit: The model's positions; None where there is no limit.
+    """
+    wanted = round_up(width)
+    return wanted if limit is None else min(wanted, max(limit, width))
+
+
 def at_common_width(batch: Batch, *, limit: int | None) -> Batch:
     """The same batch, padded on the right to one of the few widths, where the model has positions for it.
 
@@ -38,10 +49,7 @@ def at_common_width(batch: Batch, *, limit: int | None) -> Batch:
         limit: The model's positions; None where there is no limit.
     """
     width = batch.input_ids.shape[1]
-    wanted = round_up(width)
-    if limit is not None:
-        wanted = min(wanted, max(limit, width))
-    added = wanted - width
+    added = common_width(width, limit=limit) - width
     if added == 0:
         return batch
 

@@ -56,7 +56,10 @@ def tune(
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Several rows in a sequence, isolated.")
     ] = None,
-    train_on: Annotated[str | None, typer.Option(help="answers, or all. [default: answers]")] = None,
+    group_by_length: Annotated[
+        bool | None, typer.Option("--group-by-length/--no-group-by-length", help="Rows of like length share a step.")
+    ] = None,
+    train_on: Annotated[str | None, typer.Option(help="answers, last, all or custom. [default: answers]")] = None,
     chat_template: Annotated[
         str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
     ] = None,
