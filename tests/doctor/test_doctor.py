@@ -242,7 +242,7 @@ def test_the_page_stands_alone_and_escapes_what_data_say(base, tmp_path):
         for row in range(8)
     ]  # fmt: skip
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    doctor(base, tmp_path / "rows.jsonl", page=tmp_path / "page.html", packing=True, max_length=200, batch_size=1)
+    doctor(base, tmp_path / "rows.jsonl", page=tmp_path / "page.html", packing=True, max_length=200, batch_size=2)
     text = (tmp_path / "page.html").read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text

@@ -22,6 +22,7 @@ from typing import Any, Final
 from strop.config import TuneConfig
 from strop.data.readers import EXTENSIONS
 from strop.data.records import Record
+from strop.data.templates import template_hash
 from strop.errors import FileFormatError, StropError
 from strop.files.folders import MANIFEST, read_json, sha256_file
 from strop.files.peft_adapter import base_digest
@@ -108,7 +109,7 @@ def run_manifest(session: Session, run_dir: Path) -> dict[str, Any]:
             "rows": {"samples": session.train_set.report.samples, "sha256": session.rows_digest()},
             "base": base_record(session.base.record.base, run_dir),
             "adapter": None if session.base.adapter is None else _adapter_record(config, run_dir),
-            "template": {"sha256": template_digest(session.tokenizer)},
+            "template": {"sha256": template_hash(session.tokenizer)},
             "configuration": {"sha256": configuration_digest(config)},
         },
         "seed": config.seed,
@@ -222,13 +223,6 @@ def records_digest(records: Iterable[Record]) -> str:
         turns = [[turn.role, turn.content, turn.supervise] for turn in record.messages or ()]
         rows.append(hashlib.sha256(json.dumps([turns, record.text]).encode()).digest())
     return hashlib.sha256(b"".join(sorted(rows))).hexdigest()
-
-
-def template_digest(tokenizer: Any) -> str:
-    """SHA-256 over the chat template's text and the special tokens that it is written with."""
-    special = {str(name): str(token) for name, token in tokenizer.special_tokens_map.items()}
-    text = json.dumps([tokenizer.chat_template, special], sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _hashes(files: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

@@ -2,24 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from typing import Any
 
 from strop.data.records import Record
-from strop.data.templates import Sample, chat_template_text, prompt_ids
-from strop.errors import DataError
+from strop.data.templates import Sample, prompt_ids, template_hash
 from strop.recipes.checks.finding import Finding, count
 from strop.recipes.session import Session
-
-
-def template_hash(tokenizer: Any) -> str | None:
-    """SHA-256 of the chat template's text; None where there is none."""
-    try:
-        text = chat_template_text(tokenizer)
-    except DataError:
-        return None
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
 def check_template(session: Session, *, rows: int) -> list[Finding]:
@@ -47,7 +36,7 @@ def check_template(session: Session, *, rows: int) -> list[Finding]:
             "fine",
             "template",
             f"training and serving write the same tokens ({count(prompts, 'prompt')} of {count(len(chosen), 'row')} "
-            f"compared; template {str(digest)[:12]})",
+            f"compared; template {digest[:12]})",
             "",
             {"template_sha256": digest, "rows": len(chosen), "prompts": prompts},
         )
