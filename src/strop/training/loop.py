@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from strop.config import Minutes
 from strop.data.batches import Batch, BatchStream, eval_batches
@@ -36,29 +36,16 @@ from strop.data.templates import Sample
 from strop.errors import TrainingError
 from strop.memory import PeakMemory
 from strop.progress import SILENT, Reporter
-from strop.training.checkpoints import (
-    Checkpoint,
-    differences,
-    generator_states,
-    newest_checkpoint,
-    save_checkpoint,
-    set_generator_states,
-)
 from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head, token_loss_sum
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
-from strop.training.optimizers import (
-    adamw,
-    gradient_norm,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    trained_parameters,
-)
+from strop.training.optimizers import adamw, gradient_norm, trained_parameters
 from strop.training.precision import autocast
 from strop.training.schedules import rate_share
 from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
 from strop.training.shapes import at_common_width, positions_of
+from strop.training.states import TrainState
 
 SAVE_SECONDS: Final = 600.0
 """Between checkpoints where no number of steps is asked for."""
@@ -147,7 +134,6 @@ class _Run:
     ) -> None:
         self.model, self.stream, self.valid, self.settings = model, stream, valid, settings
         self.run_dir, self.export, self.memory, self.guard, self.reporter = run_dir, export, memory, guard, reporter
-        self.checkpoints = run_dir / "checkpoints"
         self.parameters = trained_parameters(model)
         if not self.parameters:
             raise TrainingError(
@@ -158,18 +144,24 @@ class _Run:
             self.parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
         )
         self.positions = positions_of(model)
-        self.step = 0
-        self.progress = Progress()
         self.first_step_done = False
-        self.whole = True  # the parameters are those of a completed step
-        self.saved_step = 0
-        self.saved_time = time.monotonic()
+        self.state = TrainState(self.parameters, self.optimizer, stream, settings, run_dir / "checkpoints", reporter)
         self.metrics: MetricsFile | None = None
-        batch = self._peek()
+        batch = self.state.peek()
         if batch.documents is not None:
             check_isolation(model, batch.to(self.device))
         self.head = find_head(model, batch)
-        self.boundary = self._note_boundary()
+        self.state.note_boundary()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed."""
+        return self.state.step
+
+    @property
+    def progress(self) -> Progress:
+        """The loop's counters, as the state holds them."""
+        return self.state.progress
 
     def close(self) -> None:
         if self.metrics is not None:
@@ -179,10 +171,7 @@ class _Run:
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def go(self, *, resume: bool) -> TrainResult:
-        checkpoint = self._newest() if resume else None
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        else:
+        if not (resume and self.state.resume()):
             self.progress.total_steps = self._count_steps()
         self.metrics = MetricsFile(self.run_dir / METRICS_NAME, after_step=self._written_step())
         total = self.progress.total_steps
@@ -198,17 +187,17 @@ class _Run:
             self.guard.check()
             self.export(self.run_dir / "last")
         except KeyboardInterrupt:
-            self._keep_state("interrupted")
+            self.state.keep("interrupted")
             raise
         except TrainingError as error:
-            kept = self._keep_state("stopped")
+            kept = self.state.keep("stopped")
             if kept is None:
                 raise
             self.export(self.run_dir / "last")
             raise TrainingError(f"{error} The state after step {self.step} is kept in {kept}.") from error
         except Exception:
             with contextlib.suppress(Exception):  # the first failure is the one to tell
-                self._keep_state("stopped")
+                self.state.keep("stopped")
             raise
         finally:
             self.reporter.finish()
@@ -247,14 +236,14 @@ class _Run:
             )
         share = rate_share(settings.schedule, self.step, self.progress.total_steps, warmup_ratio=settings.warmup_ratio)
         rate = settings.learning_rate * share
-        self.whole = False
+        self.state.whole = False
         if settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), settings.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.state.step += 1
         seconds = time.perf_counter() - start
         tokens = sum(batch.tokens for batch in batches)
         progress = self.progress
@@ -272,8 +261,8 @@ class _Run:
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
         }
-        self.boundary = self._note_boundary()
-        self.whole = True
+        self.state.note_boundary()
+        self.state.whole = True
 
     def _backward(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Leave the step's gradient in the parameters; returns nats per supervised token, and those tokens."""
@@ -328,17 +317,17 @@ class _Run:
         self.metrics.write(row)
         shown = ("loss", "valid_loss", "tokens_per_second", "peak_bytes")
         self.reporter.advance(self.step, **{name: row[name] for name in shown if name in row})
-        due = time.monotonic() - self.saved_time >= SAVE_SECONDS
+        due = time.monotonic() - self.state.saved_time >= SAVE_SECONDS
         if settings.save_steps is not None:
             due = self.step % settings.save_steps == 0
         if due:
-            self._save()
+            self.state.save()
 
     def _evaluate_and_keep_best(self) -> float:
         progress = self.progress
         loss = self.evaluate()
         if not math.isfinite(loss):
-            self.whole = False  # a state whose loss is not a number is not worth keeping
+            self.state.whole = False  # a state whose loss is not a number is not worth keeping
             raise TrainingError(f"step {self.step}: the loss on the validation rows is {loss}. {self._advice()}")
         progress.valid_loss = loss
         if progress.best_valid_loss is None or loss < progress.best_valid_loss:
@@ -405,86 +394,13 @@ class _Run:
             self._backward(self.stream.next_step())
             self.optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - start)
-        self._return_to_boundary()
+        self.state.return_to_boundary()
         steps = max(1, int(0.9 * (seconds - sum(times)) / statistics.median(times)))
         self.reporter.note(f"{seconds / 60:g} minutes are about {steps} steps of {min(times):.2g} s")
         return steps
 
     def _overtime(self, length: Minutes) -> bool:
         return self.progress.train_seconds > 1.25 * 60 * length.minutes
-
-    # --- states -------------------------------------------------------------------------------------------------------
-
-    def _peek(self) -> Batch:
-        state = self.stream.state_dict()
-        batch = self.stream.next_step()[0]
-        self.stream.load_state_dict(state)
-        return batch
-
-    def _note_boundary(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return self.stream.state_dict(), generator_states(self.device)
-
-    def _return_to_boundary(self) -> None:
-        stream_state, generators = self.boundary
-        self.stream.load_state_dict(stream_state)
-        set_generator_states(generators, self.device)
-
-    def _save(self) -> Path:
-        stream_state, generators = self.boundary
-        state = {
-            "progress": vars(self.progress),
-            "stream": stream_state,
-            "identity": dict(self.settings.identity),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        optimizer = optimizer_tensors(self.optimizer, self.parameters)
-        path = save_checkpoint(self.checkpoints, Checkpoint(self.step, weights, optimizer, generators, state))
-        self.saved_step, self.saved_time = self.step, time.monotonic()
-        return path
-
-    def _keep_state(self, why: str) -> Path | None:
-        """Save the last completed step before the run ends early; None where there is nothing new to keep."""
-        if not self.whole or self.step == 0:
-            return None
-        path = self.checkpoints / f"step-{self.step:06d}"
-        if self.saved_step != self.step:
-            path = self._save()
-        self.reporter.note(f"{why} after step {self.step}; its state is in {path}; --resume goes on from there")
-        return path
-
-    def _newest(self) -> Checkpoint | None:
-        checkpoint, skipped = newest_checkpoint(self.checkpoints)
-        for line in skipped:
-            self.reporter.note(line)
-        if checkpoint is None:
-            self.reporter.note(f"no whole checkpoint in {self.checkpoints}: the run starts from the beginning")
-        return checkpoint
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        wrong = differences(state["identity"], self.settings.identity)
-        shapes = {name: list(tensor.shape) for name, tensor in checkpoint.weights.items()}
-        wrong += differences(shapes, {name: list(tensor.shape) for name, tensor in self.parameters.items()})[:10]
-        if wrong:
-            raise TrainingError(
-                f"{self.checkpoints}: the run cannot go on exactly, since it began otherwise:\n  "
-                + "\n  ".join(wrong)
-                + "\nResume with the settings of the run (RUN/config.yaml), or start a new one elsewhere."
-            )
-        for key, now in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
-            if state.get(key) != now:
-                self.reporter.note(f"{key} was {state.get(key)} and is {now}: the run goes on, but not bit for bit")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(checkpoint.weights[name])
-        load_optimizer_tensors(self.optimizer, self.parameters, dict(checkpoint.optimizer))
-        self.progress = Progress(**state["progress"])
-        self.step = self.saved_step = checkpoint.step
-        self.boundary = (dict(state["stream"]), dict(checkpoint.random))
-        self._return_to_boundary()
-        self.reporter.note(f"resumed after step {self.step} of {self.progress.total_steps}")
 
     def _written_step(self) -> int:
         """The last step whose metrics line is certain to be complete."""
