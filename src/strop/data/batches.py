@@ -191,6 +191,7 @@ class BatchStream:
             )
         self.batch_size, self.accumulation, self.packing = batch_size, accumulation, packing
         self.max_length, self.seed, self.pad_id = max_length, seed, pad_id
+        self.micro_batch = batch_size  # rows computed at once; fewer where memory runs out, in as many more parts
         self.attention = attention or PackedAttention()
         self._packs = pack([len(sample) for sample in self.samples], max_length) if packing else None
         self._digest = self._fingerprint()
@@ -220,7 +221,7 @@ class BatchStream:
             self._epoch, self._step = self._epoch + 1, 0
             self._order = self._epoch_order(self._epoch)
         rows = sorted(rows, key=lambda row: sum(len(self.samples[index]) for index in row))
-        count = math.ceil(len(rows) / self.batch_size)
+        count = math.ceil(len(rows) / self.micro_batch)
         return [self._batch(part) for part in _deal(rows, count)]
 
     def _rows_of_step(self, step: int) -> list[list[int]]:

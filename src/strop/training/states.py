@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from strop.data.batches import Batch, BatchStream
-from strop.errors import TrainingError
+from strop.errors import StropError, TrainingError
+from strop.files.folders import clear_leftovers
 from strop.progress import Reporter
 from strop.training.checkpoints import (
     Checkpoint,
     differences,
     generator_states,
+    load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
     set_generator_states,
@@ -79,8 +81,14 @@ class TrainState:
         self.stream.load_state_dict(stream_state)
         set_generator_states(generators, self.device)
 
-    def save(self) -> Path:
-        """Write a checkpoint of the boundary; returns its folder."""
+    def save(self, *, scheduled: bool = True) -> Path:
+        """Write a checkpoint of the boundary; returns its folder.
+
+        Args:
+            scheduled: It came by the run's own plan, not by an interruption: `roll_back` may return to it.
+        """
+        if scheduled:
+            self.progress.good_step = self.step
         stream_state, generators = self._boundary
         state = {
             "progress": vars(self.progress),
@@ -91,7 +99,8 @@ class TrainState:
         }
         weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
         optimizer = optimizer_tensors(self.optimizer, self.parameters)
-        path = save_checkpoint(self.root, Checkpoint(self.step, weights, optimizer, generators, state))
+        checkpoint = Checkpoint(self.step, weights, optimizer, generators, state)
+        path = save_checkpoint(self.root, checkpoint, spare=self.progress.good_step)
         self.saved_step, self.saved_time = self.step, time.monotonic()
         return path
 
@@ -101,7 +110,7 @@ class TrainState:
             return None
         path = self.root / f"step-{self.step:06d}"
         if self.saved_step != self.step:
-            path = self.save()
+            path = self.save(scheduled=False)
         self.reporter.note(f"{why} after step {self.step}; its state is in {path}; --resume goes on from there")
         return path
 
@@ -111,6 +120,7 @@ class TrainState:
         Raises:
             TrainingError: it belongs to a run with other settings.
         """
+        clear_leftovers(self.root)
         checkpoint, skipped = newest_checkpoint(self.root)
         for line in skipped:
             self.reporter.note(line)
@@ -122,6 +132,29 @@ class TrainState:
         self.reporter.note(f"resumed after step {self.step} of {self.progress.total_steps}")
         return True
 
+    def roll_back(self) -> None:
+        """Return weights and optimizer to the last checkpoint that the run planned; the data go on from where they are.
+
+        What was counted in time, and the best evaluation, whose model stands in RUN/best, are kept. The checkpoint is
+        written again with the new position in the data, so that a run that is killed goes on alike.
+
+        Raises:
+            TrainingError: the checkpoint is gone or damaged.
+        """
+        now, stream_state = self.progress, self.stream.state_dict()
+        assert now.good_step is not None
+        try:
+            checkpoint = load_checkpoint(self.root / f"step-{now.good_step:06d}")
+        except (StropError, OSError) as error:
+            self.whole = False
+            raise TrainingError(f"there is no good state to return to: {error}") from error
+        self.restore(checkpoint)
+        self.stream.load_state_dict(stream_state)
+        self.note_boundary()
+        for name in ("train_seconds", "best_valid_loss", "best_step", "events", "micro_batch"):
+            setattr(self.progress, name, getattr(now, name))
+        self.save()
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that `checkpoint` holds."""
         with torch.no_grad():
@@ -131,6 +164,7 @@ class TrainState:
         self.progress = Progress(**checkpoint.state["progress"])
         self.step = self.saved_step = checkpoint.step
         self._boundary = (dict(checkpoint.state["stream"]), dict(checkpoint.random))
+        self.stream.micro_batch = self.progress.micro_batch or self.stream.batch_size
         self.return_to_boundary()
 
     def _check(self, checkpoint: Checkpoint) -> None:
