@@ -244,6 +244,7 @@ def _give_name(temporary: Path, target: Path) -> None:
         shutil.rmtree(temporary, ignore_errors=True)  # it holds the old folder now
     else:
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        _sync(target.parent)
         os.rename(target, aside / target.name)
         _sync(aside)
         try:
