@@ -54,7 +54,10 @@ class TrainSettings:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run came to. Losses are nats per supervised token; None where nothing was evaluated."""
+    """What a finished run came to. Losses are nats per supervised token; None where nothing was evaluated.
+
+    `events` are what the run had to do to go on: data skipped, states returned to, micro-batches made smaller.
+    """
 
     steps: int
     total_steps: int
@@ -66,11 +69,17 @@ class TrainResult:
     best_valid_loss: float | None
     best_step: int | None
     ended: str
+    events: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass
 class Progress:
-    """The loop's own counters; they travel in `state.json`."""
+    """The loop's own counters; they travel in `state.json`.
+
+    Attributes not named in `TrainResult`: evaluations in a row without a better one; why the run ended early; the
+    metrics of a step that is not written yet; the step of the last planned checkpoint; rows computed at once, where
+    memory made them fewer than asked; the watchdog's window of losses, and of steps above it in a row.
+    """
 
     total_steps: int = 0
     tokens: int = 0
@@ -83,6 +92,12 @@ class Progress:
     worse_evaluations: int = 0
     ended: str | None = None
     pending: dict[str, Any] | None = None
+    good_step: int | None = None
+    micro_batch: int | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    high: int = 0
+    still: int = 0
 
 
 def count_steps(length: Steps | Epochs | Minutes, steps_per_epoch: int) -> int | None:

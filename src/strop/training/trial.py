@@ -189,7 +189,7 @@ def trial(model: nn.Module, stream: BatchStream, settings: TrainSettings) -> Ite
         TrainingError: as the loop's beginning raises it.
     """
     device = next(model.parameters()).device
-    place = stream.state_dict()
+    place, rows_at_once = stream.state_dict(), stream.micro_batch
     kept = {name: tensor.detach().clone() for name, tensor in _changeable(model).items()}
     try:
         with contextlib.ExitStack() as stack:
@@ -212,6 +212,7 @@ def trial(model: nn.Module, stream: BatchStream, settings: TrainSettings) -> Ite
                 if not torch.equal(tensor, kept[name]):
                     tensor.copy_(kept[name])
         stream.load_state_dict(place)
+        stream.micro_batch = rows_at_once
 
 
 def _changeable(model: nn.Module) -> dict[str, Any]:
