@@ -36,6 +36,14 @@ def _dtype(value: object) -> object:
     return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
 
 
+def _optimizer(value: object) -> object:
+    """Other trainers' names for the two optimizers."""
+    if not isinstance(value, str):
+        return value
+    eight = ("adamw_8bit", "adamw_bnb_8bit", "adamw8bit", "adamw_torch_8bit")
+    return "adamw-8bit" if value in eight else "adamw" if value in ("adamw_torch", "adamw_torch_fused") else value
+
+
 Real: TypeAlias = Annotated[float, BeforeValidator(_exponent_text)]
 Targets: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_targets)]
 
@@ -131,6 +139,9 @@ class Optimization(Settings):
         None,
         gt=0,
         description="Peak. Default: 2e-5 * 4096 / hidden size; for adapters ten times that.",
+    )
+    optimizer: Annotated[Literal["adamw", "adamw-8bit"], BeforeValidator(_optimizer)] = Field(
+        "adamw", description="AdamW with moments in fp32, or in 8 bits: 10 bytes a trained weight in place of 16."
     )
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
     warmup_ratio: Real = Field(0.03, ge=0, lt=1, description="Share of the steps that warms up.")

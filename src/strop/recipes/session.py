@@ -95,6 +95,7 @@ class Session:
         return TrainSettings(
             length=config.length,
             learning_rate=optimization.learning_rate,
+            optimizer=optimization.optimizer,
             schedule=optimization.schedule,
             warmup_ratio=optimization.warmup_ratio,
             weight_decay=optimization.weight_decay,

@@ -49,9 +49,9 @@ from strop.training.losses import find_head, token_loss_sum
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
 from strop.training.optimizers import (
-    adamw,
     gradient_norm,
     load_optimizer_tensors,
+    make_optimizer,
     optimizer_tensors,
     trained_parameters,
 )
@@ -154,8 +154,11 @@ class _Run:
                 f"{type(model).__name__} has no parameter that is trained; attach an adapter, or unfreeze"
             )
         self.device = next(model.parameters()).device
-        self.optimizer = adamw(
-            self.parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.parameters,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self.positions = positions_of(model)
         self.step = 0

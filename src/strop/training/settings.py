@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from strop.config import Epochs, Minutes, Steps
+from strop.training.optimizers import OptimizerName
 from strop.training.schedules import Schedule
 
 
@@ -20,6 +21,7 @@ class TrainSettings:
     Attributes:
         length: How long.
         learning_rate: Peak.
+        optimizer: AdamW with fp32 or with 8-bit moments.
         schedule: How the rate falls.
         warmup_ratio: Share of the steps that warms up.
         weight_decay: Of matrices.
@@ -36,6 +38,7 @@ class TrainSettings:
 
     length: Steps | Epochs | Minutes
     learning_rate: float
+    optimizer: OptimizerName = "adamw"
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0

@@ -57,6 +57,9 @@ def tune(
     chat_template: Annotated[
         str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
     ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", "--optim", help="adamw, or adamw-8bit: moments in 8 bits.")
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", "--lr-scheduler-type", help="linear, cosine or constant.")
     ] = None,
