@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Final, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 ALL_LINEAR: Final = "all-linear"
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -34,6 +34,31 @@ def _targets(value: object) -> object:
 
 def _dtype(value: object) -> object:
     return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
+
+
+def _checkpointing(value: object) -> object:
+    """Other trainers say true or false."""
+    words = {"true": "all", "false": "none"}
+    if isinstance(value, bool):
+        return "all" if value else "none"
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+_UNITS: Final = {"": 1, "b": 1} | {
+    f"{prefix}{end}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for end, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def _size(value: object) -> object:
+    """Read `2GB` (10^9), `1.5GiB` (2^30) or plain bytes as a number of bytes."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError("needs a size: 2GB, 1.5GiB, 800MB, or bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
 
 
 def _optimizer(value: object) -> object:
@@ -166,9 +191,18 @@ class Machine(Settings):
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)] = Field(
         "auto", description="Precision of the products; auto takes bfloat16 where the processor has it."
     )
-    checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass, to save memory."
+    checkpointing: Annotated[Literal["none", "all", "auto"], BeforeValidator(_checkpointing)] = Field(
+        "none", description="Blocks recomputed in the backward pass, to save memory; auto: as many as max_memory asks."
     )
+    max_memory: Annotated[int | None, BeforeValidator(_size)] = Field(
+        None, gt=0, description="With checkpointing auto: the most that a step may hold, as 2GB, 1.5GiB or bytes."
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Machine:
+        if (self.checkpointing == "auto") != (self.max_memory is not None):
+            raise ValueError("checkpointing: auto and max_memory go together; give both or neither")
+        return self
 
 
 class Top(Settings):

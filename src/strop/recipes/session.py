@@ -102,6 +102,7 @@ class Session:
             clip_norm=optimization.clip_norm,
             compute_dtype=self.dtype,
             checkpointing=config.machine.checkpointing,
+            max_memory=config.machine.max_memory,
             eval_steps=config.watch.eval_steps,
             eval_batch_size=max(8, optimization.batch_size),
             save_steps=config.watch.save_steps,

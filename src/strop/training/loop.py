@@ -22,7 +22,7 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
@@ -56,6 +56,7 @@ from strop.training.optimizers import (
     trained_parameters,
 )
 from strop.training.precision import autocast
+from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.schedules import rate_share
 from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
 from strop.training.shapes import at_common_width, positions_of
@@ -107,27 +108,12 @@ def train(
         guard = stack.enter_context(InterruptGuard())
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)
-        if settings.checkpointing:
-            stack.enter_context(_recomputed(model))
+        stack.enter_context(recomputed(model, blocks_to_recompute(model, stream, settings, memory, reporter)))
         was_training = model.training
         stack.callback(model.train, was_training)
         run = _Run(model, stream, list(valid_samples), settings, run_dir, export, memory, guard, reporter)
         stack.callback(run.close)
         return run.go(resume=resume)
-
-
-@contextlib.contextmanager
-def _recomputed(model: Any) -> Iterator[None]:
-    """Recompute the blocks' activations while the context lasts; transformers renamed the switch on its way to 6."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    enable = getattr(model, f"{name}_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
-        raise TrainingError(f"{type(model).__name__} cannot recompute its activations; set checkpointing to false")
-    enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        getattr(model, f"{name}_checkpointing_disable")()
 
 
 class _Run:

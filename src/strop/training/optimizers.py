@@ -17,7 +17,8 @@ from typing import Final, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from strop.training.adamw8bit import AdamW8bit
+from strop.numerics.dynamic8 import BLOCK
+from strop.training.adamw8bit import SMALL, AdamW8bit
 
 OptimizerName: TypeAlias = Literal["adamw", "adamw-8bit"]
 
@@ -81,6 +82,14 @@ def make_optimizer(
 def adamw(parameters: dict[str, nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.Optimizer:
     """`make_optimizer` with fp32 moments."""
     return make_optimizer("adamw", parameters, learning_rate=learning_rate, weight_decay=weight_decay)
+
+
+def state_bytes(name: OptimizerName, parameters: Mapping[str, Tensor]) -> int:
+    """The bytes that an optimizer's moments will take."""
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    if name == "adamw":
+        return sum(2 * 4 * size for size in sizes)
+    return sum(8 * size if size < SMALL else 2 * size + 8 * -(-size // BLOCK) for size in sizes)
 
 
 def vanishing_share(

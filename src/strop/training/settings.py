@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -27,7 +27,8 @@ class TrainSettings:
         weight_decay: Of matrices.
         clip_norm: Largest gradient norm; 0 does not clip.
         compute_dtype: Of the products.
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: Which blocks' activations are computed again in the backward pass.
+        max_memory: Bytes that a step may hold, for `auto`.
         eval_steps: Steps between evaluations; None: about a tenth of the run.
         eval_batch_size: Rows of an evaluation batch.
         save_steps: Steps between checkpoints; None: every ten minutes.
@@ -44,7 +45,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     compute_dtype: torch.dtype = torch.float32
-    checkpointing: bool = False
+    checkpointing: Literal["none", "all", "auto"] = "none"
+    max_memory: int | None = None
     eval_steps: int | None = None
     eval_batch_size: int = 8
     save_steps: int | None = None
