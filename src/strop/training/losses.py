@@ -13,9 +13,9 @@ place of three: the gradient is found in the forward pass. `find_head` allows th
 for bit, `finish(head(base(...).last_hidden_state))` with `finish` nothing, a scale, a divisor or a soft cap by a number
 that the configuration names; others go through their own forward.
 
-Measured (2,000 supervised rows of 4,000, hidden 32, vocabulary 100,000, fp32; all supervised logits are 800 MB, and their
-gradient as much again): a forward and backward pass grows by 214 MB with a trained head, by 201 MB with a frozen one,
-which is three tensors of a chunk's 64 MiB and the rest.
+Measured (2,000 supervised rows of 4,000, hidden 32, vocabulary 100,000, fp32; all supervised logits are 800 MB, with
+as much again for their gradient): a forward and backward pass grows by 214 MB with a trained head, by 201 MB with a
+frozen one, which is three tensors of a chunk's 64 MiB.
 
 Shapes: hidden [rows, length, hidden], logits [tokens, vocabulary]. Sums are fp32, or fp64 where the logits are.
 """

@@ -23,7 +23,7 @@ from strop.errors import TrainingError
 from strop.layers.surgery import block_lists
 from strop.memory import PeakMemory, release_unused_memory
 from strop.progress import Reporter
-from strop.training.losses import TokenBatch, find_head, token_loss_sum
+from strop.training.losses import Head, TokenBatch, find_head, token_loss_sum
 from strop.training.optimizers import OptimizerName, state_bytes, trained_parameters
 from strop.training.precision import autocast
 from strop.training.settings import TrainSettings
@@ -131,10 +131,11 @@ def blocks_for_budget(
     """
     blocks = repeated_blocks(model)
     total = len(blocks)
+    head = find_head(model, batch)
     coming = state_bytes(optimizer, trained_parameters(model))
 
     def measure(count: int) -> int:
-        return _probe(model, batch, count, compute_dtype, memory) + coming
+        return probe_bytes(model, batch, count, head=head, compute_dtype=compute_dtype, memory=memory) + coming
 
     least = measure(total)
     if least > budget_bytes:
@@ -143,17 +144,24 @@ def blocks_for_budget(
             f"takes {least:,} bytes. Allow {least:,} or more, or take a smaller batch_size or max_length, the method "
             "qlora, or the optimizer adamw-8bit"
         )
-    each = max(1, _kept_bytes(model, blocks[-1], batch, compute_dtype))
+    each = max(1, _kept_bytes(model, blocks[-1], batch, head, compute_dtype))
     count = max(0, total - 1 - (budget_bytes - least) // each)  # the least has one block's activations in it
     while count < total and measure(count) > budget_bytes:
         count += 1
     return count
 
 
-def _probe(model: nn.Module, batch: TokenBatch, count: int, compute_dtype: torch.dtype, memory: PeakMemory) -> int:
+def probe_bytes(
+    model: nn.Module,
+    batch: TokenBatch,
+    count: int,
+    *,
+    head: Head | None,
+    compute_dtype: torch.dtype,
+    memory: PeakMemory,
+) -> int:
     """The most bytes held during one forward and backward pass with `count` blocks recomputed."""
     device = next(model.parameters()).device
-    head = find_head(model, batch)
     release_unused_memory()
     training = model.training
     try:
@@ -172,7 +180,9 @@ def _probe(model: nn.Module, batch: TokenBatch, count: int, compute_dtype: torch
         release_unused_memory()
 
 
-def _kept_bytes(model: nn.Module, block: nn.Module, batch: TokenBatch, compute_dtype: torch.dtype) -> int:
+def _kept_bytes(
+    model: nn.Module, block: nn.Module, batch: TokenBatch, head: Head | None, compute_dtype: torch.dtype
+) -> int:
     """Bytes that autograd saves for the backward pass of one block, parameters left out, each storage once."""
     device = next(model.parameters()).device
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers()]}
@@ -182,7 +192,7 @@ def _kept_bytes(model: nn.Module, block: nn.Module, batch: TokenBatch, compute_d
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that keeps itself would never be freed
 
     forward, training = block.forward, model.training
 
@@ -195,7 +205,7 @@ def _kept_bytes(model: nn.Module, block: nn.Module, batch: TokenBatch, compute_d
         with _random_states_kept(device), recomputed(model, len(repeated_blocks(model)) - 1):
             model.train()
             with autocast(device, compute_dtype):
-                token_loss_sum(model, batch, head=find_head(model, batch))
+                token_loss_sum(model, batch, head=head)
     finally:
         del block.forward
         model.train(training)
