@@ -284,9 +284,11 @@ def test_recomputed_blocks_without_gradient_are_refused(base, data, monkeypatch)
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_tensor_that_the_optimizer_leaves_out_is_refused_by_name(base, data, monkeypatch, checkpointing):
-    sound, left_out = loop.adamw, "model.layers.0.self_attn.v_proj.lora_B"
+    sound, left_out = loop.make_optimizer, "model.layers.0.self_attn.v_proj.lora_B"
     monkeypatch.setattr(
-        loop, "adamw", lambda parameters, **rest: sound({k: v for k, v in parameters.items() if k != left_out}, **rest)
+        loop,
+        "make_optimizer",
+        lambda name, parameters, **rest: sound(name, {k: v for k, v in parameters.items() if k != left_out}, **rest),
     )
     session = session_of(base, data, checkpointing=checkpointing)
     found = one(check_learning(session, seen_of(session), steps=True), "movement")

@@ -158,7 +158,7 @@ def predicted_memory(session: Session) -> MemoryPlan | None:
     step = Step(
         rows=config.optimization.batch_size,
         length=longest or 1,
-        checkpointing=bool(config.machine.checkpointing),
+        checkpointing=config.machine.checkpointing != "none",
         rank=adapter.rank if adapter is not None else int(getattr(method, "rank", 16)),
         format=session.trained.scheme.name if session.trained.scheme is not None else "nf4-dq",
         dtype="bfloat16" if str(session.dtype) == "torch.bfloat16" else "float32",

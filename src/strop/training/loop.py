@@ -22,9 +22,9 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from strop.data.batches import Batch, BatchStream, eval_batches
 from strop.data.packing import check_isolation
 from strop.data.templates import Sample
 from strop.errors import DiskFullError, TrainingError
-from strop.memory import PeakMemory
+from strop.memory import PeakMemory, steady_allocation
 from strop.progress import SILENT, Reporter
 from strop.training import watchdog
 from strop.training.events import NAME as EVENTS_NAME
@@ -42,8 +42,9 @@ from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head, token_loss_sum
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
-from strop.training.optimizers import adamw, gradient_norm, trained_parameters
+from strop.training.optimizers import gradient_norm, make_optimizer, trained_parameters
 from strop.training.precision import autocast
+from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.schedules import rate_share
 from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
 from strop.training.shapes import at_common_width, positions_of
@@ -97,27 +98,14 @@ def train(
         guard = stack.enter_context(InterruptGuard())
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)
-        if settings.checkpointing:
-            stack.enter_context(recomputed(model))
+        if settings.max_memory is not None:
+            stack.enter_context(steady_allocation())  # what is freed must not count against the budget
+        stack.enter_context(recomputed(model, blocks_to_recompute(model, stream, settings, memory, reporter)))
         was_training = model.training
         stack.callback(model.train, was_training)
         run = Loop(model, stream, list(valid_samples), settings, run_dir, export, memory, guard, reporter)
         stack.callback(run.close)
         return run.go(resume=resume)
-
-
-@contextlib.contextmanager
-def recomputed(model: Any) -> Iterator[None]:
-    """Recompute the blocks' activations while the context lasts; transformers renamed the switch on its way to 6."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    enable = getattr(model, f"{name}_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
-        raise TrainingError(f"{type(model).__name__} cannot recompute its activations; set checkpointing to false")
-    enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        getattr(model, f"{name}_checkpointing_disable")()
 
 
 class Loop:
@@ -143,8 +131,11 @@ class Loop:
                 f"{type(model).__name__} has no parameter that is trained; attach an adapter, or unfreeze"
             )
         self.device = next(model.parameters()).device
-        self.optimizer = adamw(
-            self.parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.parameters,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self.positions = positions_of(model)
         self.first_step_done = False
@@ -315,7 +306,7 @@ class Loop:
         if before == 1:
             raise TrainingError(
                 f"step {self.step + 1}: memory ran out with 1 row of {width:,} tokens, the smallest micro-batch "
-                f"({why}). Set a lower max_length, checkpointing to true, or a smaller method (lora, qlora)."
+                f"({why}). Set a lower max_length, checkpointing to all, or a smaller method (lora, qlora)."
             )
         after = (before + 1) // 2
         self.stream.micro_batch = self.progress.micro_batch = after

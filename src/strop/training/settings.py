@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from strop.config import Epochs, Minutes, Steps
+from strop.training.optimizers import OptimizerName
 from strop.training.schedules import Schedule
 
 
@@ -20,12 +21,14 @@ class TrainSettings:
     Attributes:
         length: How long.
         learning_rate: Peak.
+        optimizer: AdamW with fp32 or with 8-bit moments.
         schedule: How the rate falls.
         warmup_ratio: Share of the steps that warms up.
         weight_decay: Of matrices.
         clip_norm: Largest gradient norm; 0 does not clip.
         compute_dtype: Of the products.
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: Which blocks' activations are computed again in the backward pass.
+        max_memory: Bytes that a step may hold, for `auto`.
         eval_steps: Steps between evaluations; None: about a tenth of the run.
         eval_batch_size: Rows of an evaluation batch.
         save_steps: Steps between checkpoints; None: every ten minutes.
@@ -37,12 +40,14 @@ class TrainSettings:
 
     length: Steps | Epochs | Minutes
     learning_rate: float
+    optimizer: OptimizerName = "adamw"
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     compute_dtype: torch.dtype = torch.float32
-    checkpointing: bool = False
+    checkpointing: Literal["none", "all", "auto"] = "none"
+    max_memory: int | None = None
     eval_steps: int | None = None
     eval_batch_size: int = 8
     save_steps: int | None = None

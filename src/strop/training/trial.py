@@ -24,7 +24,8 @@ from strop.data.batches import Batch, BatchStream, packed_batch, padded_batch
 from strop.memory import PeakMemory
 from strop.progress import SILENT
 from strop.training.interrupts import InterruptGuard
-from strop.training.loop import Loop, recomputed
+from strop.training.loop import Loop
+from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.settings import TrainSettings
 
 GRADIENT_TOLERANCE: Final = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2}
@@ -197,8 +198,7 @@ def trial(model: nn.Module, stream: BatchStream, settings: TrainSettings) -> Ite
             guard = stack.enter_context(InterruptGuard())
             memory = stack.enter_context(PeakMemory())
             torch.manual_seed(settings.seed)
-            if settings.checkpointing:
-                stack.enter_context(recomputed(model))
+            stack.enter_context(recomputed(model, blocks_to_recompute(model, stream, settings, memory, SILENT)))
             stack.callback(model.train, model.training)
             bare = replace(settings, schedule="constant", warmup_ratio=0.0)
             one = Trial(model, stream, [], bare, Path("trial"), _export_nothing, memory, guard, SILENT)

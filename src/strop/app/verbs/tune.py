@@ -63,6 +63,9 @@ def tune(
     chat_template: Annotated[
         str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
     ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", "--optim", help="adamw, or adamw-8bit: moments in 8 bits.")
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", "--lr-scheduler-type", help="linear, cosine or constant.")
     ] = None,
@@ -73,12 +76,13 @@ def tune(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     checkpointing: Annotated[
-        bool | None,
+        str | None,
         typer.Option(
-            "--checkpointing/--no-checkpointing",
-            "--gradient-checkpointing",
-            help="Recompute activations to save memory.",
+            "--checkpointing", "--gradient-checkpointing", help="Recompute blocks to save memory: none, all or auto."
         ),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="With --checkpointing auto: what a step may hold, as 2GB.")
     ] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between two evaluations.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,

@@ -25,7 +25,7 @@ MANY_VANISHED: Final = 0.05
 
 FIRST_STEPS: Final = "first steps"
 
-LESS_MEMORY: Final = "lower batch_size and raise accumulation, or set checkpointing: true"
+LESS_MEMORY: Final = "lower batch_size and raise accumulation, or set checkpointing: all"
 
 _FULL = 0.9
 
