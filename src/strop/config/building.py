@@ -166,8 +166,10 @@ def _complete_low_rank(values: dict[str, object], origins: Mapping[str, str], pr
                 del values[key]
         return
     rank = values.get("rank")
-    if "alpha" not in values and isinstance(rank, int) and not isinstance(rank, bool):
+    if "alpha" not in values and isinstance(rank, int) and not isinstance(rank, bool) and rank > 0:
         values["alpha"] = 2.0 * rank
+    if "alpha" not in values and rank == "auto":
+        values["alpha"] = None  # twice the rank that will be chosen
 
 
 def _sentence(problems: list[str]) -> str:

@@ -69,7 +69,15 @@ def _optimizer(value: object) -> object:
     return "adamw-8bit" if value in eight else "adamw" if value in ("adamw_torch", "adamw_torch_fused") else value
 
 
+def _rank(value: object) -> object:
+    """Refuse in one sentence what is neither a number of columns nor `auto`."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("needs a whole number of at least 1, or auto, which tries three and takes one")
+
+
 Real: TypeAlias = Annotated[float, BeforeValidator(_exponent_text)]
+Rank: TypeAlias = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_rank)]
 Targets: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_targets)]
 
 
@@ -88,8 +96,10 @@ class Full(Settings):
 class LowRank(Settings):
     """What `Lora` and `QLora` share: W = W0 + scale * B A, with W0 frozen."""
 
-    rank: int = Field(16, ge=1, description="Rank of B and A.")
-    alpha: Real = Field(32.0, gt=0, description="The update is scaled by alpha / rank. Default: twice the rank.")
+    rank: Rank = Field(16, description="Rank of B and A; auto races three and takes the smallest that is good enough.")
+    alpha: Annotated[Real, Field(gt=0)] | None = Field(
+        32.0, description="The update is scaled by alpha / rank. Default: twice the rank."
+    )
     dropout: Real = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Targets = Field((ALL_LINEAR,), description="all-linear, or names, suffixes and patterns of layers.")
     rank_stabilised: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")

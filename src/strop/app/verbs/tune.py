@@ -33,7 +33,10 @@ def tune(
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Peak; each method has its own default.")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "--lora-r", help="Rank of B and A.")] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", "--lora-r", metavar="N|auto", help="Rank of B and A; auto races three and takes one."),
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option("--alpha", "--lora-alpha", help="The adapter is scaled by alpha / rank.")
     ] = None,
@@ -113,6 +116,8 @@ def tune(
     from strop.config import load_config, load_stages, to_yaml
     from strop.recipes.tune import tune_from_config
 
+    if rank is not None and rank.isascii() and rank.isdigit():
+        given["rank"] = int(rank)
     if "output" in given:
         given["output"] = str(given["output"])
     file = Path(model) if model.endswith((".yaml", ".yml")) else None
