@@ -1,31 +1,47 @@
-"""Files into raw rows: jsonl, json, csv, tsv, txt, parquet, and whatever the `datasets` library opens.
+"""Files into raw rows: jsonl, json, csv, tsv, txt, each also as .gz; parquet; and what the `datasets` library opens.
 
 A raw row is `RawRow(number, fields)`: a mapping of field names to plain Python values and the place it came from (the
-line for jsonl and csv, the position in the list for json, parquet and datasets; both counted from 1). This module knows
-bytes and syntax; what the fields mean is `records.py`'s part. No dataset script is ever run.
+line for jsonl, csv and txt, the position in the list for json, parquet and datasets; both counted from 1). This module
+knows bytes and syntax; what the fields mean is the part of `conversations.py`. No dataset script is ever run, nothing
+is unpickled.
+
+Files are read as streams: a line, a csv row or a thousand rows of parquet at a time. Only a .json list is held whole.
+What JSON readers usually let pass is refused by row, since it loses data in silence: a key that stands twice in an
+object, NaN and Infinity. So are other encodings than UTF-8, and NUL bytes.
 """
 
 from __future__ import annotations
 
 import csv
-import io
+import gzip
+import hashlib
 import json
-import re
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final, cast
 
 from strop.errors import DataError, MissingInputError
 
-EXTENSIONS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt", ".parquet")
+PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
+EXTENSIONS = (*PLAIN, ".parquet", *(f"{name}.gz" for name in PLAIN))
 
 MAX_PROBLEMS = 10
 
 # Pieces of a plain text file: long enough for context, short enough that a file gives pieces to hold out.
 PIECE_CHARACTERS = 4_000
 
-_FIELD_CHARACTERS = 1 << 30
+# A text without line ends is cut at spaces, so that the tokenizer never reads more at once.
+MOST_CHARACTERS: Final = 1_000_000
+
+MOST_ROW_BYTES: Final = 256 << 20
+"""A line or csv row above this is refused: it is most often a file whose lines do not end as they should."""
+
+MOST_JSON_BYTES: Final = 2 << 30
+"""A .json list is read whole, so one above this is refused; jsonl is read line by line."""
+
+_PARQUET_ROWS: Final = 1_000
 
 
 @dataclass(frozen=True)
@@ -44,15 +60,23 @@ class Problems:
     Attributes:
         source: The file or dataset, as the user would recognise it.
         unit: What a row number counts: ``line`` or ``record``.
+        count: How many problems there are.
+        shown: The first of them.
+        alike: Whether all say the same.
     """
 
     source: str
     unit: str = "line"
-    found: list[tuple[int, str]] = field(default_factory=list)
+    count: int = 0
+    shown: list[tuple[int, str]] = field(default_factory=list)
+    alike: bool = True
 
     def add(self, number: int, message: str) -> None:
         """Note one problem at row `number`."""
-        self.found.append((number, message))
+        self.count += 1
+        self.alike = self.alike and (not self.shown or self.shown[0][1] == message)
+        if len(self.shown) < MAX_PROBLEMS:
+            self.shown.append((number, message))
 
     def raise_any(self, rows: int = 0) -> None:
         """Raise a `DataError` with up to ten problems and the count of the others, if there are any.
@@ -60,65 +84,179 @@ class Problems:
         Args:
             rows: How many rows there are; one problem that all of them share is said once.
         """
-        if not self.found:
+        if not self.count:
             return
-        if len(self.found) == rows > 1 and len({message for _, message in self.found}) == 1:
-            raise DataError(f"{self.source}, each of the {rows:,} rows: {self.found[0][1]}")
-        shown = [f"{self.source}, {self.unit} {number}: {message}" for number, message in self.found[:MAX_PROBLEMS]]
-        more = len(self.found) - len(shown)
-        if more:
-            shown.append(f"... and {more} more of {self.source}")
-        raise DataError("\n".join(shown))
+        if self.count == rows > 1 and self.alike:
+            raise DataError(f"{self.source}, each of the {rows:,} rows: {self.shown[0][1]}")
+        lines = [f"{self.source}, {self.unit} {number}: {message}" for number, message in self.shown]
+        if self.count > len(lines):
+            lines.append(f"... and {self.count - len(lines)} more of {self.source}")
+        raise DataError("\n".join(lines))
 
 
-def read_text(path: Path) -> str:
-    """Return a file's text, which must be UTF-8 (a byte order mark is accepted and removed).
+@dataclass(frozen=True)
+class Source:
+    """Something that gives raw rows, as often as it is asked.
+
+    Attributes:
+        name: The file or dataset, as the user would recognise it.
+        size_bytes: What it takes on the disk, unpacked as far as that is known.
+        rows: Reads it from the beginning; what is wrong with single rows goes into the `Problems`.
+        digest: SHA-256 of what is read, as hexadecimal digits.
+        unit: What a row number counts.
+    """
+
+    name: str
+    size_bytes: int
+    rows: Callable[[Problems], Iterator[RawRow]]
+    digest: Callable[[], str]
+    unit: str = "line"
+
+
+# --- bytes and lines --------------------------------------------------------------------------------------------------
+
+
+def extension_of(path: Path) -> str:
+    """The extension that says how a file is read, `.gz` with the one before it, in lower case."""
+    suffixes = [suffix.lower() for suffix in path.suffixes[-2:]]
+    return "".join(suffixes) if suffixes[-1:] == [".gz"] else "".join(suffixes[-1:])
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return cast("BinaryIO", gzip.open(path, "rb")) if path.suffix.lower() == ".gz" else path.open("rb")
+    except OSError as error:
+        raise MissingInputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
+
+
+def _byte_lines(path: Path) -> Iterator[bytes]:
+    """The lines of a file, unpacked, each with its end.
+
+    Raises:
+        DataError: If a line is above `MOST_ROW_BYTES`, or the gzip data are damaged or cut off.
+    """
+    number = 0
+    with _open(path) as file:
+        try:
+            while line := file.readline(MOST_ROW_BYTES + 1):
+                number += 1
+                if len(line) > MOST_ROW_BYTES:
+                    raise DataError(
+                        f"{path}, line {number}: more than {MOST_ROW_BYTES >> 20} MiB without a line end; "
+                        "write one row a line"
+                    )
+                yield line
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise DataError(
+                f"{path}: damaged or cut off after line {number} ({error}); fetch or pack the file again "
+                f"(gzip -t {path.name} tells whether it is whole)"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{path}: reading failed after line {number} ({error.strerror or error})") from error
+
+
+def text_lines(path: Path) -> Iterator[str]:
+    """The lines of a file, which must be UTF-8 (a byte order mark is accepted and removed), each with its end.
 
     Raises:
         MissingInputError: If the file is not there.
         DataError: If it is empty, UTF-16 or UTF-32, or not UTF-8; the message gives the line of the first wrong byte.
     """
-    try:
-        content = path.read_bytes()
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise MissingInputError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-    if not content.strip():
+    filled = False
+    for number, line in enumerate(_byte_lines(path), start=1):
+        if number == 1:
+            _check_encoding(path, line)
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if b"\0" in line:
+            raise DataError(
+                f"{path}, line {number}: a NUL byte at column {line.index(0) + 1}, which no text holds; the file is "
+                "damaged, or no text file"
+            )
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8 "
+                f"(iconv -f LATIN1 -t UTF-8 {path.name}, if that is its encoding)"
+            ) from error
+        filled = filled or bool(text.strip())
+        yield text
+    if not filled:
         raise DataError(f"{path}: the file is empty; it needs at least one row")
-    if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
+
+
+def _check_encoding(path: Path, head: bytes) -> None:
+    """Refuse UTF-16 and UTF-32, by their byte order mark or by the zeros between the letters."""
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
         raise DataError(
             f"{path}: the byte order mark says UTF-16 or UTF-32; save it as UTF-8 "
             f"(iconv -f UTF-16 -t UTF-8 {path.name})"
         )
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
+    start = head[:64]
+    if len(start) >= 4 and start.count(0) >= len(start) // 3:
+        order = "UTF-16BE" if start[0] == 0 else "UTF-16LE"
         raise DataError(
-            f"{path}, line {line}: byte 0x{content[error.start]:02x} is not UTF-8; save the file as UTF-8 "
-            f"(iconv -f LATIN1 -t UTF-8 {path.name}, if that is its encoding)"
-        ) from error
+            f"{path}: a zero beside every letter, as UTF-16 without a byte order mark has; save it as UTF-8 "
+            f"(iconv -f {order} -t UTF-8 {path.name})"
+        )
 
 
-def _parse_json(text: str) -> Any:
-    """Parse JSON; nesting too deep for Python is an error like any other."""
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+class _StrictError(ValueError):
+    """JSON that could be read, with something lost."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    read = dict(pairs)
+    if len(read) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        raise _StrictError(
+            f"{', '.join(map(repr, doubled))} stands more than once in one object, and only one value could be kept; "
+            "give each its own name"
+        )
+    return read
+
+
+def _constant(name: str) -> Any:
+    raise _StrictError(f"{name} is not a JSON value; write null, a number or a text")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+
+
+def parse_json(text: str) -> Any:
+    """Parse JSON strictly; nesting too deep for Python is an error like any other.
+
+    Raises:
+        ValueError: If it is not JSON, a key stands twice in an object, or it holds NaN or Infinity.
+    """
     try:
-        return json.loads(text)
+        return _DECODER.decode(text)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
 
 
 def _describe_json_error(error: ValueError) -> str:
+    if isinstance(error, _StrictError):
+        return str(error)
     if isinstance(error, json.JSONDecodeError):
-        return f"not valid JSON: {error.msg} at column {error.colno}"
+        more = ", where another value begins" if error.msg == "Extra data" else ""
+        return f"not valid JSON: {error.msg} at column {error.colno}{more}"
     return f"not valid JSON: {error}"
 
 
-def _rows_of_jsonl(text: str, problems: Problems) -> Iterable[RawRow]:
-    for number, line in enumerate(text.split("\n"), start=1):
+def _rows_of_jsonl(lines: Iterable[str], problems: Problems) -> Iterator[RawRow]:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            value = _parse_json(line)
+            value = parse_json(line)
+        except _StrictError as error:
+            problems.add(number, str(error))
+            continue
         except ValueError as error:
             problems.add(number, f"{_describe_json_error(error)}; each line must be one JSON object")
             continue
@@ -128,19 +266,32 @@ def _rows_of_jsonl(text: str, problems: Problems) -> Iterable[RawRow]:
         yield RawRow(number, value)
 
 
-def _rows_of_json(text: str, problems: Problems) -> Iterable[RawRow]:
+def _rows_of_json(path: Path, problems: Problems) -> Iterator[RawRow]:
+    problems.unit = "record"
+    lines: list[str] = []
+    size = 0
+    for line in text_lines(path):
+        lines.append(line)
+        size += len(line)
+        if size > MOST_JSON_BYTES:
+            raise DataError(
+                f"{path}: more than {MOST_JSON_BYTES >> 30} GiB, and a .json list is read whole; write it as .jsonl, "
+                f"one object a line (jq -c '.[]' {path.name}), which is read row by row"
+            )
     try:
-        value = _parse_json(text)
+        value = parse_json("".join(lines))
+    except _StrictError as error:
+        raise DataError(f"{path}: {error}") from error
     except ValueError as error:
+        problems.unit = "line"
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data":
             # One object a line under the name .json is common enough to be read as what it is.
-            problems.unit = "line"
-            yield from _rows_of_jsonl(text, problems)
+            yield from _rows_of_jsonl(lines, problems)
             return
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else 1
-        problems.unit = "line"
-        problems.add(line, f"{_describe_json_error(error)}; the file must be a list of objects")
+        line_number = error.lineno if isinstance(error, json.JSONDecodeError) else 1
+        problems.add(line_number, f"{_describe_json_error(error)}; the file must be a list of objects")
         return
+    del lines
     if isinstance(value, dict):
         lists = [key for key, rows in value.items() if isinstance(rows, list)]
         value = value[lists[0]] if len(value) == 1 and lists else [value]
@@ -154,48 +305,132 @@ def _rows_of_json(text: str, problems: Problems) -> Iterable[RawRow]:
             problems.add(number, f"got {kind_of(row)}; each record must be an object")
 
 
-def _rows_of_csv(text: str, problems: Problems, delimiters: str, known: Iterable[str]) -> Iterable[RawRow]:
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+class _CsvRows:
+    """The rows of a csv, with the limit on a field set only while one is read: it belongs to the whole process."""
+
+    def __init__(self, lines: Iterator[str], delimiter: str) -> None:
+        self.reader = csv.reader(lines, delimiter=delimiter, strict=True)
+
+    def __iter__(self) -> Iterator[list[str]]:
+        return self
+
+    def __next__(self) -> list[str]:
+        before = csv.field_size_limit(MOST_ROW_BYTES)
+        try:
+            return next(self.reader)
+        finally:
+            csv.field_size_limit(before)
+
+
+def _rows_of_csv(lines: Iterator[str], problems: Problems, delimiters: str, known: Iterable[str]) -> Iterator[RawRow]:
     """Rows of a csv with a header; of the delimiters, the one that gives the most known field names is taken."""
-    header_line = text.lstrip("\r\n").splitlines()[0]
-    known = set(known)
+    head: list[str] = []
+    for line in lines:
+        head.append(line)
+        if line.strip("\r\n"):
+            break
+    names = set(known)
 
     def hits(delimiter: str) -> int:
-        return len({name.strip() for name in next(csv.reader([header_line], delimiter=delimiter), [])} & known)
+        return len({name.strip() for name in next(csv.reader(head[-1:], delimiter=delimiter), [])} & names)
 
-    delimiter = max(delimiters, key=hits)
-    previous_limit = csv.field_size_limit(_FIELD_CHARACTERS)
+    def all_lines() -> Iterator[str]:
+        yield from head
+        yield from lines
+
+    rows = _CsvRows(all_lines(), max(delimiters, key=hits))
+    header: list[str] | None = None
+    start = 1
+    while True:
+        try:
+            cells = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            problems.add(start, f"not valid csv: {error}; a quoted cell must be closed, a quote inside it doubled")
+            return
+        number, start = start, rows.reader.line_num + 1
+        if not cells:
+            continue
+        if header is None:
+            header = [name.strip() for name in cells]
+            doubled = sorted({name for name in header if header.count(name) > 1})
+            if doubled:
+                problems.add(number, f"the header names {', '.join(map(repr, doubled))} more than once")
+                return
+            continue
+        if len(cells) > len(header):
+            problems.add(
+                number,
+                f"{len(cells)} cells under a header of {len(header)} ({', '.join(header)}); "
+                "put cells that contain the delimiter into double quotes",
+            )
+            continue
+        if len(header) > 1 and [cell.strip() for cell in cells] == header:
+            problems.add(number, "the header stands here again, as where two files were joined; take the line out")
+            continue
+        yield RawRow(number, dict(zip(header, cells, strict=False)))
+
+
+def _rows_of_parquet(path: Path) -> Iterator[RawRow]:
+    import pyarrow
+    import pyarrow.parquet
+
+    number = 0
     try:
-        reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        start = 1
-        while True:
-            try:
-                cells = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                problems.add(start, f"not valid csv: {error}")
-                return
-            number, start = start, reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = [name.strip() for name in cells]
-                doubled = sorted({name for name in header if header.count(name) > 1})
-                if doubled:
-                    problems.add(number, f"the header names {', '.join(map(repr, doubled))} more than once")
-                    return
-                continue
-            if len(cells) > len(header):
-                problems.add(
-                    number,
-                    f"{len(cells)} cells under a header of {len(header)} ({', '.join(header)}); "
-                    "put cells that contain the delimiter into double quotes",
-                )
-                continue
-            yield RawRow(number, dict(zip(header, cells, strict=False)))
-    finally:
-        csv.field_size_limit(previous_limit)
+        with pyarrow.parquet.ParquetFile(path) as file:
+            names = list(file.schema_arrow.names)
+            doubled = sorted({name for name in names if names.count(name) > 1})
+            if doubled:
+                raise DataError(f"{path}: the columns {', '.join(map(repr, doubled))} stand more than once")
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRow(number, row)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{path}: not a readable parquet file, after row {number} ({str(error).splitlines()[0]}); fetch it again, "
+            "or write it anew"
+        ) from error
+
+
+# --- plain text -------------------------------------------------------------------------------------------------------
+
+
+def split_text(text: str, most: int = MOST_CHARACTERS) -> list[str]:
+    """Cut a text into consecutive parts of at most `most` characters, behind a space where there is one.
+
+    >>> split_text("one two three", 9)
+    ['one two ', 'three']
+    """
+    parts: list[str] = []
+    begin = 0
+    while len(text) - begin > most:
+        space = max(text.rfind(space, begin, begin + most) for space in " \n")
+        end = space + 1 if space > begin else begin + most
+        parts.append(text[begin:end])
+        begin = end
+    return [*parts, text[begin:]]
+
+
+def _pieces(lines: Iterable[tuple[int, str]], characters: int) -> Iterator[tuple[int, str]]:
+    """Consecutive pieces of numbered lines: `(first line, piece)`; trailing blank lines are left out."""
+    held: list[str] = []
+    size, first, filled = 0, None, False
+    for number, line in lines:
+        first = number if first is None else first
+        held.append(line)
+        size += len(line)
+        blank = not line.strip()
+        filled = filled or not blank
+        if filled and ((size >= characters and blank) or size >= 2 * characters):
+            yield first, "".join(held)
+            held, size, first, filled = [], 0, None, False
+    if filled and first is not None:
+        yield first, "".join(held)
 
 
 def text_pieces(text: str, *, characters: int = PIECE_CHARACTERS) -> list[tuple[int, str]]:
@@ -203,127 +438,62 @@ def text_pieces(text: str, *, characters: int = PIECE_CHARACTERS) -> list[tuple[
 
     A piece ends at the first blank line after `characters` characters, or at the first line end after twice that.
     """
-    pieces: list[tuple[int, str]] = []
-    lines: list[str] = []
-    size, first, filled = 0, 1, False
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
-        lines.append(line)
-        size += len(line)
-        blank = not line.strip()
-        filled = filled or not blank
-        if filled and ((size >= characters and blank) or size >= 2 * characters):
-            pieces.append((first, "".join(lines)))
-            lines, size, first, filled = [], 0, number + 1, False
-    if filled:
-        pieces.append((first, "".join(lines)))
-    return pieces
+    return list(_pieces(enumerate(text.splitlines(keepends=True), start=1), characters))
 
 
-def _rows_of_parquet(path: Path) -> Iterable[RawRow]:
-    import pyarrow
-    import pyarrow.parquet
+def _rows_of_text(lines: Iterable[str]) -> Iterator[RawRow]:
+    split = (part for line in lines for part in line.splitlines(keepends=True))
+    numbered = ((number, part) for number, line in enumerate(split, start=1) for part in split_text(line))
+    last: tuple[int, str] | None = None
+    for piece in _pieces(numbered, PIECE_CHARACTERS):
+        if last is not None:
+            yield RawRow(last[0], {"text": last[1]}, ends=False)
+        last = piece
+    if last is not None:
+        yield RawRow(last[0], {"text": last[1]})
 
-    try:
-        table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable parquet file ({str(error).splitlines()[0]})") from error
-    for number, row in enumerate(table.to_pylist(), start=1):
-        yield RawRow(number, row)
+
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def read_file(path: Path, known: Iterable[str]) -> tuple[list[RawRow], Problems]:
-    """Read one file by its extension.
+def file_source(path: Path, known: Iterable[str]) -> Source:
+    """One file as a source, by its extension.
 
     Args:
         path: A file with one of `EXTENSIONS`.
         known: Field names that are recognised, used to tell csv delimiters apart.
 
-    Returns:
-        The rows, and the problems found so far (the caller adds its own and raises them together). Pieces of a plain
-        text have the field ``text``.
-
     Raises:
         MissingInputError: If the file is not there or its extension is not known.
-        DataError: If it holds no row, or its bytes are not UTF-8 text or parquet.
     """
-    extension = path.suffix.lower()
+    extension = extension_of(path)
     if extension not in EXTENSIONS:
         raise MissingInputError(
             f"{path}: the extension {extension or '(none)'} is not one that can be read; known: {', '.join(EXTENSIONS)}"
         )
-    problems = Problems(str(path))
-    if extension == ".parquet":
-        if not path.is_file():
-            raise MissingInputError(f"{path}: no such file; check the path")
-        problems.unit = "record"
-        rows = list(_rows_of_parquet(path))
-    else:
-        text = read_text(path)
-        if extension in (".jsonl", ".ndjson"):
-            rows = list(_rows_of_jsonl(text, problems))
-        elif extension == ".json":
+    if not path.is_file():
+        reason = "is a folder" if path.is_dir() else "no such file"
+        raise MissingInputError(f"{path}: {reason}; check the path")
+    plain = extension.removesuffix(".gz")
+
+    def rows(problems: Problems) -> Iterator[RawRow]:
+        if plain == ".parquet":
             problems.unit = "record"
-            rows = list(_rows_of_json(text, problems))
-        elif extension == ".txt":
-            pieces = text_pieces(text)
-            rows = [
-                RawRow(line, {"text": piece}, ends=index == len(pieces) - 1)
-                for index, (line, piece) in enumerate(pieces)
-            ]
-        else:
-            rows = list(_rows_of_csv(text, problems, "\t" if extension == ".tsv" else ",;\t", known))
-    if not rows and not problems.found:
-        raise DataError(f"{path}: there is no row in it; it needs at least one")
-    return rows, problems
+            return _rows_of_parquet(path)
+        if plain in (".jsonl", ".ndjson"):
+            return _rows_of_jsonl(text_lines(path), problems)
+        if plain == ".json":
+            return _rows_of_json(path, problems)
+        if plain == ".txt":
+            return _rows_of_text(text_lines(path))
+        return _rows_of_csv(text_lines(path), problems, "\t" if plain == ".tsv" else ",;\t", known)
 
+    def digest() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
-def is_hub_id(name: str) -> bool:
-    """Whether a text has the form of a hub id: ``name``, ``owner/name``, either with ``:configuration`` behind it."""
-    return re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(:[\w.-]+)?", name) is not None
-
-
-def read_dataset(name: str, configuration: str | None = None) -> dict[str, list[RawRow]]:
-    """Open a hub id or a dataset folder through the `datasets` library: split name -> rows.
-
-    Class labels are given as their names. Dataset scripts are never run (the library no longer can).
-
-    Raises:
-        MissingInputError: If the dataset cannot be found or reached.
-        DataError: If the library finds it but cannot read it.
-    """
-    import datasets
-    from datasets.exceptions import DatasetNotFoundError, DatasetsError
-
-    try:
-        if (Path(name) / "dataset_dict.json").is_file() or (Path(name) / "state.json").is_file():
-            opened = datasets.load_from_disk(name)
-        else:
-            opened = datasets.load_dataset(name, configuration)
-    except (DatasetNotFoundError, ConnectionError, FileNotFoundError) as error:
-        raise MissingInputError(
-            f"{name}: no such file or folder here, and no dataset of that name could be reached on the hub "
-            f"({str(error).splitlines()[0]})"
-        ) from error
-    except (DatasetsError, ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"{name}: the datasets library cannot read it ({str(error).splitlines()[0]})") from error
-    if isinstance(opened, datasets.Dataset):
-        opened = {"train": opened}
-    result: dict[str, list[RawRow]] = {}
-    for split, dataset in opened.items():
-        labels = {
-            column: feature for column, feature in dataset.features.items() if isinstance(feature, datasets.ClassLabel)
-        }
-        rows: list[RawRow] = []
-        for number, raw in enumerate(dataset, start=1):
-            row: dict[str, Any] = dict(raw)
-            named = {
-                column: feature.int2str(row[column])
-                for column, feature in labels.items()
-                if isinstance(row[column], int) and row[column] >= 0
-            }
-            rows.append(RawRow(number, {**row, **named}))
-        result[str(split)] = rows
-    return result
+    size = path.stat().st_size * (4 if extension.endswith(".gz") else 1)  # text packs to about a quarter
+    return Source(str(path), size, rows, digest)
 
 
 def kind_of(value: Any) -> str:
@@ -337,5 +507,6 @@ def kind_of(value: Any) -> str:
         str: "a text",
         list: "a list",
         dict: "an object",
+        bytes: "bytes",
     }
     return names.get(type(value), type(value).__name__)

@@ -1,59 +1,40 @@
-"""Rows into records: what each line of a data set means, whichever of the field's habits it follows.
+"""Data sets into records: a file, a folder of splits, a hub id, rows in memory, each split found or held out.
 
-A `Record` is either a conversation (`messages`) or a plain `text`. Recognised by their field names:
-
-    messages                      a list of {role, content}; content a text or a list of text parts
-    conversations                 sharegpt: a list of {from, value}; beside it `system` and `tools`
-    instruction, input, output    alpaca; beside it `system` and `history`
-    prompt, completion            texts, or lists of messages
-    question, answer
-    text, category (or label, intent)   a classification row: the label is the answer
-    text                          plain text
-
-Everything else is refused with the file, the row and the field. Preference pairs (chosen, rejected) are refused by
-name. This module reads no chat template and no tokenizer; it holds all records in memory.
+`read_data` gives lists. `open_data` gives the same records as sequences that read a large source again each time
+instead of holding it: every row is checked once (file, row and field of all that is wrong are told together), then the
+source is read anew by whoever needs its rows. What a row means is the part of `conversations.py`.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, overload
 
 import torch
 
-from strop.data.readers import (
-    EXTENSIONS,
-    Problems,
-    RawRow,
-    is_hub_id,
-    kind_of,
-    read_dataset,
-    read_file,
-)
-from strop.data.tools import call_text, read_calls, read_tools, with_functions
+from strop.data.conversations import KNOWN_FIELDS, ROLES, Message, Record, Role, RowError, to_records
+from strop.data.hub import checked_file, dataset_sources, is_hub_id
+from strop.data.readers import EXTENSIONS, Problems, RawRow, Source, extension_of, file_source, kind_of
 from strop.errors import DataError, MissingInputError, nearest
 
-Role = Literal["system", "user", "assistant", "tool"]
-
-ROLES: Mapping[str, Role] = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "function_call": "assistant",
-    "tool_call": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-    "function_response": "tool",
-    "tool_response": "tool",
-}
+__all__ = [
+    "ROLES",
+    "Message",
+    "OpenedData",
+    "Record",
+    "Records",
+    "Role",
+    "Splits",
+    "open_data",
+    "read_data",
+    "read_records",
+]
 
 SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "train": ("train",),
@@ -61,68 +42,10 @@ SPLIT_NAMES: Mapping[str, tuple[str, ...]] = {
     "test": ("test",),
 }
 
-_ANSWERS = ("category", "label", "intent")
+KEPT_BYTES: Final = 16 << 20
+"""Sources up to this size are read once and their records kept."""
 
-_KNOWN_SHAPES = (
-    "messages; conversations; instruction and output; prompt and completion; question and answer; "
-    "text with category, label or intent; text"
-)
-
-KNOWN_FIELDS = (
-    "messages",
-    "conversations",
-    "instruction",
-    "input",
-    "output",
-    "prompt",
-    "completion",
-    "question",
-    "answer",
-    "text",
-    *_ANSWERS,
-)
-
-
-@dataclass(frozen=True)
-class Message:
-    """One turn.
-
-    Attributes:
-        role: Who speaks.
-        content: The whole turn as text; calls, and functions that can be called, are written out in it.
-        supervise: False where the data say that the turn is context only (loss_weight 0).
-        marked: Whether the data say of this turn if it is learned.
-        calls: The functions that the turn calls, each as JSON `{name, arguments}`.
-        tools: On the first turn, the functions that can be called in the conversation: a JSON list of schemas.
-        said: Where there are calls or tools, the text beside them.
-    """
-
-    role: Role
-    content: str
-    supervise: bool = True
-    marked: bool = False
-    calls: tuple[str, ...] = ()
-    tools: str = ""
-    said: str = ""
-
-
-@dataclass(frozen=True)
-class Record:
-    """One row: a conversation or a text, and where it came from.
-
-    Attributes:
-        source: The file or dataset.
-        row: The 1-based line (jsonl, csv, txt) or position (json, parquet, datasets).
-        messages: The conversation, or None.
-        text: The plain text, or None.
-        ends: For a text, whether it ends here; False for a piece that the next record continues.
-    """
-
-    source: str
-    row: int
-    messages: tuple[Message, ...] | None = None
-    text: str | None = None
-    ends: bool = True
+_SHARD = re.compile(r"([a-z]+)-(\d{5})-of-(\d{5})")
 
 
 @dataclass(frozen=True)
@@ -134,255 +57,110 @@ class Splits:
     test: list[Record]
 
 
-class _RowError(Exception):
-    """A row that cannot be understood; the text names the field."""
+class Records(Sequence[Record]):
+    """The records of sources one after another, or some of them by position.
+
+    Every row has been checked. Those of small sources are kept; large ones are read again for every pass, and for
+    every single record that is asked for.
+
+    Args:
+        sources: Files or datasets, read one after another.
+
+    Raises:
+        DataError: If any row is broken, or a source has none.
+    """
+
+    def __init__(self, sources: Sequence[Source]) -> None:
+        self.sources = tuple(sources)
+        self.held = sum(source.size_bytes for source in sources) <= KEPT_BYTES
+        self._chosen: list[int] | None = None
+        self._kept: list[Record] = []
+        self._count = 0
+        for source in sources:
+            for record in _read(source):
+                self._count += 1
+                if self.held:
+                    self._kept.append(record)
+
+    def choose(self, positions: Sequence[int]) -> Records:
+        """The records at these positions, in ascending order."""
+        part = Records.__new__(Records)
+        part.sources, part.held, part._chosen = self.sources, self.held, None
+        part._count = len(positions)
+        part._kept = [self._kept[position] for position in positions] if self.held else []
+        if not self.held:
+            part._chosen = [position if self._chosen is None else self._chosen[position] for position in positions]
+        return part
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Record]:
+        if self.held:
+            return iter(self._kept)
+        whole = (record for source in self.sources for record in _read(source))
+        return whole if self._chosen is None else _at(whole, self._chosen)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if self.held:
+            return self._kept[index]
+        if isinstance(index, slice):
+            begin, end, step = index.indices(self._count)
+            wanted = range(begin, end, step)
+            found = list(_at(iter(self), sorted(wanted)))
+            return found if step > 0 else found[::-1]
+        position = range(self._count)[index]
+        return next(islice(iter(self), position, None))
 
 
-def _text_of(value: Any, where: str) -> str:
-    """The text of a field: a string, or a list of text parts that are joined."""
-    if isinstance(value, list) and value:
-        parts: list[str] = []
-        for index, part in enumerate(value):
-            if isinstance(part, str):
-                parts.append(part)
-                continue
-            if not isinstance(part, Mapping):
-                raise _RowError(f"{where}[{index}] is {kind_of(part)}; a part must be a text or {{type, text}}")
-            kind = part.get("type", "text")
-            inner = next((part[name] for name in ("text", "value", "content") if part.get(name) is not None), None)
-            if kind != "text":
-                raise _RowError(f"{where}[{index}] is a part of type {kind!r}; only text parts can be trained on")
-            if not isinstance(inner, str):
-                raise _RowError(f"{where}[{index}] has no text ({kind_of(inner)})")
-            parts.append(inner)
-        value = "".join(parts)
-    if not isinstance(value, str):
-        raise _RowError(f"{where} is {kind_of(value)}; it must be a text")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise _RowError(
-            f"{where} holds half of a surrogate pair at character {error.start}; write the whole one"
-        ) from None
-    return value
+def _at(records: Iterator[Record], positions: Sequence[int]) -> Iterator[Record]:
+    """The records at ascending positions."""
+    waiting = iter(positions)
+    wanted = next(waiting, None)
+    for position, record in enumerate(records):
+        if wanted is None:
+            return
+        if position == wanted:
+            yield record
+            wanted = next(waiting, None)
 
 
-def _filled_text(value: Any, where: str) -> str:
-    text = _text_of(value, where)
-    if not text.strip():
-        raise _RowError(f"{where} is empty; give it a text or leave the row out")
-    return text
+def _read(source: Source) -> Iterator[Record]:
+    """The records of a source; once it is read, everything that is wrong with it is raised at once."""
+    problems = Problems(source.name, source.unit)
+    yield from _records(source.rows(problems), problems)
 
 
-def _optional_text(fields: Mapping[str, Any], name: str) -> str:
-    """A field that may be missing, null or empty."""
-    value = fields.get(name)
-    return "" if value is None else _text_of(value, f"field {name!r}").strip()
-
-
-def _weight(turn: Mapping[str, Any], where: str) -> bool | None:
-    """Whether a turn is learned: `loss_weight` or `weight` of 0 or 1, `train` true or false; None: it is not said."""
-    for name in ("loss_weight", "weight", "train"):
-        value = turn.get(name)
-        if value is None:
-            continue
-        if value not in (0, 1):
-            raise _RowError(f"{where}.{name} is {value!r}; only 0 (context) and 1 (learned) are supported")
-        return bool(value)
-    return None
-
-
-def _tool_calls(turn: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """Calls of functions, each as JSON `{name, arguments}`."""
-    calls = turn.get("tool_calls")
-    if not calls:
-        return ()
-    if not isinstance(calls, list):
-        raise _RowError(f"{where}.tool_calls is {kind_of(calls)}; it must be a list")
-    lines: list[str] = []
-    for index, call in enumerate(calls):
-        function = call.get("function", call) if isinstance(call, Mapping) else None
-        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise _RowError(f"{where}.tool_calls[{index}] has no function name")
-        lines.append(call_text(function["name"], function.get("arguments", {})))
-    return tuple(lines)
-
-
-def _turn(turn: Any, where: str) -> Message | None:
-    """One turn of messages or conversations; None for a system turn without text."""
-    if not isinstance(turn, Mapping):
-        raise _RowError(f"{where} is {kind_of(turn)}; it must be an object with role and content")
-    role_name = "role" if "role" in turn else "from"
-    content_name = "content" if "content" in turn or "value" not in turn else "value"
-    if role_name not in turn:
-        raise _RowError(f"{where} has no role (fields: {', '.join(map(str, turn)) or 'none'})")
-    role = turn[role_name]
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        hint = nearest(role, ROLES) if isinstance(role, str) else ""
-        raise _RowError(f"{where}.{role_name} is {role!r}; known roles: {', '.join(ROLES)}{hint}")
-    known_role = ROLES[role.lower()]
-    calls, weight = _tool_calls(turn, where), _weight(turn, where)
-    learned, marked = weight is not False, weight is not None
-    content = turn.get(content_name)
-    field = f"{where}.{content_name}"
-    if calls:
-        said = "" if content is None else _text_of(content, field).strip()
-        whole = "\n".join([said, *calls]).strip()
-        return Message("assistant", whole, learned, marked, calls=calls, said=said)
-    if content_name not in turn:
-        raise _RowError(f"{field} is missing")
-    if known_role == "system":
-        text = _text_of(content, field)
-        return Message("system", text, learned, marked) if text.strip() else None
-    if role.lower() not in ("function_call", "tool_call"):
-        return Message(known_role, _filled_text(content, field), learned, marked)
-    if isinstance(content, Mapping | list):
-        content = json.dumps(content, ensure_ascii=False)
-    text = _filled_text(content, field)
-    return Message(known_role, text, learned, marked, calls=read_calls(text))
-
-
-def _turns(value: Any, name: str) -> list[Message]:
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:  # a csv cell or a parquet column may hold the list as JSON
-            value = json.loads(value)
-        except ValueError as error:
-            raise _RowError(f"field {name!r} looks like a JSON list but is not valid JSON ({error})") from None
-    if not isinstance(value, list):
-        raise _RowError(f"field {name!r} is {kind_of(value)}; it must be a list of turns")
-    if not value:
-        raise _RowError(f"field {name!r} is empty; it needs at least one turn")
-    turns = [_turn(turn, f"{name}[{index}]") for index, turn in enumerate(value)]
-    return [turn for turn in turns if turn is not None]
-
-
-def _with_system(fields: Mapping[str, Any], messages: list[Message]) -> list[Message]:
-    """Put the row's `system` text and `tools` in front, merged into the conversation's own system turn."""
-    system = _optional_text(fields, "system")
-    told, tools = read_tools(fields.get("tools"))
-    first = Message("system", "")
-    if messages and messages[0].role == "system":
-        first, messages = messages[0], messages[1:]
-    said = "\n\n".join(text for text in (first.content, system) if text)
-    content = with_functions(said, told)
-    if not content:
-        return messages
-    return [replace(first, content=content, tools=tools, said=said if tools else ""), *messages]
-
-
-def _from_messages(fields: Mapping[str, Any]) -> list[Message]:
-    return _with_system(fields, _turns(fields["messages"], "messages"))
-
-
-def _from_conversations(fields: Mapping[str, Any]) -> list[Message]:
-    return _with_system(fields, _turns(fields["conversations"], "conversations"))
-
-
-def _from_alpaca(fields: Mapping[str, Any]) -> list[Message]:
-    question = _filled_text(fields["instruction"], "field 'instruction'")
-    addition = _optional_text(fields, "input")
-    messages: list[Message] = []
-    history = fields.get("history") or []
-    if not isinstance(history, list):
-        raise _RowError(f"field 'history' is {kind_of(history)}; it must be a list of [question, answer] pairs")
-    for index, pair in enumerate(history):
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise _RowError(f"history[{index}] must be a pair [question, answer]")
-        messages.append(Message("user", _filled_text(pair[0], f"history[{index}][0]")))
-        messages.append(Message("assistant", _filled_text(pair[1], f"history[{index}][1]")))
-    messages.append(Message("user", f"{question}\n{addition}" if addition else question))
-    messages.append(Message("assistant", _filled_text(fields["output"], "field 'output'")))
-    return _with_system(fields, messages)
-
-
-def _from_prompt(fields: Mapping[str, Any]) -> list[Message]:
-    prompt, completion = fields["prompt"], fields["completion"]
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return _with_system(fields, [*_turns(prompt, "prompt"), *_turns(completion, "completion")])
-    question = Message("user", _filled_text(prompt, "field 'prompt'"))
-    return _with_system(fields, [question, Message("assistant", _filled_text(completion, "field 'completion'"))])
-
-
-def _from_question(fields: Mapping[str, Any]) -> list[Message]:
-    question = Message("user", _filled_text(fields["question"], "field 'question'"))
-    return _with_system(fields, [question, Message("assistant", _filled_text(fields["answer"], "field 'answer'"))])
-
-
-def _from_label(fields: Mapping[str, Any]) -> list[Message]:
-    name = max((name for name in _ANSWERS if name in fields), key=lambda name: fields[name] is not None)
-    label = fields[name]
-    if isinstance(label, int) and not isinstance(label, bool):
-        label = str(label)
-    question = Message("user", _filled_text(fields["text"], "field 'text'"))
-    return [question, Message("assistant", _filled_text(label, f"field {name!r}"))]
-
-
-_SHAPES: tuple[tuple[tuple[str, ...], Callable[[Mapping[str, Any]], list[Message]]], ...] = (
-    (("messages",), _from_messages),
-    (("conversations",), _from_conversations),
-    (("instruction", "output"), _from_alpaca),
-    (("prompt", "completion"), _from_prompt),
-    (("question", "answer"), _from_question),
-    *((("text", answer), _from_label) for answer in _ANSWERS),
-)
-
-
-def _unrecognised(fields: Mapping[str, Any]) -> str:
-    names = [str(name) for name in fields]
-    for needed, _ in _SHAPES:
-        missing = [name for name in needed if name not in fields]
-        if len(needed) > len(missing) > 0 and needed[0] != "text":
-            return (
-                f"field {missing[0]!r} is missing beside {', '.join(repr(n) for n in needed if n in fields)} "
-                f"(fields: {', '.join(names)})"
-            )
-    hint = next((nearest(name, KNOWN_FIELDS) for name in names if nearest(name, KNOWN_FIELDS)), "")
-    return f"fields {', '.join(names) or '(none)'} are not a known kind of row{hint}; known: {_KNOWN_SHAPES}"
-
-
-def _record(row: RawRow, source: str) -> Record:
-    fields = row.fields
-    if "chosen" in fields and "rejected" in fields:
-        raise _RowError(
-            "fields 'chosen' and 'rejected' make a preference pair; preference pairs (DPO and its kin) are not "
-            "supported yet: keep the chosen answers as messages to fine-tune on them"
-        )
-    filled = {name for name, value in fields.items() if value is not None}
-    for names in (filled, set(fields)):  # in tables a null may stand for a field that is not there
-        for needed, convert in _SHAPES:
-            if names.issuperset(needed):
-                return Record(source, row.number, messages=tuple(convert(fields)))
-    if "text" in fields:
-        return Record(source, row.number, text=_filled_text(fields["text"], "field 'text'"), ends=row.ends)
-    raise _RowError(_unrecognised(fields))
-
-
-def _records(rows: Sequence[RawRow], problems: Problems) -> list[Record]:
-    """Turn rows into records; everything wrong with the source is raised at once."""
-    records: list[Record] = []
+def _records(rows: Iterable[RawRow], problems: Problems) -> Iterator[Record]:
+    count = 0
     for row in rows:
+        count += 1
         try:
-            records.append(_record(row, problems.source))
-        except _RowError as error:
+            yield from to_records(row, problems.source)
+        except RowError as error:
             problems.add(row.number, str(error))
-    problems.raise_any(len(rows))
-    return records
+    problems.raise_any(count)
+    if not count:
+        raise DataError(f"{problems.source}: there is no row in it; it needs at least one")
 
 
-def read_records(path: str | Path | Sequence[Mapping[str, Any]]) -> list[Record]:
+def read_records(path: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> list[Record]:
     """Read one file, or rows that are already in memory, into records.
 
     Args:
-        path: A file (.jsonl, .json, .csv, .tsv, .txt, .parquet), or a list of mappings.
+        path: A file (.jsonl, .json, .csv, .tsv, .txt, each also .gz; .parquet), or a list of mappings.
 
     Raises:
         MissingInputError: If the file is not there or of no known extension.
         DataError: If any row is broken; the message gives file, row and field of up to ten and the number of the
         others.
     """
-    if isinstance(path, str | Path):
-        rows, problems = read_file(Path(path), KNOWN_FIELDS)
-        return _records(rows, problems)
+    if isinstance(path, str | os.PathLike):
+        return list(_read(file_source(_path(path), KNOWN_FIELDS)))
     problems = Problems("rows", unit="record")
     rows = []
     for number, fields in enumerate(path, start=1):
@@ -390,56 +168,141 @@ def read_records(path: str | Path | Sequence[Mapping[str, Any]]) -> list[Record]
             rows.append(RawRow(number, fields))
         else:
             problems.add(number, f"got {kind_of(fields)}; each row must be a mapping")
-    if not rows and not problems.found:
+    if not rows and not problems.count:
         raise DataError("rows: the list is empty; it needs at least one row")
-    return _records(rows, problems)
+    return list(_records(rows, problems))
 
 
-def _hold_out(records: list[Record], *, seed: int, valid_fraction: float) -> tuple[list[Record], list[Record]]:
-    """Split off a fraction for validation, at least one row where there are two; both parts keep the file's order."""
-    if valid_fraction <= 0 or len(records) < 2:
-        return records, []
-    count = min(len(records) - 1, max(1, round(len(records) * valid_fraction)))
-    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
-    held = set(order[:count])
-    train = [record for index, record in enumerate(records) if index not in held]
-    return train, [record for index, record in enumerate(records) if index in held]
+def _path(name: str | os.PathLike[str]) -> Path:
+    text = os.fspath(name)
+    if "\0" in text:
+        raise MissingInputError(f"{text!r}: a path cannot hold a NUL; check the name")
+    return Path(text)
 
 
-def _files_of_folder(folder: Path) -> dict[str, Path]:
-    """The split files of a folder: split -> path."""
-    found: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.suffix.lower() in EXTENSIONS:
-            for split, names in SPLIT_NAMES.items():
-                if path.stem.lower() in names:
-                    found.setdefault(split, []).append(path)
-    for split, paths in found.items():
-        if len(paths) > 1:
-            raise DataError(
-                f"{folder}: {', '.join(path.name for path in paths)} all claim to be the {split} split; keep one"
-            )
-    return {split: paths[0] for split, paths in found.items()}
+# --- splits -----------------------------------------------------------------------------------------------------------
+
+
+def held_out(count: int, *, seed: int, valid_fraction: float) -> tuple[list[int], list[int]]:
+    """Positions of `count` rows to train on and to hold out: a fraction, at least one where there are two rows."""
+    if valid_fraction <= 0 or count < 2:
+        return list(range(count)), []
+    many = min(count - 1, max(1, round(count * valid_fraction)))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    held = set(order[:many])
+    return [row for row in range(count) if row not in held], sorted(held)
 
 
 def _split_named(name: str) -> str | None:
     return next((split for split, names in SPLIT_NAMES.items() if name.lower() in names), None)
 
 
-def read_data(
-    data: str | Path | Sequence[Mapping[str, Any]],
-    *,
-    seed: int = 0,
-    valid_fraction: float = 0.05,
-    need_train: bool = True,
-) -> Splits:
-    """Read a data set: a file, a folder with train, valid and test files, a dataset folder, a hub id, or rows.
+def _files_of_folder(folder: Path) -> dict[str, list[Path]]:
+    """The split files of a folder: split -> one file, or all its shards (`train-00000-of-00002.parquet`) in order.
+
+    Shards may also stand in its folder `data`, as on the hub.
+    """
+    single: dict[str, list[Path]] = {}
+    shards: dict[tuple[str, str], dict[int, Path]] = {}
+    for where in (folder, folder / "data"):
+        for path in sorted(where.iterdir()) if where.is_dir() else []:
+            extension = extension_of(path)
+            if path.is_dir() or extension not in EXTENSIONS:
+                continue
+            stem = path.name[: -len(extension)]
+            shard = _SHARD.fullmatch(stem.lower())
+            split = _split_named(shard[1] if shard else stem)
+            if split is None:
+                continue
+            checked_file(folder, path.relative_to(folder).as_posix())
+            if shard:
+                shards.setdefault((split, f"{shard[1]} {shard[3]}"), {})[int(shard[2])] = path
+            elif where == folder:
+                single.setdefault(split, []).append(path)
+    found: dict[str, list[list[Path]]] = {split: [[path] for path in paths] for split, paths in single.items()}
+    for (split, kind), parts in shards.items():
+        total = int(kind.split()[1])
+        missing = [number for number in range(total) if number not in parts]
+        if missing:
+            listed = ", ".join(f"{number:05d}" for number in missing[:10])
+            raise DataError(
+                f"{folder}: the {split} split has {len(parts)} of its {total} shards; "
+                f"{listed} {'is' if len(missing) == 1 else 'are'} missing; fetch the rest"
+            )
+        found.setdefault(split, []).append([parts[number] for number in sorted(parts)])
+    for split, sets in found.items():
+        if len(sets) > 1:
+            names = ", ".join(paths[0].name for paths in sets)
+            raise DataError(f"{folder}: {names} all claim to be the {split} split; keep one")
+    return {split: sets[0] for split, sets in found.items()}
+
+
+def _sources_of(data: str | os.PathLike[str], *, need_train: bool) -> dict[str, list[Source]]:
+    """Where a data set's splits stand: split -> its sources."""
+    path = _path(data)
+    if path.is_dir():
+        files = _files_of_folder(path)
+        if not files:
+            return _dataset_splits(str(path), need_train=need_train)
+        if need_train and "train" not in files:
+            first = next(iter(files.values()))[0]
+            raise DataError(
+                f"{path}: there is no train file beside {', '.join(f.name for part in files.values() for f in part)}; "
+                f"name it train{extension_of(first)}"
+            )
+        return {split: [file_source(file, KNOWN_FIELDS) for file in part] for split, part in files.items()}
+    if path.exists() or extension_of(path) in EXTENSIONS or not is_hub_id(str(data)):
+        if not path.exists():
+            siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise MissingInputError(f"{path}: no such file or folder{nearest(path.name, siblings)}; check the path")
+        return {"train": [file_source(path, KNOWN_FIELDS)]}
+    name, _, configuration = str(data).partition(":")
+    return _dataset_splits(name, configuration or None, need_train=need_train)
+
+
+def _dataset_splits(name: str, configuration: str | None = None, *, need_train: bool) -> dict[str, list[Source]]:
+    found = dataset_sources(name, configuration)
+    parts: dict[str, list[Source]] = {}
+    for split_name, source in found.items():
+        split = _split_named(split_name)
+        if split is not None:
+            parts[split] = [source]
+    if need_train and "train" not in parts:
+        raise DataError(f"{name}: there is no train split (splits: {', '.join(found) or 'none'})")
+    return parts
+
+
+@dataclass(frozen=True)
+class OpenedData:
+    """A data set whose rows were all checked.
+
+    Attributes:
+        name: What it was asked for as.
+        train: Records to train on.
+        valid: Records to choose by.
+        test: Records to judge by; empty unless the data have such a split.
+        drawn: Whether `valid` was held out of the training rows, since the data name no such split.
+        sha256: Of the bytes that were read, with how the validation rows were drawn.
+    """
+
+    name: str
+    train: Sequence[Record]
+    valid: Sequence[Record]
+    test: Sequence[Record]
+    drawn: bool
+    sha256: str
+
+
+def open_data(
+    data: str | os.PathLike[str], *, seed: int = 0, valid_fraction: float = 0.05, need_train: bool = True
+) -> OpenedData:
+    """Open and check a data set: a file, a folder with train, valid and test files, a dataset folder, or a hub id.
 
     Where the data have no validation split, `valid_fraction` of the training rows is held out, drawn by `seed` (at
     least one row where there are two). `validation` and `dev` are accepted for `valid`.
 
     Args:
-        data: A path, a hub id (``name``, ``owner/name``, either with ``:configuration``), or a list of mappings.
+        data: A path, or a hub id (``name``, ``owner/name``, either with ``:configuration``).
         seed: Draws the rows that are held out.
         valid_fraction: The share held out, 0 for none.
         need_train: Whether a folder or dataset without a training split is an error; False for one to judge by.
@@ -448,45 +311,34 @@ def read_data(
         MissingInputError: If nothing of that name is found here or on the hub.
         DataError: If a row is broken, a split is empty or there is no training split.
     """
-    if not isinstance(data, str | Path):
-        train, valid = _hold_out(read_records(data), seed=seed, valid_fraction=valid_fraction)
-        return Splits(train, valid, [])
-    path = Path(data)
-    if path.is_dir():
-        files = _files_of_folder(path)
-        if files:
-            if need_train and "train" not in files:
-                raise DataError(
-                    f"{path}: there is no train file beside {', '.join(f.name for f in files.values())}; "
-                    f"name it train{next(iter(files.values())).suffix}"
-                )
-            parts = {split: read_records(file) for split, file in files.items()}
-        else:
-            parts = _read_dataset_splits(str(path), need_train=need_train)
-    elif path.exists() or path.suffix.lower() in EXTENSIONS or not is_hub_id(str(data)):
-        if not path.exists():
-            siblings = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
-            raise MissingInputError(f"{path}: no such file or folder{nearest(path.name, siblings)}; check the path")
-        parts = {"train": read_records(path)}
-    else:
-        name, _, configuration = str(data).partition(":")
-        parts = _read_dataset_splits(name, configuration or None, need_train=need_train)
-    train, valid = parts.get("train", []), parts.get("valid", [])
-    if "valid" not in parts:
-        train, valid = _hold_out(train, seed=seed, valid_fraction=valid_fraction)
-    return Splits(train, valid, parts.get("test", []))
+    sources = _sources_of(data, need_train=need_train)
+    parts = {split: Records(part) for split, part in sources.items()}
+    digest = hashlib.sha256()
+    for split in sorted(sources):
+        digest.update(f"{split} {' '.join(source.digest() for source in sources[split])}\n".encode())
+    train, valid, drawn = parts.get("train", Records([])), parts.get("valid"), False
+    if valid is None:
+        digest.update(f"{seed} {valid_fraction}".encode())
+        chosen, held = held_out(len(train), seed=seed, valid_fraction=valid_fraction)
+        train, valid, drawn = train.choose(chosen), train.choose(held), bool(held)
+    return OpenedData(os.fspath(data), train, valid, parts.get("test", Records([])), drawn, digest.hexdigest())
 
 
-def _read_dataset_splits(name: str, configuration: str | None = None, *, need_train: bool) -> dict[str, list[Record]]:
-    splits = read_dataset(name, configuration)
-    parts: dict[str, list[Record]] = {}
-    for split_name, rows in splits.items():
-        split = _split_named(split_name)
-        if split is None:
-            continue
-        if not rows:
-            raise DataError(f"{name}, split {split_name}: there is no row in it; it needs at least one")
-        parts[split] = _records(rows, Problems(f"{name}, split {split_name}", unit="record"))
-    if need_train and "train" not in parts:
-        raise DataError(f"{name}: there is no train split (splits: {', '.join(splits) or 'none'})")
-    return parts
+def read_data(
+    data: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    valid_fraction: float = 0.05,
+    need_train: bool = True,
+) -> Splits:
+    """Read a data set into lists: what `open_data` takes, or rows in memory (a list of mappings).
+
+    Raises:
+        MissingInputError, DataError: As `open_data`.
+    """
+    if isinstance(data, str | os.PathLike):
+        opened = open_data(data, seed=seed, valid_fraction=valid_fraction, need_train=need_train)
+        return Splits(list(opened.train), list(opened.valid), list(opened.test))
+    records = read_records(data)
+    chosen, held = held_out(len(records), seed=seed, valid_fraction=valid_fraction)
+    return Splits([records[row] for row in chosen], [records[row] for row in held], [])
