@@ -2,9 +2,9 @@
 
 Two tasks for the bundled model, three seeds each: ten intents of banking77 (easy) and the demo's requests (hard). A
 full sweep trains every rank for the whole run and measures it on the same test rows; the sweep's choice is the smallest
-rank within one standard error of the best. Beside it: what `rank: auto` chooses from its race on the training rows, and what
-the spectrum of the whole weights' gradient at the base would advise. One line of JSON a result, so that a study that
-was stopped goes on where it was.
+rank within one standard error of the best. Beside it: what `rank: auto` chooses from its race on the training rows, and
+what the spectrum of the whole weights' gradient at the base would advise. One line of JSON a result, so that a study
+that was stopped goes on where it was.
 """
 
 from __future__ import annotations

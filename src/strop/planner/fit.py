@@ -1,8 +1,8 @@
 """What would make a training step fit: changes tried one on top of the other, the ones that cost least first.
 
 Within a method: one row at a time (accumulation keeps the step the same), checkpointing (one more forward pass, the
-same result), moments in 8 bits, shorter rows, a lower rank. Where all of them together are not enough, the next method down is tried:
-full fine-tuning, then LoRA, then QLoRA. A change that saves less than 1% of the peak is left out.
+same result), moments in 8 bits, shorter rows, a lower rank. Where all of them together are not enough, the next method
+down is tried: full fine-tuning, then LoRA, then QLoRA. A change that saves less than 1% of the peak is left out.
 """
 
 from __future__ import annotations
