@@ -158,7 +158,7 @@ def test_a_run_that_keeps_diverging_stops_with_its_last_good_state(tmp_path):
 
 def test_an_ordinary_run_has_no_event(tmp_path):
     notes = Notes()
-    assert run_loop(prepared("full"), tmp_path, reporter=notes, **LONG).events == ()
+    assert run_loop(prepared("full"), tmp_path, reporter=notes, **LONG).events == []
     assert not any("median" in note or "kept their bits" in note for note in notes.notes)
 
 

@@ -220,7 +220,7 @@ class Loop:
             best_valid_loss=progress.best_valid_loss,
             best_step=progress.best_step,
             ended=progress.ended or "all steps done",
-            events=tuple(progress.events),
+            events=list(progress.events),
         )
 
     # --- one step -----------------------------------------------------------------------------------------------------

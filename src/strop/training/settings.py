@@ -74,7 +74,7 @@ class TrainResult:
     best_valid_loss: float | None
     best_step: int | None
     ended: str
-    events: tuple[Mapping[str, Any], ...] = ()
+    events: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
