@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import TuneConfig, load_config
+from strop.config import LowRank, TuneConfig, load_config
 from strop.errors import DataError, ModelError, TrainingError
 from strop.pages.atomic import write_whole
 from strop.pages.examination import render_examination
@@ -24,6 +24,7 @@ from strop.recipes.checks.finding import Finding, by_weight, count
 from strop.recipes.checks.learning import FIRST_STEPS, check_coverage, check_learning, check_packing
 from strop.recipes.checks.rows import check_overlap, check_rows
 from strop.recipes.checks.serving import check_template
+from strop.recipes.rank import LARGEST_RANK
 from strop.recipes.session import Session, open_session
 
 MOST_TOKENS: Final = 20_000_000
@@ -159,7 +160,10 @@ def examine(
     trial: bool = True,
     reporter: Reporter = SILENT,
 ) -> Examination:
-    """Look at the run that `config` describes; see `doctor`."""
+    """Look at the run that `config` describes; see `doctor`. `rank: auto` is looked at with the largest rank raced."""
+    auto = isinstance(config.method, LowRank) and config.method.rank == "auto"
+    if auto:
+        config = config.replace(rank=LARGEST_RANK)
     try:
         session = open_session(config)
     except (DataError, ModelError, TrainingError) as error:
@@ -169,6 +173,9 @@ def examine(
         seen = look(session, most_tokens=MOST_TOKENS, rows=rows)
         findings = _findings(session, seen, reporter, trial=trial)
         shown = [_shown(session, row) for row in seen.shown]
+    if auto:
+        told = f"auto: looked at with {LARGEST_RANK}, the largest that is raced, which needs the most memory"
+        findings.append(Finding("fine", "rank", told, ""))
     examination = Examination(by_weight(findings), shown, config.model, config.data, config.method.name)
     if page is not None:
         write_whole(page, [render_examination(examination.to_dict())])

@@ -3,7 +3,8 @@
     slice       training rows ──┬── held out: measured at 1/4, 1/2 and the end     (the run's own valid rows are unseen,
                                 └── trained on, every rank on the same batches      so that they can judge later)
     rule        the smallest rank within one standard error of the best held-out loss (`strop.evaluation.smallest`)
-    end         the same answer of the paired intervals at two measurements in a row, or the steps are used up
+    end         the same answer of the paired intervals at two measurements in a row, no smaller rank catching up
+                meanwhile; or the steps are used up
     steps       all ranks together at most a quarter of the run's; each at least 8, and never more than the run itself
 
 Each rank trains with the run's own learning rate, schedule (squeezed into the race) and batches; alpha is twice the
@@ -56,7 +57,7 @@ LEAST_STEPS: Final = 8
 MEASURED_AT: Final = (0.25, 0.5, 1.0)
 HELD_SHARE: Final = 0.2
 HELD_ROWS: Final = (48, 256)
-LEAST_RECORDS: Final = 30
+LEAST_ROWS: Final = 30
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class RankChoice:
         run_steps: Optimizer steps of the run that the race is for.
         slice_rows: Rows trained on.
         held_rows: Rows measured on.
-        tokens: Supervised tokens of each held-out row.
-        row_losses: By rank, nats of each held-out row at that rank's last measurement.
+        tokens: Supervised tokens of each held-out record (a text's windows count together).
+        row_losses: By rank, nats of each held-out record at that rank's last measurement.
         alpha: As it was given; None: twice the rank.
         seed: Of everything.
         seconds: The race took, opening the model included.
@@ -135,6 +136,14 @@ class RankChoice:
                 f"loss, {best.loss:.4f} nats per token of rank {best.size}; it lies {chosen.loss - best.loss:.4f} above"
             )
         lines.append(self._how_sure(last))
+        gaps = [{each.size: each.difference for each in round.board} for round in self.rounds[-2:]]
+        for size, gap in gaps[-1].items():
+            earlier = gaps[0].get(size)
+            if size < self.rank and gap and earlier and gap.estimate < earlier.estimate:
+                lines.append(
+                    f"rank {size} was catching up ({earlier.estimate:+.4f}, then {gap.estimate:+.4f}): in a longer run "
+                    "it may be enough"
+                )
         if self.rank == self.candidates[-1] and len(self.candidates) > 1:
             lines.append(f"it is the largest that was tried: a larger one may do better (--rank {2 * self.rank})")
         lines.append(
@@ -154,10 +163,10 @@ class RankChoice:
         if self.verdict == "decided":
             if last.step < self.steps:
                 return f"the intervals said so twice in a row: the race ended after {last.step} of {self.steps} steps"
-            return f"the intervals say so (95%, {self.held_rows} held-out rows)"
+            return f"the intervals say so (95%, {len(self.tokens)} held-out records)"
         unsure = [each for each in last.board if each.place == "open" and each.size <= self.rank]
         if not unsure:
-            return f"the intervals were too wide at the end for certainty ({self.held_rows} held-out rows)"
+            return f"the intervals were too wide at the end for certainty ({len(self.tokens)} held-out records)"
         parts = []
         for each in unsure:
             gap = each.difference
@@ -245,7 +254,9 @@ class _Race:
         self.kept, self.held = hold_out(
             session.train_set.samples, wanted=self._wanted_rows(), seed=config.seed, where=config.data
         )
-        self.tokens = np.array([sample.supervised for sample in self.held], dtype=np.float64)
+        document = dict(zip(map(id, session.train_set.samples), documents(session.train_set.samples), strict=True))
+        self.document_of_row = np.unique([document[id(sample)] for sample in self.held], return_inverse=True)[1]
+        self.tokens = self._by_document(np.array([sample.supervised for sample in self.held], dtype=np.float64))
         self.losses: dict[int, NDArray[np.float64]] = {}
         self.left: dict[int, str] = {}
 
@@ -262,19 +273,18 @@ class _Race:
         self.reporter.start(f"racing ranks {shown}", self.steps * len(self.ranks), "steps")
         try:
             for until in sorted({math.ceil(part * self.steps) for part in MEASURED_AT}):
-                before = (
-                    {standing.size for standing in rounds[-1].board if standing.place == "out"} if rounds else set()
-                )
                 rounds.append(Round(until, self._measure(alive, until)))
                 board, earlier = rounds[-1].board, answer
-                answer = decided(board)
-                sure = answer is not None and (answer == earlier or until == self.steps)
+                answer, behind = decided(board), _falling_behind(rounds)
+                sure = answer is not None and (
+                    until == self.steps
+                    or (answer == earlier and all(s.size in behind for s in board if s.size < answer))
+                )
                 if sure or len(alive) == 1:
                     break
-                for standing in board:
-                    if standing.place == "out" and standing.size in before:
-                        self.left[standing.size] = f"decidedly worse at two measurements, the last at step {until}"
-                        del alive[standing.size]
+                for rank in behind:
+                    self.left[rank] = f"decidedly worse at two measurements, the last at step {until}"
+                    del alive[rank]
         finally:
             self.reporter.finish()
         return RankChoice(
@@ -306,7 +316,7 @@ class _Race:
                 try:
                     with candidate.attached(), autocast(session.device, session.dtype):
                         measured = likelihood(session.model, self.held, batch_size=self.settings.eval_batch_size)
-                    self.losses[rank] = measured.nll_sums.numpy()
+                    self.losses[rank] = self._by_document(measured.nll_sums.numpy())
                 except ModelError as error:
                     candidate.broken = f"step {until}: {error}"
             if candidate.broken is not None:
@@ -316,6 +326,9 @@ class _Race:
             first = next(iter(self.left.values()))
             raise TrainingError(f"rank auto: no rank's loss stayed finite ({first}); lower the learning rate")
         return standings({rank: self.losses[rank] for rank in alive}, self.tokens, seed=session.config.seed)
+
+    def _by_document(self, per_row: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.bincount(self.document_of_row, weights=per_row).astype(np.float64)
 
     def _count(self) -> None:
         self.steps_used += 1
@@ -365,32 +378,63 @@ class _Race:
 def hold_out(samples: Sequence[Sample], *, wanted: int, seed: int, where: str) -> tuple[list[Sample], list[Sample]]:
     """Split training rows into those that the race trains on and those that it is judged by.
 
-    Samples of one record stay together, and a sample that says the same as a held-out one is left out of the slice.
+    Whole records are held out (`documents`), at most a fifth of them, and of each record as many samples as come to
+    about `wanted` in all. A sample that says the same as a held-out one is left out of the slice.
 
     Args:
         samples: The training rows.
-        wanted: Held-out rows, about; never more than a fifth of the records.
+        wanted: Held-out rows, about.
         seed: Decides which.
         where: The data's name, for the message.
 
     Raises:
-        UsageError: there are fewer than 30 records.
+        UsageError: there are fewer than 30 rows, or nothing but copies of one.
     """
-    records = sorted({sample.index for sample in samples})
-    if len(records) < LEAST_RECORDS:
+    if len(samples) < LEAST_ROWS:
         raise UsageError(
-            f"{where}: rank auto needs at least {LEAST_RECORDS} training rows to hold some out, and there are "
-            f"{len(records)}; name a rank (--rank 16)"
+            f"{where}: rank auto needs at least {LEAST_ROWS} training rows to hold some out, and there are "
+            f"{len(samples)}; name a rank (--rank 16)"
         )
-    count = min(math.ceil(wanted * len(records) / len(samples)), int(HELD_SHARE * len(records)))
-    drawn = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:count].tolist()
-    chosen = {records[place] for place in drawn}
-    held = [sample for sample in samples if sample.index in chosen]
+    generator = torch.Generator().manual_seed(seed)
+    by_document: dict[int, list[Sample]] = {}
+    for document, sample in zip(documents(samples), samples, strict=True):
+        by_document.setdefault(document, []).append(sample)
+    names = sorted(by_document)
+    count = min(wanted, int(HELD_SHARE * len(names)))
+    of_each = max(1, round(wanted / count))
+    held: list[Sample] = []
+    for place in sorted(torch.randperm(len(names), generator=generator)[:count].tolist()):
+        those = by_document.pop(names[place])
+        taken = torch.randperm(len(those), generator=generator)[:of_each].tolist()
+        held += [those[index] for index in sorted(taken)]
     said = {tuple(sample.input_ids) for sample in held}
-    kept = [sample for sample in samples if sample.index not in chosen and tuple(sample.input_ids) not in said]
+    kept = [sample for those in by_document.values() for sample in those if tuple(sample.input_ids) not in said]
     if not kept:
         raise UsageError(f"{where}: rank auto finds only one text in all its rows; name a rank (--rank 16)")
     return kept, held
+
+
+def documents(samples: Sequence[Sample]) -> list[int]:
+    """What each sample is a part of, and what chance is counted by: its record.
+
+    A text of fewer than 30 records (a file of a hundred kilobytes) is counted by its windows.
+    """
+    records = [sample.index for sample in samples]
+    return records if len(set(records)) >= LEAST_ROWS else list(range(len(samples)))
+
+
+def _falling_behind(rounds: Sequence[Round]) -> list[int]:
+    """Ranks that are out at the last two measurements, and no nearer to the best at the second."""
+    if len(rounds) < 2:
+        return []
+    before = {
+        each.size: each.difference.estimate for each in rounds[-2].board if each.place == "out" and each.difference
+    }
+    return [
+        each.size
+        for each in rounds[-1].board
+        if each.place == "out" and each.difference and each.difference.estimate >= before.get(each.size, math.inf)
+    ]
 
 
 def _round_line(each: Round) -> str:
