@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from strop.data.readers import text_pieces
+from strop.data.pieces import text_pieces
 from strop.data.records import Message, Record, read_data, read_records
 from strop.errors import DataError, MissingInputError
 

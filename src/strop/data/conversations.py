@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from strop.data.readers import RawRow, kind_of, parse_json, split_text
+from strop.data.pieces import split_text
+from strop.data.readers import RawRow, kind_of, parse_json
 from strop.data.tools import call_text, read_calls, read_tools, with_functions
 from strop.errors import nearest
 

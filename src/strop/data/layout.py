@@ -12,9 +12,10 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from strop.data.literals import control_tokens, guarded, unguarded, without_literals
 from strop.data.records import Message
 from strop.data.rendering import (
     Job,
@@ -49,7 +50,7 @@ class Layout:
 
     Attributes:
         text: What the template wrote.
-        cuts: Where answers begin and end, in order; no token crosses them.
+        cuts: Where answers begin and end, and places within literal control tokens, in order; no token crosses them.
         answers: The ranges [start, end) that are learned.
         anchors: Where special tokens begin; the tokenizer reads what lies between them independently.
         turns: Ranges of other turns that are learned; tokens may cross their ends.
@@ -114,6 +115,7 @@ class ChatFormat:
         self._marked = _GENERATION.search(source) is not None
         texts = "|".join(re.escape(text) for text in added_tokens(tokenizer)) or "(?!)"  # (?!) never matches
         self._special = re.compile(texts)
+        self._control = control_tokens(tokenizer)
         self._stop_after = re.compile(rf"\s*(?:{texts})")
         self._stop_last = re.compile(rf"(?:{texts})(?=\s*\Z)")
         plain = [{"role": m.role, "content": m.content or "b"} for m in _CALLING]
@@ -123,7 +125,11 @@ class ChatFormat:
 
     def _render(self, jobs: Sequence[Job]) -> list[View | TemplateRefusedError]:
         try:
-            return render_jobs(self.source, self.variables, jobs)
+            views = render_jobs(self.source, self.variables, jobs)
+            return [
+                unguarded(view, job.guard) if isinstance(view, View) else view
+                for job, view in zip(jobs, views, strict=True)
+            ]
         except TemplateStoppedError as error:
             message = f"the chat template was stopped: {error}; use another with --chat-template"
             raise StoppedError(message, error.place) from error
@@ -146,7 +152,7 @@ class ChatFormat:
         parts: list[tuple[int, bool]] = []
         for index in _answers(messages):
             parts += [(index - left_out, True), (index + 1 - left_out, False)]
-        return Job(turns, prompt, parts, {"tools": tools} if tools else {})
+        return guarded(Job(turns, prompt, parts, {"tools": tools} if tools else {}), self._control)
 
     def lay_out_all(
         self, conversations: Sequence[Sequence[Message]], learned: Sequence[frozenset[int]], *, prompt: bool = False
@@ -188,7 +194,7 @@ class ChatFormat:
         roles = ", ".join(turn["role"] for turn in job.turns)
         advice = "order the turns as the template asks, or use another with --chat-template"
         if job.turns and job.turns[0]["role"] == "system":
-            [rest] = self._render([Job(job.turns[1:], variables=job.variables)])
+            [rest] = self._render([replace(job, turns=job.turns[1:], prompt=False, parts=())])
             if isinstance(rest, View):
                 advice = (
                     "it takes no system turn: move that text into the first user turn, "
@@ -197,7 +203,7 @@ class ChatFormat:
         return DataError(f"the chat template refuses the turns ({roles}): {words}; {advice}")
 
     def _layout(self, messages: Sequence[Message], learned: frozenset[int], job: Job, view: View) -> Layout:
-        cuts: set[int] = set()
+        cuts: set[int] = set(view.literals)
         answers: list[tuple[int, int]] = []
         position = 0
         for index, asked, closed in zip(_answers(messages), view.parts[::2], view.parts[1::2], strict=True):
@@ -205,7 +211,7 @@ class ChatFormat:
             try:
                 if isinstance(asked, str) and index:
                     turns = job.turns[: index - (len(messages) - len(job.turns))]
-                    raise self._refusal(Job(turns, variables=job.variables), asked)
+                    raise self._refusal(replace(job, turns=turns), asked)
                 begin = asked if isinstance(asked, int) else None
                 if not index and begin is None:  # most templates look at the first turn: there is no prompt to ask with
                     begin = max(0, view.text.find(messages[0].content.strip()))
@@ -224,14 +230,14 @@ class ChatFormat:
             cuts.add(len(view.text))
         others = sorted(index for index in learned if messages[index].role != "assistant")
         turns = tuple(self._other_turn(job, view, index, len(messages)) for index in others)
-        anchors = tuple(match.start() for match in self._special.finditer(view.text))
+        anchors = tuple(match.start() for match in self._special.finditer(without_literals(view)))
         return Layout(view.text, tuple(sorted(cuts)), tuple(answers), anchors, turns)
 
     def _find(
         self, message: Message, index: int, view: View, start: int | None, closed: int | None, position: int
     ) -> list[tuple[int, int]]:
         """The character ranges of one answer in the whole text, the first from the end of its prompt on."""
-        text = view.text
+        text, seen = view.text, without_literals(view)
         if start is None or start < position:
             raise PrefixError(
                 f"turn {index + 1} (assistant): in the whole conversation the chat template writes what comes before "
@@ -241,10 +247,10 @@ class ChatFormat:
         end = closed if closed is not None and closed > start else None
         if self._marked:
             marks = [mark for mark in view.marks if mark[1] > start and (end is None or mark[0] < end)]
-            return self._by_marks(text, start, marks if end is not None else marks[:1], index)
+            return self._by_marks(seen, start, marks if end is not None else marks[:1], index)
         if end is None:
-            return [(start, self._locate(text, start, message, index))]
-        stop = self._stop_last.search(text, start, end)
+            return [(start, self._locate(text, seen, start, message, index))]
+        stop = self._stop_last.search(seen, start, end)
         if stop is None:
             raise self._no_stop(text[start:end], index)
         return [(start, stop.end())]
@@ -260,10 +266,9 @@ class ChatFormat:
         other = next(digit for digit in "01234" if digit not in edges)
         changed = [{**turn, "content": other} if at == place else turn for at, turn in enumerate(job.turns)]
         end_of_turn = (place + 1, False)
-        [with_other, again] = self._render(
-            [Job(changed, variables=job.variables), Job(job.turns, parts=[end_of_turn], variables=job.variables)]
-        )
-        text = view.text
+        plain = replace(job, prompt=False, parts=())
+        [with_other, again] = self._render([replace(plain, turns=changed), replace(plain, parts=[end_of_turn])])
+        text, seen = view.text, without_literals(view)
         begin = end = 0
         if isinstance(with_other, View):
             begin = _shared(text, with_other.text)
@@ -273,7 +278,7 @@ class ChatFormat:
                 f"turn {index + 1} ({job.turns[place]['role']}): it is marked to be learned, but the chat template "
                 "does not write it out; take its mark away"
             )
-        stop = self._stop_after.match(text, end)
+        stop = self._stop_after.match(seen, end)
         closed = again.parts[0] if isinstance(again, View) else None
         whole = closed if isinstance(closed, int) and closed >= end else end
         return begin, stop.end() if stop is not None else whole
@@ -296,12 +301,12 @@ class ChatFormat:
             for place, (begin, until) in enumerate(marks)
         ]
 
-    def _locate(self, text: str, start: int, message: Message, index: int) -> int:
+    def _locate(self, text: str, seen: str, start: int, message: Message, index: int) -> int:
         """The end of an answer that later turns changed: after its content and the special token behind it."""
         for content in (message.content, message.content.strip()):
             found = text.find(content, start)
-            if found >= 0 and self._special.search(text, start, found) is None:  # still within this turn
-                stop = self._stop_after.match(text, found + len(content))
+            if found >= 0 and self._special.search(seen, start, found) is None:  # still within this turn
+                stop = self._stop_after.match(seen, found + len(content))
                 if stop is None:
                     raise self._no_stop(text[start : found + len(content) + 20], index)
                 return stop.end()

@@ -22,18 +22,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Final, cast
 
+from strop.data.pieces import pieces, split_text
 from strop.errors import DataError, MissingInputError
 
 PLAIN = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".txt")
 EXTENSIONS = (*PLAIN, ".parquet", *(f"{name}.gz" for name in PLAIN))
 
 MAX_PROBLEMS = 10
-
-# Pieces of a plain text file: long enough for context, short enough that a file gives pieces to hold out.
-PIECE_CHARACTERS = 4_000
-
-# A text without line ends is cut at spaces, so that the tokenizer never reads more at once.
-MOST_CHARACTERS: Final = 1_000_000
 
 MOST_ROW_BYTES: Final = 256 << 20
 """A line or csv row above this is refused: it is most often a file whose lines do not end as they should."""
@@ -400,52 +395,11 @@ def _rows_of_parquet(path: Path) -> Iterator[RawRow]:
 # --- plain text -------------------------------------------------------------------------------------------------------
 
 
-def split_text(text: str, most: int = MOST_CHARACTERS) -> list[str]:
-    """Cut a text into consecutive parts of at most `most` characters, behind a space where there is one.
-
-    >>> split_text("one two three", 9)
-    ['one two ', 'three']
-    """
-    parts: list[str] = []
-    begin = 0
-    while len(text) - begin > most:
-        space = max(text.rfind(space, begin, begin + most) for space in " \n")
-        end = space + 1 if space > begin else begin + most
-        parts.append(text[begin:end])
-        begin = end
-    return [*parts, text[begin:]]
-
-
-def _pieces(lines: Iterable[tuple[int, str]], characters: int) -> Iterator[tuple[int, str]]:
-    """Consecutive pieces of numbered lines: `(first line, piece)`; trailing blank lines are left out."""
-    held: list[str] = []
-    size, first, filled = 0, None, False
-    for number, line in lines:
-        first = number if first is None else first
-        held.append(line)
-        size += len(line)
-        blank = not line.strip()
-        filled = filled or not blank
-        if filled and ((size >= characters and blank) or size >= 2 * characters):
-            yield first, "".join(held)
-            held, size, first, filled = [], 0, None, False
-    if filled and first is not None:
-        yield first, "".join(held)
-
-
-def text_pieces(text: str, *, characters: int = PIECE_CHARACTERS) -> list[tuple[int, str]]:
-    """Cut a plain text into consecutive pieces that together are the text: `(first line, piece)`.
-
-    A piece ends at the first blank line after `characters` characters, or at the first line end after twice that.
-    """
-    return list(_pieces(enumerate(text.splitlines(keepends=True), start=1), characters))
-
-
 def _rows_of_text(lines: Iterable[str]) -> Iterator[RawRow]:
     split = (part for line in lines for part in line.splitlines(keepends=True))
     numbered = ((number, part) for number, line in enumerate(split, start=1) for part in split_text(line))
     last: tuple[int, str] | None = None
-    for piece in _pieces(numbered, PIECE_CHARACTERS):
+    for piece in pieces(numbered):
         if last is not None:
             yield RawRow(last[0], {"text": last[1]}, ends=False)
         last = piece

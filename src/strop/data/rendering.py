@@ -64,12 +64,14 @@ class Job:
         prompt: Whether the header of the assistant's next turn follows.
         parts: Beginnings of it that are wanted too: how many turns, and whether such a header follows them.
         variables: What the template sees for this job alone.
+        guard: A character within each text of a control token that the turns themselves hold; "" if none does.
     """
 
     turns: Sequence[Mapping[str, Any]]
     prompt: bool = False
     parts: Sequence[tuple[int, bool]] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
+    guard: str = ""
 
     @property
     def cost(self) -> int:
@@ -86,11 +88,13 @@ class View:
         marks: The ranges of its generation blocks.
         parts: For each of the job's parts its length, if the whole begins with it; None if it does not; the template's
             words if it refuses those turns.
+        literals: Places just within texts of control tokens that the turns themselves hold.
     """
 
     text: str
     marks: tuple[tuple[int, int], ...] = ()
     parts: tuple[int | str | None, ...] = ()
+    literals: tuple[int, ...] = ()
 
 
 class _Worker:
