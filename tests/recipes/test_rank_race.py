@@ -113,16 +113,16 @@ def test_the_race_ends_when_two_measurements_in_a_row_say_the_same(base, data, m
     monkeypatch.setattr(rank_recipe, "likelihood", planned({1: rows + 1, 4: rows + 0.5, 16: rows}))
     choice = choose_rank(config(base, data), candidates=(1, 4, 16))
     assert (choice.rank, choice.verdict) == (16, "decided")
-    assert [each.step for each in choice.rounds] == [2, 4]
-    assert choice.steps_used == 3 * 4 < 3 * choice.steps
+    assert [each.step for each in choice.rounds] == [4, 8]
+    assert choice.steps_used == 3 * 8 < 3 * choice.steps
 
 
 def test_a_rank_that_is_worse_twice_leaves_and_the_others_go_on(base, data, monkeypatch):
     rows, apart = np.linspace(1.0, 1.2, 12), np.tile([-0.2, 0.25], 6)
     monkeypatch.setattr(rank_recipe, "likelihood", planned({1: rows + 1, 4: rows + apart, 16: rows}))
     choice = choose_rank(config(base, data), candidates=(1, 4, 16))
-    assert choice.left == {1: "decidedly worse at two measurements, the last at step 4"}
-    assert choice.steps_used == 3 * 4 + 2 * 4
+    assert choice.left == {1: "decidedly worse at two measurements, the last at step 8"}
+    assert choice.steps_used == 3 * 8 + 2 * 8
     assert (choice.verdict, [each.size for each in choice.rounds[-1].board]) == ("undecided", [4, 16])
     assert any("not decided: rank" in line or "too wide" in line for line in choice.lines())
 
@@ -136,7 +136,7 @@ def test_a_smaller_rank_that_catches_up_keeps_the_race_going(base, data, monkeyp
 
     monkeypatch.setattr(rank_recipe, "likelihood", measure)
     choice = choose_rank(config(base, data), candidates=(4, 16))
-    assert [each.step for each in choice.rounds] == [2, 4, 8]
+    assert [each.step for each in choice.rounds] == [4, 8, 16]
     assert choice.rank == 16
     assert any("rank 4 was catching up (+0.6000, then +0.3000)" in line for line in choice.lines())
 
@@ -153,7 +153,7 @@ def test_a_rank_that_breaks_leaves_and_all_of_them_breaking_is_an_error(base, da
     monkeypatch.setattr(Candidate, "train", train)
     choice = choose_rank(config(base, data), candidates=(4, 16))
     assert choice.rank == 4
-    assert "step 2: the loss is nan" in choice.left[16]
+    assert "step 4: the loss is nan" in choice.left[16]
     broken.add(4)
     with pytest.raises(TrainingError, match=r"no rank's loss stayed finite .*lower the learning rate"):
         choose_rank(config(base, data), candidates=(4, 16))
