@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from strop.numerics.qtensor import QuantizedTensor
     from strop.numerics.scheme import Scheme, parse_format
     from strop.recipes.compare import compare
+    from strop.recipes.doctor import doctor
     from strop.recipes.generate import predict
     from strop.recipes.merge import merge
     from strop.recipes.plan import plan
     from strop.recipes.quantize import quantize
+    from strop.recipes.stages import tune_stages
     from strop.recipes.tune import tune
+    from strop.recipes.verify import verify
 
 __version__ = "0.1.0"
 
@@ -26,6 +29,7 @@ _HOMES = {
     "QuantizedTensor": "strop.numerics.qtensor",
     "Scheme": "strop.numerics.scheme",
     "compare": "strop.recipes.compare",
+    "doctor": "strop.recipes.doctor",
     "load": "strop.models",
     "merge": "strop.recipes.merge",
     "parse_format": "strop.numerics.scheme",
@@ -33,6 +37,8 @@ _HOMES = {
     "predict": "strop.recipes.generate",
     "quantize": "strop.recipes.quantize",
     "tune": "strop.recipes.tune",
+    "tune_stages": "strop.recipes.stages",
+    "verify": "strop.recipes.verify",
 }
 
 __all__ = [  # noqa: RUF022  the version stands last
@@ -40,6 +46,7 @@ __all__ = [  # noqa: RUF022  the version stands last
     "QuantizedTensor",
     "Scheme",
     "compare",
+    "doctor",
     "load",
     "merge",
     "parse_format",
@@ -47,6 +54,8 @@ __all__ = [  # noqa: RUF022  the version stands last
     "predict",
     "quantize",
     "tune",
+    "tune_stages",
+    "verify",
     "__version__",
 ]
 

@@ -10,7 +10,11 @@
     ├── ModelError              a model folder is incomplete or does not fit its configuration
     ├── FileFormatError         a file's bytes are not what its format demands
     ├── TrainingError           training cannot go on (NaN, a gradient that never arrives)
+    │   └── DiskFullError       there is no room for the state that was to be kept
     └── GateError               a step lost more than its gate allows; nothing was kept
+
+    KeyboardInterrupt
+    └── Terminated              asked to end by SIGTERM or SIGHUP (exit code 128 + the signal's number)
 
 A message says what happened, where, what was got, what was needed, and what to do next. An error that can find several
 problems at once collects them all.
@@ -19,6 +23,7 @@ problems at once collects them all.
 from __future__ import annotations
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -66,8 +71,27 @@ class TrainingError(StropError):
     """Training cannot go on."""
 
 
+class DiskFullError(TrainingError):
+    """The disk has no room for what was to be kept."""
+
+
 class GateError(StropError):
     """A step lost more than its gate allows."""
+
+
+class Terminated(KeyboardInterrupt):
+    """Asked to end by a signal other than Ctrl-C's.
+
+    Args:
+        number: The signal's number.
+
+    >>> str(Terminated(15)), Terminated(15).exit_code
+    ('SIGTERM', 143)
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -52,6 +52,7 @@ def test_the_public_names_are_these() -> None:
             "Scheme",
             "__version__",
             "compare",
+            "doctor",
             "load",
             "merge",
             "parse_format",
@@ -59,6 +60,8 @@ def test_the_public_names_are_these() -> None:
             "predict",
             "quantize",
             "tune",
+            "tune_stages",
+            "verify",
         ]
     )
     for name in strop.__all__:
@@ -193,3 +196,17 @@ def test_quantize_compare_and_chat_run_from_the_command_line(llama: Path, tmp_pa
     assert "<svg" in (tmp_path / "page.html").read_text()
     said = run("chat", tmp_path / "int4", "--prompt", "hello", "--max-new-tokens", 4)
     assert said.exit_code == 0, said.output
+
+
+def test_merge_rounds_to_a_format_and_says_when_it_was_forced(llama: Path, tmp_path: Path) -> None:
+    data = tiny_chat_file(tmp_path / "chats.jsonl", rows=8)
+    tuned = run("tune", llama, "--data", data, "-o", tmp_path / "run", "--max-steps", 1, "--lr", 1e-5)
+    assert tuned.exit_code == 0, tuned.output
+    merged = ("merge", tmp_path / "run", "-o", tmp_path / "merged", "--format", "int2-g32")
+    failed(run(*merged), 1, "effect", "int2-g32")
+    assert not (tmp_path / "merged").exists()
+    forced = run(*merged, "--force", "--json")
+    assert forced.exit_code == 0, forced.output
+    told = json.loads(forced.stdout)
+    assert told["forced"] is True
+    assert told["stored"] == "int2-g32"

@@ -108,7 +108,7 @@ def test_each_method_ends_in_a_run_that_opens_and_has_learned(base, data, tmp_pa
     assert notes.steps == list(range(1, 13))
     assert run.metrics[-1]["loss"] < 0.8 * run.metrics[0]["loss"]
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "best", "last", "config.yaml", "metrics.jsonl", "run.json", ".lock",
+        "best", "last", "config.yaml", "metrics.jsonl", "run.json", "manifest.json", ".lock",
     }  # fmt: skip
     opened = strop.load(run.path, dtype=torch.float32)
     assert opened.source == str(run.best_path)

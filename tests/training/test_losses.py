@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from strop.data.batches import packed_batch, padded_batch
 from strop.data.packing import packed_attention
@@ -106,13 +106,14 @@ COMMON = {
         Gemma2Config(**COMMON, head_dim=16, final_logit_softcapping=5.0, initializer_range=0.2),
         Gemma2Config(**COMMON, head_dim=16, final_logit_softcapping=1000.0, initializer_range=1e-4),
         CohereConfig(**COMMON, logit_scale=0.25),
+        GraniteConfig(**COMMON, logits_scaling=3.0),
     ],
-    ids=["soft cap", "soft cap far from the logits", "logit scale"],
+    ids=["soft cap", "soft cap far from the logits", "logit scale", "logit divisor"],
 )
-def test_models_that_change_their_logits_after_the_head_go_through_their_own_forward(config):
+def test_what_a_model_does_to_its_logits_after_the_head_is_found_and_done(config):
     model, samples = small(config), ragged_samples(4)
     head = find_head(model, batch_of(samples))
-    assert head is None
+    assert head is not None
     loss_sum, _ = token_loss_sum(model, batch_of(samples), head=head)
     assert loss_sum.item() == pytest.approx(by_hand(model, samples)[0].item(), rel=1e-5)
 

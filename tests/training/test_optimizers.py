@@ -14,10 +14,10 @@ from strop.layers.surgery import attach_lora
 from strop.training.optimizers import (
     BETAS,
     EPSILON,
-    adamw,
     default_learning_rate,
     gradient_norm,
     load_optimizer_tensors,
+    make_optimizer,
     optimizer_tensors,
     trained_parameters,
     widen_trained,
@@ -30,7 +30,7 @@ def test_steps_follow_the_formula_with_decay_on_matrices_only():
     shapes = {"matrix": (3, 4), "vector": (4,)}
     weights = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
     parameters = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
-    optimizer = adamw(parameters, learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer("adamw", parameters, learning_rate=0.1, weight_decay=0.5)
     first = {name: torch.zeros_like(value) for name, value in weights.items()}
     second = {name: torch.zeros_like(value) for name, value in weights.items()}
     for step in range(1, 5):
@@ -49,7 +49,7 @@ def test_steps_follow_the_formula_with_decay_on_matrices_only():
 
 def test_norms_and_biases_do_not_decay():
     parameters = trained_parameters(tiny_model("gpt2").requires_grad_(True))
-    decaying, others = adamw(parameters, learning_rate=0.1, weight_decay=0.5).param_groups
+    decaying, others = make_optimizer("adamw", parameters, learning_rate=0.1, weight_decay=0.5).param_groups
     names = {id(parameter): name for name, parameter in parameters.items()}
     assert decaying["weight_decay"] == 0.5
     assert others["weight_decay"] == 0.0
@@ -81,7 +81,7 @@ def test_small_updates_vanish_in_bf16_and_not_in_fp32_masters():
     moved = {}
     for dtype in (torch.bfloat16, torch.float32):
         weight = nn.Parameter(torch.ones(1000, 2, dtype=dtype))
-        optimizer = adamw({"weight": weight}, learning_rate=1e-3, weight_decay=0.0)
+        optimizer = make_optimizer("adamw", {"weight": weight}, learning_rate=1e-3, weight_decay=0.0)
         for _ in range(10):
             weight.grad = torch.ones_like(weight)
             optimizer.step()
@@ -93,11 +93,11 @@ def test_state_put_back_goes_on_to_the_same_bits():
     def run(stop: int | None) -> torch.Tensor:
         generator = torch.Generator().manual_seed(1)
         parameters = {"a": nn.Parameter(torch.ones(4, 4)), "b": nn.Parameter(torch.ones(4))}
-        optimizer = adamw(parameters, learning_rate=0.1, weight_decay=0.1)
+        optimizer = make_optimizer("adamw", parameters, learning_rate=0.1, weight_decay=0.1)
         for step in range(6):
             if step == stop:
                 saved = {name: value.clone() for name, value in optimizer_tensors(optimizer, parameters).items()}
-                optimizer = adamw(parameters, learning_rate=0.1, weight_decay=0.1)
+                optimizer = make_optimizer("adamw", parameters, learning_rate=0.1, weight_decay=0.1)
                 load_optimizer_tensors(optimizer, parameters, saved)
             for parameter in parameters.values():
                 parameter.grad = torch.randn(parameter.shape, generator=generator)
@@ -111,7 +111,9 @@ def test_state_of_unknown_parameters_is_refused():
     parameters = {"a": nn.Parameter(torch.ones(2))}
     with pytest.raises(ValueError, match=r"b\.exp_avg"):
         load_optimizer_tensors(
-            adamw(parameters, learning_rate=1.0, weight_decay=0.0), parameters, {"b.exp_avg": torch.ones(2)}
+            make_optimizer("adamw", parameters, learning_rate=1.0, weight_decay=0.0),
+            parameters,
+            {"b.exp_avg": torch.ones(2)},
         )
 
 

@@ -1,6 +1,6 @@
 """The command line: one verb, one job. Nothing heavy is imported before a verb runs.
 
-Exit codes: 0 done, 1 failed, 2 misuse, 130 stopped by Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 misuse, 130 stopped by Ctrl-C, 143 by SIGTERM.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from typer.core import TyperGroup
 
 from strop import __version__
 from strop.app import verbs
-from strop.errors import StropError, nearest
+from strop.errors import StropError, Terminated, nearest
 
 # What DESIGN.md names and this version does not have: asked for, each says so instead of "no such command".
-PLANNED = ("export", "prove", "squeeze", "doctor", "serve", "bench", "verify", "selftest")
+PLANNED = ("export", "prove", "squeeze", "serve", "bench")
 
 
 class _Verbs(TyperGroup):
@@ -66,6 +66,8 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
             function(*args, **kwargs)
         except StropError as error:
             verbs.stop(str(error), error.exit_code)
+        except Terminated as error:
+            verbs.stop(f"stopped by {error}; nothing half-written stands under a final name.", error.exit_code)
         except KeyboardInterrupt:
             verbs.stop("stopped by Ctrl-C; nothing half-written stands under a final name.", 130)
         except (OSError, MemoryError) as error:
@@ -104,7 +106,7 @@ def _root(
 
 for _function in (verbs.plan, verbs.tune, verbs.quantize, verbs.compare, verbs.chat, verbs.demo):
     app.command(rich_help_panel="Verbs")(_guarded(_function))
-for _function in (verbs.predict, verbs.merge):
+for _function in (verbs.doctor, verbs.predict, verbs.merge, verbs.verify, verbs.selftest):
     app.command(rich_help_panel="More")(_guarded(_function))
 for _function in (verbs.bits, verbs.affine, verbs.tensor):
     explain.command()(_guarded(_function))

@@ -12,6 +12,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, Tex
 from rich.table import Table
 from rich.text import Text
 
+from strop.recipes.checks.words import size
+
 output = Console(soft_wrap=True, highlight=False)
 messages = Console(stderr=True, soft_wrap=True, highlight=False)
 
@@ -74,20 +76,8 @@ def _figure(name: str, value: float | int | str) -> str:
     if isinstance(value, str):
         return value
     if name.endswith("bytes"):
-        return human_bytes(value)
+        return size(value)
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def human_bytes(count: float) -> str:
-    """Write a number of bytes with a binary unit.
-
-    >>> human_bytes(7_870_000), human_bytes(312), human_bytes(0)
-    ('7.5 MiB', '312 B', '0 B')
-    """
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while abs(size) >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} {units[0]}" if units[0] == "B" else f"{size:.1f} {units[0]}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> Table:

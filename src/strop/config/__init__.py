@@ -21,6 +21,7 @@ from strop.config.settings import (
     Full,
     Length,
     Lora,
+    LowRank,
     Machine,
     Method,
     Minutes,
@@ -31,6 +32,7 @@ from strop.config.settings import (
     Steps,
     Watch,
 )
+from strop.config.stages import Stage, StagesConfig, load_stages
 
 __all__ = [
     "ALIASES",
@@ -41,6 +43,7 @@ __all__ = [
     "Full",
     "Length",
     "Lora",
+    "LowRank",
     "Machine",
     "Method",
     "Minutes",
@@ -48,11 +51,14 @@ __all__ = [
     "QLora",
     "Qat",
     "Samples",
+    "Stage",
+    "StagesConfig",
     "Steps",
     "TuneConfig",
     "Watch",
     "json_schema",
     "load_config",
+    "load_stages",
     "read_yaml",
     "to_yaml",
 ]

@@ -71,7 +71,7 @@ def _canonical(layer: Layer, problems: list[str]) -> dict[str, object]:
     for given, value in values.items():
         key = ALIASES.get(given, given)
         if key not in KEYS:
-            problems.append(f"{origin}: {given}: unknown setting{nearest(given, [*KEYS, *ALIASES])}")
+            problems.append(f"{origin}: {given}: unknown setting{nearest(given, [*KEYS, *ALIASES, 'stages'])}")
             continue
         if value is None:
             continue
@@ -166,8 +166,10 @@ def _complete_low_rank(values: dict[str, object], origins: Mapping[str, str], pr
                 del values[key]
         return
     rank = values.get("rank")
-    if "alpha" not in values and isinstance(rank, int) and not isinstance(rank, bool):
+    if "alpha" not in values and isinstance(rank, int) and not isinstance(rank, bool) and rank > 0:
         values["alpha"] = 2.0 * rank
+    if "alpha" not in values and rank == "auto":
+        values["alpha"] = None  # twice the rank that will be chosen
 
 
 def _sentence(problems: list[str]) -> str:
@@ -198,13 +200,20 @@ def read_yaml(path: str | Path) -> dict[str, object]:
         raise ConfigError(f"{file}: got {type(loaded).__name__}, needs lines of the kind `method: lora`")
     values = cast("dict[object, object]", loaded)
     problems = [f"{file}: {key!r}: a setting's name is a word" for key in values if not isinstance(key, str)]
-    if isinstance(node, yaml.MappingNode):
+    waiting = [node]
+    while waiting:
+        inner = waiting.pop()
+        if isinstance(inner, yaml.SequenceNode):
+            waiting.extend(cast("list[object]", inner.value))
+        if not isinstance(inner, yaml.MappingNode):
+            continue
         first: dict[str, int] = {}
-        for key_node, _ in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
+        for key_node, value_node in cast("list[tuple[yaml.Node, yaml.Node]]", inner.value):
             name, line = str(cast("object", key_node.value)), key_node.start_mark.line + 1
             if name in first:
                 problems.append(f"{file}: {name}: given twice, in lines {first[name]} and {line}; keep one")
             first.setdefault(name, line)
+            waiting.append(value_node)
     if problems:
         raise ConfigError(_sentence(problems))
     return cast("dict[str, object]", values)

@@ -49,6 +49,7 @@ OTHER_NAMES: Final[Mapping[str, str]] = {
     "chat_template": "template",
     "valid_fraction": "val_size val_set_size",
     "learning_rate": "lr",
+    "optimizer": "optim",
     "schedule": "lr_scheduler_type lr_scheduler",
     "clip_norm": "max_grad_norm",
     "batch_size": "per_device_train_batch_size micro_batch_size",

@@ -48,11 +48,18 @@ def json_schema() -> dict[str, object]:
     lengths = [name for key in LENGTHS for name in _names(key)]
     one_length = [{"required": [name]} for name in lengths]
     rules.append({"oneOf": [*one_length, {"not": {"anyOf": one_length}}]})
+    properties["stages"] = {
+        "type": "array",
+        "minItems": 1,
+        "items": {"type": "object", "properties": {"name": {"type": "string"}}},
+        "description": "Stages one after the other, each with its own settings; those beside it are their defaults.",
+    }
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "strop tune",
         "type": "object",
         "properties": properties,
         "additionalProperties": False,
-        "allOf": rules,
+        "if": {"not": {"required": ["stages"]}},
+        "then": {"allOf": rules},
     }

@@ -36,7 +36,48 @@ def _dtype(value: object) -> object:
     return {"fp32": "float32", "bf16": "bfloat16"}.get(value, value) if isinstance(value, str) else value
 
 
+def _checkpointing(value: object) -> object:
+    """Other trainers say true or false."""
+    words = {"true": "all", "false": "none"}
+    if isinstance(value, bool):
+        return "all" if value else "none"
+    return words.get(value.lower(), value) if isinstance(value, str) else value
+
+
+_UNITS: Final = {"": 1, "b": 1} | {
+    f"{prefix}{end}": base**power
+    for power, prefix in enumerate("kmgt", start=1)
+    for end, base in (("b", 1000), ("ib", 1024))
+}
+
+
+def _size(value: object) -> object:
+    """Read `2GB` (10^9), `1.5GiB` (2^30) or plain bytes as a number of bytes."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
+    if found is None or found[2] not in _UNITS:
+        raise ValueError("needs a size: 2GB, 1.5GiB, 800MB, or bytes")
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+def _optimizer(value: object) -> object:
+    """Other trainers' names for the two optimizers."""
+    if not isinstance(value, str):
+        return value
+    eight = ("adamw_8bit", "adamw_bnb_8bit", "adamw8bit", "adamw_torch_8bit")
+    return "adamw-8bit" if value in eight else "adamw" if value in ("adamw_torch", "adamw_torch_fused") else value
+
+
+def _rank(value: object) -> object:
+    """Refuse in one sentence what is neither a number of columns nor `auto`."""
+    if value == "auto" or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("needs a whole number of at least 1, or auto, which tries three and takes one")
+
+
 Real: TypeAlias = Annotated[float, BeforeValidator(_exponent_text)]
+Rank: TypeAlias = Annotated[Annotated[int, Field(ge=1)] | Literal["auto"], BeforeValidator(_rank)]
 Targets: TypeAlias = Annotated[tuple[str, ...], BeforeValidator(_targets)]
 
 
@@ -55,8 +96,10 @@ class Full(Settings):
 class LowRank(Settings):
     """What `Lora` and `QLora` share: W = W0 + scale * B A, with W0 frozen."""
 
-    rank: int = Field(16, ge=1, description="Rank of B and A.")
-    alpha: Real = Field(32.0, gt=0, description="The update is scaled by alpha / rank. Default: twice the rank.")
+    rank: Rank = Field(16, description="Rank of B and A; auto races three and takes the smallest that is good enough.")
+    alpha: Annotated[Real, Field(gt=0)] | None = Field(
+        32.0, description="The update is scaled by alpha / rank. Default: twice the rank."
+    )
     dropout: Real = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     targets: Targets = Field((ALL_LINEAR,), description="all-linear, or names, suffixes and patterns of layers.")
     rank_stabilised: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
@@ -144,6 +187,9 @@ class Optimization(Settings):
         gt=0,
         description="Peak. Default: 2e-5 * 4096 / hidden size; for adapters ten times that.",
     )
+    optimizer: Annotated[Literal["adamw", "adamw-8bit"], BeforeValidator(_optimizer)] = Field(
+        "adamw", description="AdamW with moments in fp32, or in 8 bits: 10 bytes a trained weight in place of 16."
+    )
     schedule: Literal["linear", "cosine", "constant"] = Field("cosine", description="How the rate falls after warm-up.")
     warmup_ratio: Real = Field(0.03, ge=0, lt=1, description="Share of the steps that warms up.")
     weight_decay: Real = Field(0.0, ge=0, description="AdamW's decay; norms, biases and other vectors are left out.")
@@ -158,6 +204,7 @@ class Watch(Settings):
     eval_steps: int | None = Field(None, ge=1, description="Steps between evaluations. Default: a tenth of the run.")
     save_steps: int | None = Field(None, ge=1, description="Steps between checkpoints. Default: every ten minutes.")
     patience: int | None = Field(None, ge=1, description="Stop after so many evaluations without a better one.")
+    tensorboard: bool = Field(default=False, description="Write the metrics to RUN/tensorboard as well.")
 
 
 class Machine(Settings):
@@ -167,9 +214,18 @@ class Machine(Settings):
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)] = Field(
         "auto", description="Precision of the products; auto takes bfloat16 where the processor has it."
     )
-    checkpointing: bool = Field(
-        default=False, description="Recompute activations in the backward pass, to save memory."
+    checkpointing: Annotated[Literal["none", "all", "auto"], BeforeValidator(_checkpointing)] = Field(
+        "none", description="Blocks recomputed in the backward pass, to save memory; auto: as many as max_memory asks."
     )
+    max_memory: Annotated[int | None, BeforeValidator(_size)] = Field(
+        None, gt=0, description="With checkpointing auto: the most that a step may hold, as 2GB, 1.5GiB or bytes."
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Machine:
+        if (self.checkpointing == "auto") != (self.max_memory is not None):
+            raise ValueError("checkpointing: auto and max_memory go together; give both or neither")
+        return self
 
 
 class Top(Settings):

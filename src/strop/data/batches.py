@@ -204,6 +204,7 @@ class BatchStream:
         self.batch_size, self.accumulation = batch_size, accumulation
         self.packing, self.group_by_length = packing, group_by_length
         self.max_length, self.seed, self.pad_id = max_length, seed, pad_id
+        self.micro_batch = batch_size  # rows computed at once; fewer where memory runs out, in as many more parts
         self.attention = attention or PackedAttention()
         self._packs = pack([len(sample) for sample in self.samples], max_length) if packing else None
         self._digest = self._fingerprint()
@@ -253,7 +254,7 @@ class BatchStream:
 
     def _micro_batches(self, rows: Sequence[list[int]]) -> list[Sequence[list[int]]]:
         rows = sorted(rows, key=self._row_length)
-        return list(_deal(rows, math.ceil(len(rows) / self.batch_size)))
+        return list(_deal(rows, math.ceil(len(rows) / self.micro_batch)))
 
     def _batch(self, rows: Sequence[Sequence[int]]) -> Batch:
         if self._packs is None:

@@ -150,6 +150,21 @@ def bootstrap_mean(
     return Interval(estimate, low, high, len(values), level, f"studentised bootstrap by document, {resamples} samples")
 
 
+def mean_error(sums: ArrayLike, weights: ArrayLike) -> tuple[float, float]:
+    """The weighted mean `sum(sums) / sum(weights)` and its standard error by document, infinite for one document.
+
+    With T the mean and w the weights: se = sqrt(n/(n-1) sum((sums - T w)²)) / sum(w), as in `paired_bootstrap`.
+
+    Raises:
+        ValueError: Lengths differ, a number is not finite, or a weight is not positive.
+    """
+    values, tokens = _checked(sums, weights)
+    if len(values) < 2:
+        return float(values.sum() / tokens.sum()), math.inf
+    mean, error = _ratio_error(values[None], tokens[None])
+    return float(mean[0]), float(error[0])
+
+
 def paired_bootstrap(
     reference_sums: ArrayLike,
     model_sums: ArrayLike,

@@ -15,6 +15,7 @@ import ctypes
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +29,7 @@ MANIFEST = "manifest.json"
 
 _EXCHANGE = 2  # RENAME_EXCHANGE of renameat2(2)
 _AT_FDCWD = -100
+_LEFTOVER = re.compile(r"\.(?P<name>.+)\.[a-z0-9_]{8}\.(?P<kind>part|old)")
 
 
 @contextlib.contextmanager
@@ -51,7 +53,7 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     """
     target = Path(os.path.abspath(path))
     check_target(target, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    _make_parents(target.parent)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     try:
         temporary.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the folder it becomes should not be
@@ -62,6 +64,24 @@ def atomic_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> I
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def clear_leftovers(parent: Path) -> None:
+    """Remove what killed processes left of `atomic_folder` below `parent`; an old folder set aside is put back.
+
+    Only for a folder that no other process writes into at the time.
+    """
+    if not parent.is_dir():
+        return
+    for path in list(parent.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match is None or not path.is_dir():
+            continue
+        aside, target = path / match["name"], parent / match["name"]
+        if match["kind"] == "old" and aside.is_dir() and not target.exists():
+            os.rename(aside, target)
+            _sync(parent)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -198,6 +218,14 @@ def _flush(folder: Path) -> None:
         _sync(directory)
 
 
+def _make_parents(folder: Path) -> None:
+    """Make a folder and those above it, each name flushed to the disk."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync(path.parent)
+
+
 def _sync(path: str | os.PathLike[str]) -> None:
     if sys.platform == "win32" and os.path.isdir(path):
         return  # directories cannot be opened there
@@ -212,16 +240,20 @@ def _give_name(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
     elif _exchange(temporary, target):
+        _sync(target.parent)  # before the old folder goes: else a power cut could leave the old name with its remains
         shutil.rmtree(temporary, ignore_errors=True)  # it holds the old folder now
     else:
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
+        _sync(target.parent)
         os.rename(target, aside / target.name)
+        _sync(aside)
         try:
             os.rename(temporary, target)
         except BaseException:
             os.rename(aside / target.name, target)
             aside.rmdir()
             raise
+        _sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
     _sync(target.parent)
 

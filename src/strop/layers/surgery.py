@@ -288,6 +288,11 @@ def _heads_and_embeddings(model: nn.Module) -> set[int]:
     return {id(module) for module in ends if module is not None}
 
 
+def block_lists(model: nn.Module) -> list[nn.ModuleList]:
+    """The outermost `ModuleList`s of the decoder that hold linear layers; their members are the repeated blocks."""
+    return [module for _, module in _blocks(model) if isinstance(module, nn.ModuleList)]
+
+
 def _blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The outermost `ModuleList`s of the decoder that hold linear layers, by name; the whole model if there is none."""
     get_decoder = getattr(model, "get_decoder", None)

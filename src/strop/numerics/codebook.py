@@ -136,15 +136,17 @@ def nest(scale: Tensor) -> NestedScale:
 
 
 @functools.cache
-def dynamic_map(device: torch.device) -> Tensor:
-    """The 256 levels of the signed 8-bit dynamic map, ascending, float32.
+def dynamic_map(device: torch.device, *, signed: bool = True) -> Tensor:
+    """The 256 levels of the 8-bit dynamic map, ascending, float32.
 
     Seven decades, 10^-6 to 10^0, each with 2^i evenly spaced magnitudes (i = 0 to 6), their negatives, zero and one
-    ("8-bit Approximations for Parallelism in Deep Learning", Dettmers 2015).
+    ("8-bit Approximations for Parallelism in Deep Learning", Dettmers 2015). Unsigned, the sign's bit doubles the
+    magnitudes of every decade ("8-bit Optimizers via Block-wise Quantization", Dettmers and others 2022, section 2.2).
     """
     levels = [0.0, 1.0]
     for decade in range(7):
-        edges = torch.linspace(0.1, 1.0, 2**decade + 1, dtype=torch.float32, device="cpu")
+        count = 2**decade if signed else 2 ** (decade + 1)
+        edges = torch.linspace(0.1, 1.0, count + 1, dtype=torch.float32, device="cpu")
         magnitudes = [value.item() for value in 10.0 ** (decade - 6) * ((edges[:-1] + edges[1:]) / 2)]
-        levels += magnitudes + [-magnitude for magnitude in magnitudes]
+        levels += magnitudes + ([-magnitude for magnitude in magnitudes] if signed else [])
     return torch.tensor(sorted(levels), dtype=torch.float32, device=device)

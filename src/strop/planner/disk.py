@@ -24,4 +24,9 @@ def run_bytes(shape: ModelShape, plan: MemoryPlan) -> int:
         exported, _ = format_bytes(shape, parse_scheme(plan.step.format))
     else:
         exported = 2 * shape.parameters
-    return _EXPORTS * exported + (KEPT + 1) * _CHECKPOINT_BYTES * plan.trainable_parameters
+    return fullest_bytes(exported, plan.trainable_parameters)
+
+
+def fullest_bytes(exported_bytes: int, trained_parameters: int) -> int:
+    """Return the disk at the fullest moment of a run whose model takes `exported_bytes` a time."""
+    return _EXPORTS * exported_bytes + (KEPT + 1) * _CHECKPOINT_BYTES * trained_parameters

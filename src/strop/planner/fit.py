@@ -1,8 +1,8 @@
 """What would make a training step fit: changes tried one on top of the other, the ones that cost least first.
 
 Within a method: one row at a time (accumulation keeps the step the same), checkpointing (one more forward pass, the
-same result), shorter rows, a lower rank. Where all of them together are not enough, the next method down is tried:
-full fine-tuning, then LoRA, then QLoRA. A change that saves less than 1% of the peak is left out.
+same result), moments in 8 bits, shorter rows, a lower rank. Where all of them together are not enough, the next method
+down is tried: full fine-tuning, then LoRA, then QLoRA. A change that saves less than 1% of the peak is left out.
 """
 
 from __future__ import annotations
@@ -100,6 +100,8 @@ def _moves(method: Method, step: Step) -> Iterator[tuple[str, Step]]:
         yield f"micro batches of 1 row, accumulated {step.rows} times", replace(step, rows=1)
     if not step.checkpointing:
         yield "gradient checkpointing", replace(step, checkpointing=True)
+    if step.optimizer == "adamw" and method != "full-bf16":
+        yield "the optimizer adamw-8bit", replace(step, optimizer="adamw-8bit")
     if step.length > SHORTEST_ROW:
         shorter = max(step.length // 2, SHORTEST_ROW)
         yield f"rows of {shorter:,} tokens", replace(step, length=shorter)

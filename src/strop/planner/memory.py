@@ -5,6 +5,7 @@ For a model of N parameters, P of them in its linear layers, in products of b by
 | part | bytes |
 |---|---|
 | full | 16 N: fp32 weight 4, gradient 4, AdamW's two moments 8 |
+| adamw-8bit | 10.03 in place of every 16: moments of 2 + 8/256 bytes |
 | full-bf16 | 8 N: weight, gradient and both moments in bf16; updates below 0.2 to 0.4% of a weight vanish in it |
 | qat | 16 N, as full |
 | lora | b a frozen parameter; 16 a trained one |
@@ -23,18 +24,21 @@ weight and gradient and fp32 master and moments, is 16 a parameter too. Left out
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from strop.errors import FormatError
+from strop.numerics.dynamic8 import BYTES_EACH
 from strop.numerics.groups import plan_shape
 from strop.numerics.scheme import Scheme, parse_scheme
 from strop.planner.activations import Attention, Precision, blocks
 from strop.planner.hardware import Dtype
 from strop.planner.parameters import LinearShape, ModelShape, block_of, lora_parameters
 from strop.training.losses import CHUNK_LOGITS
+from strop.training.optimizers import OptimizerName
 
 Method = Literal["full", "full-bf16", "lora", "qlora", "qat"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -58,6 +62,7 @@ class Step:
         format: the grid of the linear layers (qlora, qat).
         dtype: what weights and activations are computed in.
         attention: `fused` never holds the scores, `plain` keeps them.
+        optimizer: with moments in fp32, or in 8 bits.
     """
 
     rows: int = 1
@@ -67,6 +72,7 @@ class Step:
     format: str = "nf4-dq"
     dtype: Dtype = "bfloat16"
     attention: Attention = "fused"
+    optimizer: OptimizerName = "adamw"
 
     @property
     def tokens(self) -> int:
@@ -150,6 +156,8 @@ def plan_memory(
             saved, kept_wide = _saved_by_format(shape, parse_scheme(step.format), element)
             frozen -= saved
         weights, gradients, optimizer = frozen + 4 * trained, 4 * trained, 8 * trained
+    if step.optimizer == "adamw-8bit" and method != "full-bf16":
+        optimizer = math.ceil(2 * BYTES_EACH * trained)
     activations, working = _activation_bytes(shape, method, step, adapted)
     logits = shape.vocabulary * step.tokens
     largest = max((linear.weights for linear in shape.linears), default=0)

@@ -218,14 +218,12 @@ def _warnings(adapter: AdapterConfig) -> Iterator[str]:
     if adapter.record is None:
         yield (
             f"nothing records which files of {adapter.base} the adapter was trained on; if it was another precision, "
-            "the "
-            "merged model is not the one that was trained"
+            "the merged model is not the one that was trained"
         )
     elif adapter.record.digest is not None and base_digest(find_folder(adapter.base)) != adapter.record.digest:
         yield (
             f"{adapter.base} holds other files than the base that the adapter was trained on (SHA-256 differs); the "
-            "merged "
-            "model is not the one that was trained"
+            "merged model is not the one that was trained"
         )
 
 

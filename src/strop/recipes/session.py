@@ -25,6 +25,7 @@ from strop.data.samples import SampleSet, prepare
 from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
 from strop.progress import SILENT, Reporter
+from strop.training.events import require_tensorboard
 from strop.training.optimizers import default_learning_rate
 from strop.training.precision import choose_device, compute_dtype
 from strop.training.preparing import Base, Trained, open_base, put_layers
@@ -36,7 +37,7 @@ DEFAULT_MAX_LENGTH: Final = 1024
 EAGER_LENGTH: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 512, torch.float32: 128}
 """On a CPU, rows up to so many tokens train faster with plain attention than with torch's fused one."""
 
-MAY_DIFFER: Final = ("model", "data", "output", "resume", "save_steps", "device")
+MAY_DIFFER: Final = ("model", "data", "output", "resume", "save_steps", "device", "tensorboard")
 """Settings that a resumed run may have otherwise; the rows and the base's weights are compared by digest."""
 
 
@@ -88,6 +89,11 @@ class Session:
             "valid_samples": _digest(self.valid_set.samples if self.valid_set is not None else []),
         }
 
+    def rows_digest(self) -> str:
+        """SHA-256 over the rendered rows, those to train on and those to choose by."""
+        valid = self.valid_set.samples if self.valid_set is not None else []
+        return hashlib.sha256(f"{_digest(self.train_set.samples)} {_digest(valid)}".encode()).hexdigest()
+
     def train_settings(self) -> TrainSettings:
         """The loop's settings."""
         config, optimization = self.config, self.config.optimization
@@ -95,16 +101,19 @@ class Session:
         return TrainSettings(
             length=config.length,
             learning_rate=optimization.learning_rate,
+            optimizer=optimization.optimizer,
             schedule=optimization.schedule,
             warmup_ratio=optimization.warmup_ratio,
             weight_decay=optimization.weight_decay,
             clip_norm=optimization.clip_norm,
             compute_dtype=self.dtype,
             checkpointing=config.machine.checkpointing,
+            max_memory=config.machine.max_memory,
             eval_steps=config.watch.eval_steps,
             eval_batch_size=max(8, optimization.batch_size),
             save_steps=config.watch.save_steps,
             patience=config.watch.patience,
+            tensorboard=config.watch.tensorboard,
             seed=config.seed,
             identity=self.identity,
         )
@@ -152,6 +161,8 @@ def open_session(config: TuneConfig, *, reporter: Reporter = SILENT) -> Session:
     Raises:
         ConfigError, MissingInputError, DataError, ModelError, FormatError, TargetError: as the steps raise them.
     """
+    if config.watch.tensorboard:
+        require_tensorboard()
     device = choose_device(config.machine.device)
     dtype = compute_dtype(config.machine.dtype, device)
     splits = _read(config, reporter)

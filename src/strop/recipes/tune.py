@@ -3,6 +3,8 @@
     RUN/config.yaml      the resolved settings          RUN/best, RUN/last  adapter or model
     RUN/metrics.jsonl    one line a step                RUN/checkpoints     states to go on from
     RUN/run.json         what was trained on what, and what came of it
+    RUN/manifest.json    hashes of all that went in and came out (`verify`)
+    RUN/rank.json, .png  how `rank: auto` chose (`rank.py`)
 
 The steps: settings checked, model opened, data rendered and counted, layers put in place, the loop, the account. What
 fails before the loop leaves nothing behind.
@@ -17,11 +19,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from strop.config import TuneConfig, load_config, to_yaml
+from strop.config import LowRank, TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
-from strop.files.folders import read_json, write_json
+from strop.files.folders import MANIFEST, read_json, write_json
 from strop.memory import PeakMemory
 from strop.progress import SILENT, Reporter
+from strop.recipes import rank as rank_recipe
+from strop.recipes.doctor import check_start
+from strop.recipes.manifest import finish_manifest, run_manifest, save_manifest
+from strop.recipes.rank import RankChoice, choose_rank
 from strop.recipes.session import MAY_DIFFER, Session, open_session
 from strop.training.checkpoints import RunLock, differences
 from strop.training.loop import train
@@ -77,6 +83,12 @@ class Run:
         from strop.recipes.merge import merge
 
         return merge(str(self.best_path), output, **options)
+
+    def verify(self) -> Any:
+        """Check the run's hashes again; see `strop.verify`."""
+        from strop.recipes.verify import verify
+
+        return verify(self.path)
 
     def to_dict(self) -> dict[str, Any]:
         """Path and report as JSON values."""
@@ -137,12 +149,20 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
     if config.resume:
         config, done = _resumed(config, run_dir)
         if done is not None:
+            if (run_dir / MANIFEST).is_file():  # killed between its last two files
+                finish_manifest(run_dir, measured_bytes=done.report["peak_bytes"])
             reporter.note(f"{run_dir}: the run is finished; nothing is left to resume")
             return done
     else:
         _check_free(run_dir)
     with PeakMemory() as memory:
-        return _run(open_session(config, reporter=reporter), run_dir, memory, reporter)
+        choice = None
+        if isinstance(config.method, LowRank) and config.method.rank == "auto":
+            choice = choose_rank(config, reporter=reporter)
+            config = config.replace(rank=choice.rank)
+            for line in choice.lines():
+                reporter.note(line)
+        return _run(open_session(config, reporter=reporter), run_dir, memory, reporter, choice)
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------
@@ -186,6 +206,8 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
     if not file.is_file():
         raise MissingInputError(f"{file}: there is no run to resume; leave --resume out, or check the output")
     saved, asked = load_config(file).flat(), config.flat()
+    if asked.get("rank") == "auto" and (run_dir / rank_recipe.FILE).is_file():  # it was chosen when the run began
+        asked = {"alpha": saved.get("alpha")} | asked | {"rank": saved.get("rank")}
     wrong = differences(
         {key: saved.get(key) for key in asked if key not in MAY_DIFFER},
         {key: value for key, value in asked.items() if key not in MAY_DIFFER},
@@ -205,14 +227,20 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter) -> Run:
+def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter, choice: RankChoice | None) -> Run:
     """Train what the session holds, with its account beside it from the first moment on."""
     config, valid_set = session.config, session.valid_set
-    report = session.report()
+    report = session.report() | {"checks": check_start(session, run_dir, reporter=reporter)}
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir):
         _replace_text(run_dir / "config.yaml", to_yaml(config.replace(resume=None)))
         _write_report(run_dir, report)
+        if choice is not None:
+            choice.write(run_dir)
+        elif not config.resume:  # what a run left that never got anywhere
+            for name in (rank_recipe.FILE, rank_recipe.PICTURE):
+                (run_dir / name).unlink(missing_ok=True)
+        save_manifest(run_dir, run_manifest(session, run_dir))
         result = train(
             session.model,
             session.stream,
@@ -226,6 +254,7 @@ def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter
         )
         report |= {"finished": True, "result": asdict(result), "peak_bytes": memory.peak_bytes}
         _write_report(run_dir, report)
+        finish_manifest(run_dir, measured_bytes=memory.peak_bytes)
     return Run(run_dir, report)
 
 

@@ -14,6 +14,7 @@ RUN/best and RUN/last. `RunLock` keeps two processes from training into one fold
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -26,12 +27,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from strop.errors import StropError, TrainingError, UsageError
+from strop.errors import DiskFullError, StropError, TrainingError, UsageError
 from strop.files.folders import atomic_folder, check_manifest, read_json, write_json, write_manifest
 from strop.files.shards import Part, read_file, write_file
 
 FORMAT: Final = 1
 KEPT: Final = 2
+_SMALL_FILES: Final = 32 * 1024  # state.json, manifest.json, and blocks that are not full
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NAME: Final = re.compile(r"step-(\d{6,})")
 
 
@@ -54,21 +57,65 @@ class Checkpoint:
     state: Mapping[str, Any]
 
 
-def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = KEPT) -> Path:
+def save_checkpoint(root: Path, checkpoint: Checkpoint, *, keep: int = KEPT, spare: int | None = None) -> Path:
     """Write a checkpoint below `root` and remove all but the newest `keep`; returns its folder.
 
-    Older ones are removed only after the new one stands, and with it one more that is valid.
+    Older ones are removed only after the new one stands, and with it one more that is valid. Where the disk is too full
+    nothing is left of the new one, and the older ones are not touched.
+
+    Args:
+        root: The folder of a run's checkpoints.
+        checkpoint: What is written.
+        keep: How many stay.
+        spare: The step of one that stays however old it is.
+
+    Raises:
+        DiskFullError: the disk has no room for it, or a limit on the size of files forbids it.
     """
     path = root / f"step-{checkpoint.step:06d}"
-    with atomic_folder(path, overwrite=True) as folder:
-        for name in ("weights", "optimizer", "random"):
-            tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, name).items()}
-            write_file(folder / f"{name}.safetensors", [Part.of(tensors)])
-        write_json(folder / "state.json", {"format": FORMAT, "step": checkpoint.step, **checkpoint.state})
-        write_manifest(folder)
-    for _, old in _folders(root)[keep:]:
-        shutil.rmtree(old, ignore_errors=True)
+    needed = _bytes_of(checkpoint)
+    _check_room(path, needed)
+    try:
+        with atomic_folder(path, overwrite=True) as folder:
+            for name in ("weights", "optimizer", "random"):
+                tensors = {key: value.detach().cpu().contiguous() for key, value in getattr(checkpoint, name).items()}
+                write_file(folder / f"{name}.safetensors", [Part.of(tensors)])
+            write_json(folder / "state.json", {"format": FORMAT, "step": checkpoint.step, **checkpoint.state})
+            write_manifest(folder)
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise _no_room(path, needed, str(error.strerror)) from error
+        raise
+    for step, old in _folders(root)[keep:]:
+        if step != spare:
+            shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def _bytes_of(checkpoint: Checkpoint) -> int:
+    """The bytes of a checkpoint's tensors, and of its other files at the most of an ordinary run."""
+    tensors = (value for name in ("weights", "optimizer", "random") for value in getattr(checkpoint, name).values())
+    names = sum(128 + len(key) for name in ("weights", "optimizer") for key in getattr(checkpoint, name))
+    return sum(value.numel() * value.element_size() for value in tensors) + names + _SMALL_FILES
+
+
+def _check_room(path: Path, needed: int) -> None:
+    """Compare what a checkpoint needs with what is free before a byte is written."""
+    if _free_bytes(path) < needed:
+        raise _no_room(path, needed, "the disk is too full")
+
+
+def _free_bytes(path: Path) -> int:
+    """Bytes that this user may still write where `path` is to stand."""
+    there = next(parent for parent in path.absolute().parents if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def _no_room(path: Path, needed: int, why: str) -> DiskFullError:
+    return DiskFullError(
+        f"{path}: the checkpoint was not written: {why}; it needs {needed:,} bytes and {_free_bytes(path):,} are free. "
+        "Earlier checkpoints are untouched; make room, then go on from the newest with --resume."
+    )
 
 
 def load_checkpoint(folder: Path) -> Checkpoint:

@@ -2,16 +2,16 @@
 
 A step is what `BatchStream.next_step` gives: one or more micro-batches. Their summed losses are divided by the
 supervised tokens of the whole step, so that the update is that of one large batch. Loss and gradient are looked at
-before the update: NaN or infinity stops the run with the state before the step saved. After each step the position in
-the data and torch's generators are noted; a checkpoint is always of such a moment, so that an interrupted step is done
-again from its beginning.
+before the update (`watchdog.py`): what is not a number is not applied, what diverges returns to an earlier state, and a
+run that cannot be helped stops with its last good state saved. Where memory runs out, the step is done again in smaller
+parts. A checkpoint is always of the moment between two steps (`states.py`).
 
     RUN/checkpoints/    training states (`checkpoints.py`)     RUN/metrics.jsonl    one line a step (`metrics.py`)
     RUN/best, RUN/last  the model, written by `export`
 
 What decides the result is in the arguments: on one machine with one number of threads, the same arguments give the
-same bits, resumed or not. The exception is a run measured in minutes: its number of steps is estimated from a few timed
-ones, then fixed and kept in the checkpoints.
+same bits, resumed or not. Exceptions: a run in minutes estimates its number of steps from a few timed ones, then keeps
+it; a return after divergence goes to the last planned checkpoint, whose place the clock decides without `save_steps`.
 
 Not here: opening models, preparing data, attaching adapters, file formats of models (`strop.recipes.tune`).
 """
@@ -22,43 +22,34 @@ import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Final, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from strop.config import Minutes
 from strop.data.batches import Batch, BatchStream, eval_batches
 from strop.data.packing import check_isolation
 from strop.data.templates import Sample
-from strop.errors import TrainingError
-from strop.memory import PeakMemory
+from strop.errors import DiskFullError, TrainingError
+from strop.memory import PeakMemory, steady_allocation
 from strop.progress import SILENT, Reporter
-from strop.training.checkpoints import (
-    Checkpoint,
-    differences,
-    generator_states,
-    newest_checkpoint,
-    save_checkpoint,
-    set_generator_states,
-)
+from strop.training import watchdog
+from strop.training.events import NAME as EVENTS_NAME
 from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head, token_loss_sum
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
-from strop.training.optimizers import (
-    adamw,
-    gradient_norm,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    trained_parameters,
-)
+from strop.training.optimizers import gradient_norm, make_optimizer, trained_parameters
 from strop.training.precision import autocast
+from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.schedules import rate_share
 from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
 from strop.training.shapes import at_common_width, positions_of
+from strop.training.states import TrainState
+from strop.training.watchdog import ROLLED_BACK, SKIPPED, NotFiniteError, UpdateProbe
 
 SAVE_SECONDS: Final = 600.0
 """Between checkpoints where no number of steps is asked for."""
@@ -98,7 +89,7 @@ def train(
     Raises:
         TrainingError: a trained parameter gets no gradient, loss or gradient is not finite, packed documents see each
             other, or the checkpoint belongs to a run with other settings.
-        KeyboardInterrupt: after the last step's state was saved.
+        KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the last step's state was saved.
     """
     device = next(model.parameters()).device
     cuda = [device] if device.type == "cuda" else []
@@ -107,30 +98,17 @@ def train(
         guard = stack.enter_context(InterruptGuard())
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)
-        if settings.checkpointing:
-            stack.enter_context(_recomputed(model))
+        if settings.max_memory is not None:
+            stack.enter_context(steady_allocation())  # what is freed must not count against the budget
+        stack.enter_context(recomputed(model, blocks_to_recompute(model, stream, settings, memory, reporter)))
         was_training = model.training
         stack.callback(model.train, was_training)
-        run = _Run(model, stream, list(valid_samples), settings, run_dir, export, memory, guard, reporter)
+        run = Loop(model, stream, list(valid_samples), settings, run_dir, export, memory, guard, reporter)
         stack.callback(run.close)
         return run.go(resume=resume)
 
 
-@contextlib.contextmanager
-def _recomputed(model: Any) -> Iterator[None]:
-    """Recompute the blocks' activations while the context lasts; transformers renamed the switch on its way to 6."""
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    enable = getattr(model, f"{name}_checkpointing_enable", None)
-    if enable is None or not getattr(model, "supports_gradient_checkpointing", True):
-        raise TrainingError(f"{type(model).__name__} cannot recompute its activations; set checkpointing to false")
-    enable({"use_reentrant": False})
-    try:
-        yield
-    finally:
-        getattr(model, f"{name}_checkpointing_disable")()
-
-
-class _Run:
+class Loop:
     """One call of `train`."""
 
     def __init__(
@@ -147,31 +125,40 @@ class _Run:
     ) -> None:
         self.model, self.stream, self.valid, self.settings = model, stream, valid, settings
         self.run_dir, self.export, self.memory, self.guard, self.reporter = run_dir, export, memory, guard, reporter
-        self.checkpoints = run_dir / "checkpoints"
         self.parameters = trained_parameters(model)
         if not self.parameters:
             raise TrainingError(
                 f"{type(model).__name__} has no parameter that is trained; attach an adapter, or unfreeze"
             )
         self.device = next(model.parameters()).device
-        self.optimizer = adamw(
-            self.parameters, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay
+        self.optimizer = make_optimizer(
+            settings.optimizer,
+            self.parameters,
+            learning_rate=settings.learning_rate,
+            weight_decay=settings.weight_decay,
         )
         self.positions = positions_of(model)
-        self.step = 0
-        self.progress = Progress()
         self.first_step_done = False
-        self.whole = True  # the parameters are those of a completed step
-        self.saved_step = 0
-        self.saved_time = time.monotonic()
+        self.state = TrainState(self.parameters, self.optimizer, stream, settings, run_dir / "checkpoints", reporter)
         self.metrics: MetricsFile | None = None
-        batch = self._peek()
+        batch = self.state.peek()
         if batch.documents is not None:
             check_isolation(model, batch.to(self.device))
         self.head = find_head(model, batch)
-        self.boundary = self._note_boundary()
+        self.state.note_boundary()
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps completed."""
+        return self.state.step
+
+    @property
+    def progress(self) -> Progress:
+        """The loop's counters, as the state holds them."""
+        return self.state.progress
 
     def close(self) -> None:
+        """Let go of gradients and the metrics file."""
         if self.metrics is not None:
             self.metrics.close()
         self.optimizer.zero_grad(set_to_none=True)
@@ -179,12 +166,11 @@ class _Run:
     # --- the run ------------------------------------------------------------------------------------------------------
 
     def go(self, *, resume: bool) -> TrainResult:
-        checkpoint = self._newest() if resume else None
-        if checkpoint is not None:
-            self._restore(checkpoint)
-        else:
+        """Run to the end, from the newest checkpoint where `resume` says so."""
+        if not (resume and self.state.resume()):
             self.progress.total_steps = self._count_steps()
-        self.metrics = MetricsFile(self.run_dir / METRICS_NAME, after_step=self._written_step())
+        events = self.run_dir / EVENTS_NAME if self.settings.tensorboard else None
+        self.metrics = MetricsFile(self.run_dir / METRICS_NAME, after_step=self._written_step(), events=events)
         total = self.progress.total_steps
         self.reporter.start("training", total, "steps")
         try:
@@ -193,22 +179,29 @@ class _Run:
                 self._after_step()
             while self.step < total and self.progress.ended is None:
                 self.guard.check()
-                self._train_step()
-                self._after_step()
+                try:
+                    applied = self._train_step()
+                except NotFiniteError as error:
+                    self._skip(error)
+                    continue
+                if applied:
+                    self._after_step()
             self.guard.check()
             self.export(self.run_dir / "last")
         except KeyboardInterrupt:
-            self._keep_state("interrupted")
+            self.state.keep("interrupted")
             raise
+        except DiskFullError:
+            raise  # another try would fail alike; what was kept before stands
         except TrainingError as error:
-            kept = self._keep_state("stopped")
+            kept = self.state.keep("stopped")
             if kept is None:
                 raise
             self.export(self.run_dir / "last")
             raise TrainingError(f"{error} The state after step {self.step} is kept in {kept}.") from error
         except Exception:
             with contextlib.suppress(Exception):  # the first failure is the one to tell
-                self._keep_state("stopped")
+                self.state.keep("stopped")
             raise
         finally:
             self.reporter.finish()
@@ -227,34 +220,49 @@ class _Run:
             best_valid_loss=progress.best_valid_loss,
             best_step=progress.best_step,
             ended=progress.ended or "all steps done",
+            events=list(progress.events),
         )
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> bool:
+        """Do one step; False where the watchdog returned to an earlier one instead.
+
+        Raises:
+            NotFiniteError: loss or gradient is no number; nothing was updated.
+        """
         settings, start = self.settings, time.perf_counter()
-        batches = self.stream.next_step()
-        loss, supervised = self._backward(batches)
+        batches, loss, supervised = self._gradient()
         if not self.first_step_done:
-            self._check_every_gradient()
+            watchdog.check_every_gradient(self.parameters, self.step + 1)
             self.first_step_done = True
         norm = gradient_norm(self.parameters)
         norm_value = float(norm)
         if not math.isfinite(norm_value):
-            raise TrainingError(
+            raise NotFiniteError(
                 f"step {self.step + 1}: the gradient's norm is {norm_value} (the loss is {loss:.4g}); nothing was "
                 f"updated. {self._advice()}"
             )
+        if watchdog.diverges(self.progress, loss):
+            self._roll_back(loss)
+            return False
+        if watchdog.stands_still(self.progress, norm_value):
+            self.reporter.note(
+                f"the gradient has been exactly zero for {watchdog.STILL_STEPS} steps, up to step {self.step + 1}: "
+                "nothing is learned any more"
+            )
         share = rate_share(settings.schedule, self.step, self.progress.total_steps, warmup_ratio=settings.warmup_ratio)
         rate = settings.learning_rate * share
-        self.whole = False
+        self.state.whole = False
         if settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), settings.clip_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+        probe = UpdateProbe(self.parameters) if self.step % watchdog.LOOK_STEPS == 1 else None
         self.optimizer.step()
+        lost = probe.lost_share() if probe is not None else None
         self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
+        self.state.step += 1
         seconds = time.perf_counter() - start
         tokens = sum(batch.tokens for batch in batches)
         progress = self.progress
@@ -271,9 +279,86 @@ class _Run:
             "supervised_tokens": supervised,
             "tokens_per_second": tokens / seconds,
             "step_seconds": seconds,
+            **self._marks(lost),
         }
-        self.boundary = self._note_boundary()
-        self.whole = True
+        self.state.note_boundary()
+        self.state.whole = True
+        return True
+
+    def _gradient(self) -> tuple[list[Batch], float, int]:
+        """The next step's batches with their gradient, in smaller parts where memory runs out."""
+        while True:
+            batches = self.stream.next_step()
+            try:
+                return batches, *self._backward(batches)
+            except (RuntimeError, MemoryError) as error:
+                if not watchdog.out_of_memory(error):
+                    raise
+                why = str(error).strip().split("\n")[0][:200]
+            self._halve(batches, why)  # out here the exception and the tensors that it held are gone
+
+    def _halve(self, batches: Sequence[Batch], why: str) -> None:
+        """Set the step back to its beginning, and compute half as many rows at once from now on."""
+        self.state.return_to_boundary()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        before, width = self.stream.micro_batch, max(batch.input_ids.shape[1] for batch in batches)
+        if before == 1:
+            raise TrainingError(
+                f"step {self.step + 1}: memory ran out with 1 row of {width:,} tokens, the smallest micro-batch "
+                f"({why}). Set a lower max_length, checkpointing to all, or a smaller method (lora, qlora)."
+            )
+        after = (before + 1) // 2
+        self.stream.micro_batch = self.progress.micro_batch = after
+        self.progress.events.append({"kind": "micro_batch", "step": self.step + 1, "value": after, "why": why})
+        self.reporter.note(
+            f"memory ran out at step {self.step + 1} with micro-batches of {before} rows of up to {width:,} tokens: "
+            f"they are {after} from now on, in as many more parts; the rows of a step stay the same"
+        )
+
+    def _skip(self, error: NotFiniteError) -> None:
+        """Go on behind the data of a step that cannot be applied, if that has not been tried too often."""
+        if not watchdog.may_try_again(self.progress, self.step + 1):
+            raise error
+        self.optimizer.zero_grad(set_to_none=True)
+        self.progress.events.append({"kind": SKIPPED, "step": self.step + 1, "value": 1, "why": str(error)})
+        self.reporter.note(f"{error} The step's rows are skipped.")
+        self.state.note_boundary()
+
+    def _roll_back(self, loss: float) -> None:
+        """Return to the last planned checkpoint, and stop where that has been tried too often."""
+        step, middle = self.step + 1, statistics.median(self.progress.losses)
+        why = (
+            f"step {step}: the loss was far above its recent median of {middle:.4g} for {watchdog.HIGH_STEPS} steps in "
+            f"a row, at last {loss:.4g}"
+        )
+        again, to = watchdog.may_try_again(self.progress, step), self.progress.good_step
+        if again:
+            self.progress.events.append({"kind": ROLLED_BACK, "step": step, "value": step, "to": to, "why": why})
+        self.state.roll_back()
+        assert self.metrics is not None
+        self.metrics.close()
+        self.metrics = MetricsFile(self.run_dir / METRICS_NAME, after_step=self.step)
+        if not again:
+            raise TrainingError(
+                f"{why}; returning to step {to} did not help {watchdog.ATTEMPTS} times. {self._advice()}"
+            )
+        self.reporter.note(f"{why}; weights and optimizer are back at step {to}, the rows since then are skipped")
+
+    def _marks(self, lost: float | None) -> dict[str, float]:
+        """What the watchdog has to say about the step just done, for its line of the metrics."""
+        marks: dict[str, float] = {}
+        for event in self.progress.events:
+            if event.get("to", event["step"] - 1) + 1 == self.step:
+                marks[event["kind"]] = event["value"]
+        if lost is not None:
+            marks["lost_update_share"] = lost
+            if watchdog.loses_updates(lost):
+                self.reporter.note(
+                    f"step {self.step}: {lost:.0%} of the weights looked at kept their bits through the update; the "
+                    "learning rate is too low for them"
+                )
+        return marks
 
     def _backward(self, batches: Sequence[Batch]) -> tuple[float, int]:
         """Leave the step's gradient in the parameters; returns nats per supervised token, and those tokens."""
@@ -287,22 +372,13 @@ class _Run:
             if not math.isfinite(value):
                 rows = [index for row in batch.rows for index in row]
                 shown = ", ".join(map(str, rows[:8])) + (" ..." if len(rows) > 8 else "")
-                raise TrainingError(
+                raise NotFiniteError(
                     f"step {self.step + 1}: the loss is {value} in the micro-batch of samples {shown}; nothing was "
                     f"updated. {self._advice()}"
                 )
             (loss_sum / supervised).backward()
             total += value
         return total / supervised, supervised
-
-    def _check_every_gradient(self) -> None:
-        without = [name for name, parameter in self.parameters.items() if parameter.grad is None]
-        if without:
-            shown = "\n  ".join(without[:10]) + (f"\n  and {len(without) - 10} more" if len(without) > 10 else "")
-            raise TrainingError(
-                f"step {self.step + 1}: {len(without)} of {len(self.parameters)} trained parameters got no gradient, "
-                f"so they would never change:\n  {shown}\nLeave them out of the targets, or choose another method."
-            )
 
     def _advice(self) -> str:
         return (
@@ -328,17 +404,18 @@ class _Run:
         self.metrics.write(row)
         shown = ("loss", "valid_loss", "tokens_per_second", "peak_bytes")
         self.reporter.advance(self.step, **{name: row[name] for name in shown if name in row})
-        due = time.monotonic() - self.saved_time >= SAVE_SECONDS
+        armed = len(self.progress.losses) == watchdog.WINDOW
+        due = time.monotonic() - self.state.saved_time >= SAVE_SECONDS
         if settings.save_steps is not None:
             due = self.step % settings.save_steps == 0
-        if due:
-            self._save()
+        if due or (armed and progress.good_step is None):  # the watchdog needs a state to return to
+            self.state.save(scheduled=progress.high == 0)
 
     def _evaluate_and_keep_best(self) -> float:
         progress = self.progress
         loss = self.evaluate()
         if not math.isfinite(loss):
-            self.whole = False  # a state whose loss is not a number is not worth keeping
+            self.state.whole = False  # a state whose loss is not a number is not worth keeping
             raise TrainingError(f"step {self.step}: the loss on the validation rows is {loss}. {self._advice()}")
         progress.valid_loss = loss
         if progress.best_valid_loss is None or loss < progress.best_valid_loss:
@@ -402,89 +479,16 @@ class _Run:
         self.model.train()
         while len(times) < 3 and sum(times) < 0.05 * seconds:
             start = time.perf_counter()
-            self._backward(self.stream.next_step())
+            self._gradient()
             self.optimizer.zero_grad(set_to_none=True)
             times.append(time.perf_counter() - start)
-        self._return_to_boundary()
+        self.state.return_to_boundary()
         steps = max(1, int(0.9 * (seconds - sum(times)) / statistics.median(times)))
         self.reporter.note(f"{seconds / 60:g} minutes are about {steps} steps of {min(times):.2g} s")
         return steps
 
     def _overtime(self, length: Minutes) -> bool:
         return self.progress.train_seconds > 1.25 * 60 * length.minutes
-
-    # --- states -------------------------------------------------------------------------------------------------------
-
-    def _peek(self) -> Batch:
-        state = self.stream.state_dict()
-        batch = self.stream.next_step()[0]
-        self.stream.load_state_dict(state)
-        return batch
-
-    def _note_boundary(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        return self.stream.state_dict(), generator_states(self.device)
-
-    def _return_to_boundary(self) -> None:
-        stream_state, generators = self.boundary
-        self.stream.load_state_dict(stream_state)
-        set_generator_states(generators, self.device)
-
-    def _save(self) -> Path:
-        stream_state, generators = self.boundary
-        state = {
-            "progress": vars(self.progress),
-            "stream": stream_state,
-            "identity": dict(self.settings.identity),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-        }
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
-        optimizer = optimizer_tensors(self.optimizer, self.parameters)
-        path = save_checkpoint(self.checkpoints, Checkpoint(self.step, weights, optimizer, generators, state))
-        self.saved_step, self.saved_time = self.step, time.monotonic()
-        return path
-
-    def _keep_state(self, why: str) -> Path | None:
-        """Save the last completed step before the run ends early; None where there is nothing new to keep."""
-        if not self.whole or self.step == 0:
-            return None
-        path = self.checkpoints / f"step-{self.step:06d}"
-        if self.saved_step != self.step:
-            path = self._save()
-        self.reporter.note(f"{why} after step {self.step}; its state is in {path}; --resume goes on from there")
-        return path
-
-    def _newest(self) -> Checkpoint | None:
-        checkpoint, skipped = newest_checkpoint(self.checkpoints)
-        for line in skipped:
-            self.reporter.note(line)
-        if checkpoint is None:
-            self.reporter.note(f"no whole checkpoint in {self.checkpoints}: the run starts from the beginning")
-        return checkpoint
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoint.state
-        wrong = differences(state["identity"], self.settings.identity)
-        shapes = {name: list(tensor.shape) for name, tensor in checkpoint.weights.items()}
-        wrong += differences(shapes, {name: list(tensor.shape) for name, tensor in self.parameters.items()})[:10]
-        if wrong:
-            raise TrainingError(
-                f"{self.checkpoints}: the run cannot go on exactly, since it began otherwise:\n  "
-                + "\n  ".join(wrong)
-                + "\nResume with the settings of the run (RUN/config.yaml), or start a new one elsewhere."
-            )
-        for key, now in (("threads", torch.get_num_threads()), ("torch", torch.__version__)):
-            if state.get(key) != now:
-                self.reporter.note(f"{key} was {state.get(key)} and is {now}: the run goes on, but not bit for bit")
-        with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(checkpoint.weights[name])
-        load_optimizer_tensors(self.optimizer, self.parameters, dict(checkpoint.optimizer))
-        self.progress = Progress(**state["progress"])
-        self.step = self.saved_step = checkpoint.step
-        self.boundary = (dict(state["stream"]), dict(checkpoint.random))
-        self._return_to_boundary()
-        self.reporter.note(f"resumed after step {self.step} of {self.progress.total_steps}")
 
     def _written_step(self) -> int:
         """The last step whose metrics line is certain to be complete."""

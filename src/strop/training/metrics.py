@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from strop.training.events import EventFile
+
 NAME = "metrics.jsonl"
 
 
@@ -21,23 +23,29 @@ class MetricsFile:
     Args:
         path: The file; it is made, or continued.
         after_step: Rows of later steps, and torn ones, are removed first: the run is about to write them again.
+        events: A folder for TensorBoard's event file, made anew from the rows that stay; None: there is none.
     """
 
-    def __init__(self, path: Path, *, after_step: int) -> None:
-        kept = [line for line, row in _rows(path) if row["step"] <= after_step]
+    def __init__(self, path: Path, *, after_step: int, events: Path | None = None) -> None:
+        kept = [(line, row) for line, row in _rows(path) if row["step"] <= after_step]
         part = path.with_suffix(".part")
-        part.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        part.write_text("".join(f"{line}\n" for line, _ in kept), encoding="utf-8")
         os.replace(part, path)
         self._file = path.open("a", encoding="utf-8")
+        self._events = EventFile(events, [row for _, row in kept]) if events is not None else None
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+        if self._events is not None:
+            self._events.write(row)
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file, and the event file beside it."""
         self._file.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

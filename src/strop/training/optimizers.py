@@ -5,18 +5,28 @@
 with bias-corrected m^ and v^ (Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019); torch's own
 implementation. The trained weights are the fp32 master weights themselves: an update below 2^-9 of a weight is lost in
 bf16, so trained parameters are widened to fp32 (`widen_trained`) and the forward pass casts them down where that is
-faster. Moments are fp32. Weight decay spares vectors: norms, biases, and every other one-dimensional parameter.
+faster. Moments are fp32, or 8 bits each (`adamw8bit.py`). Weight decay spares vectors: norms, biases, and every other
+one-dimensional parameter.
 """
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from strop.numerics.dynamic8 import BLOCK
+from strop.training.adamw8bit import SMALL, AdamW8bit
+
+OptimizerName: TypeAlias = Literal["adamw", "adamw-8bit"]
+
 BETAS: Final = (0.9, 0.999)
 EPSILON: Final = 1e-8
+QUANTITIES: Final = ("step", "exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+"""What an optimizer's state of one parameter may hold."""
+
 REFERENCE_RATE: Final = 2e-5
 REFERENCE_WIDTH: Final = 4096
 ADAPTER_FACTOR: Final = 10.0
@@ -48,10 +58,13 @@ def widen_trained(model: nn.Module) -> None:
             parameter.data = parameter.data.float()
 
 
-def adamw(parameters: dict[str, nn.Parameter], *, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over `parameters` in two groups: matrices with decay, vectors without.
+def make_optimizer(
+    name: OptimizerName, parameters: dict[str, nn.Parameter], *, learning_rate: float, weight_decay: float
+) -> torch.optim.Optimizer:
+    """An optimizer over `parameters` in two groups: matrices with decay, vectors without.
 
     Args:
+        name: `adamw` is torch's, with fp32 moments; `adamw-8bit` keeps them in 8 bits.
         parameters: By name; the order decides the order of the optimizer's state.
         learning_rate: The first rate; the loop sets each step's own.
         weight_decay: Decoupled decay of the parameters with two dimensions or more.
@@ -60,8 +73,41 @@ def adamw(parameters: dict[str, nn.Parameter], *, learning_rate: float, weight_d
     vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     groups = [group for group in groups if group["params"]]
+    if name == "adamw-8bit":
+        return AdamW8bit(groups, lr=learning_rate, betas=BETAS, eps=EPSILON)
     fused = all(parameter.device.type in ("cpu", "cuda") for parameter in parameters.values())
     return torch.optim.AdamW(groups, lr=learning_rate, betas=BETAS, eps=EPSILON, fused=fused)
+
+
+def state_bytes(name: OptimizerName, parameters: Mapping[str, Tensor]) -> int:
+    """The bytes that an optimizer's moments will take."""
+    sizes = [parameter.numel() for parameter in parameters.values()]
+    if name == "adamw":
+        return sum(2 * 4 * size for size in sizes)
+    return sum(8 * size if size < SMALL else 2 * size + 8 * -(-size // BLOCK) for size in sizes)
+
+
+def vanishing_share(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], *, dtype: torch.dtype = torch.bfloat16
+) -> float:
+    """The share of the weights that moved whose move would be lost if they were kept in `dtype`.
+
+    A move is lost where round(round(before) + (after - before)) = round(before), rounding to `dtype`: below 2^-9 to
+    2^-8 of the weight in bf16. Weights that did not move at all are not counted; 0.0 where none moved.
+
+    Args:
+        before: fp32 weights by name, copied before a step.
+        after: the same weights after it.
+        dtype: what the weights would be kept in.
+    """
+    moved = lost = 0
+    for name, start in before.items():
+        move = after[name].detach() - start
+        kept = start.to(dtype)
+        same = (kept.to(move.dtype) + move).to(dtype) == kept
+        moved += int(move.count_nonzero())
+        lost += int((same & (move != 0)).sum())
+    return lost / moved if moved else 0.0
 
 
 def gradient_norm(parameters: dict[str, nn.Parameter]) -> Tensor:
@@ -90,7 +136,7 @@ def load_optimizer_tensors(
     rest = dict(tensors)
     for name, parameter in parameters.items():
         state = {}
-        for quantity in ("step", "exp_avg", "exp_avg_sq"):
+        for quantity in QUANTITIES:
             value = rest.pop(f"{name}.{quantity}", None)
             if value is not None:
                 state[quantity] = value.to(parameter.device)

@@ -212,6 +212,8 @@ def _tell_of_another_base(before: BaseRecord, now: BaseRecord, reporter: Reporte
 
 def _put_adapters(base: Base, method: Lora | QLora, *, seed: int, reporter: Reporter) -> list[str]:
     if base.adapter is None:
+        if method.rank == "auto" or method.alpha is None:
+            raise ConfigError("rank: got auto, which `strop tune` turns into a number; name the number here")
         return attach_lora(
             base.model,
             _targets(method),

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from strop.config import Epochs, Minutes, Steps
+from strop.training.optimizers import OptimizerName
 from strop.training.schedules import Schedule
 
 
@@ -20,39 +21,48 @@ class TrainSettings:
     Attributes:
         length: How long.
         learning_rate: Peak.
+        optimizer: AdamW with fp32 or with 8-bit moments.
         schedule: How the rate falls.
         warmup_ratio: Share of the steps that warms up.
         weight_decay: Of matrices.
         clip_norm: Largest gradient norm; 0 does not clip.
         compute_dtype: Of the products.
-        checkpointing: Whether activations are computed again in the backward pass.
+        checkpointing: Which blocks' activations are computed again in the backward pass.
+        max_memory: Bytes that a step may hold, for `auto`.
         eval_steps: Steps between evaluations; None: about a tenth of the run.
         eval_batch_size: Rows of an evaluation batch.
         save_steps: Steps between checkpoints; None: every ten minutes.
         patience: Evaluations without a better one after which the run stops; None: never.
+        tensorboard: Whether the metrics are written as event files too.
         seed: Of dropout.
         identity: JSON values that must be the same when the run is resumed.
     """
 
     length: Steps | Epochs | Minutes
     learning_rate: float
+    optimizer: OptimizerName = "adamw"
     schedule: Schedule = "cosine"
     warmup_ratio: float = 0.0
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     compute_dtype: torch.dtype = torch.float32
-    checkpointing: bool = False
+    checkpointing: Literal["none", "all", "auto"] = "none"
+    max_memory: int | None = None
     eval_steps: int | None = None
     eval_batch_size: int = 8
     save_steps: int | None = None
     patience: int | None = None
+    tensorboard: bool = False
     seed: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished run came to. Losses are nats per supervised token; None where nothing was evaluated."""
+    """What a finished run came to. Losses are nats per supervised token; None where nothing was evaluated.
+
+    `events` are what the run had to do to go on: data skipped, states returned to, micro-batches made smaller.
+    """
 
     steps: int
     total_steps: int
@@ -64,11 +74,17 @@ class TrainResult:
     best_valid_loss: float | None
     best_step: int | None
     ended: str
+    events: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
 class Progress:
-    """The loop's own counters; they travel in `state.json`."""
+    """The loop's own counters; they travel in `state.json`.
+
+    Attributes not named in `TrainResult`: evaluations in a row without a better one; why the run ended early; the
+    metrics of a step that is not written yet; the step of the last planned checkpoint; rows computed at once, where
+    memory made them fewer than asked; the watchdog's window of losses, and of steps above it in a row.
+    """
 
     total_steps: int = 0
     tokens: int = 0
@@ -81,6 +97,12 @@ class Progress:
     worse_evaluations: int = 0
     ended: str | None = None
     pending: dict[str, Any] | None = None
+    good_step: int | None = None
+    micro_batch: int | None = None
+    events: list[dict[str, Any]] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    high: int = 0
+    still: int = 0
 
 
 def count_steps(length: Steps | Epochs | Minutes, steps_per_epoch: int) -> int | None:

@@ -6,10 +6,13 @@ from strop.app.verbs.chat import chat, predict
 from strop.app.verbs.common import stop
 from strop.app.verbs.compare import compare
 from strop.app.verbs.demo import demo
+from strop.app.verbs.doctor import doctor
 from strop.app.verbs.explain import affine, bits, tensor
 from strop.app.verbs.plan import plan
 from strop.app.verbs.quantize import quantize
+from strop.app.verbs.selftest import selftest
 from strop.app.verbs.tune import merge, tune
+from strop.app.verbs.verify import verify
 
 __all__ = [
     "affine",
@@ -17,11 +20,14 @@ __all__ = [
     "chat",
     "compare",
     "demo",
+    "doctor",
     "merge",
     "plan",
     "predict",
     "quantize",
+    "selftest",
     "stop",
     "tensor",
     "tune",
+    "verify",
 ]

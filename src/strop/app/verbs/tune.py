@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from strop.app.verbs.common import Data, Json, Output, Overwrite, dump
+from strop.app.verbs.common import Data, Json, Output, Overwrite, dump, show
+
+if TYPE_CHECKING:
+    from strop.config import StagesConfig
 
 
 def tune(
@@ -30,7 +33,10 @@ def tune(
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Peak; each method has its own default.")
     ] = None,
-    rank: Annotated[int | None, typer.Option("--rank", "--lora-r", help="Rank of B and A.")] = None,
+    rank: Annotated[
+        str | None,
+        typer.Option("--rank", "--lora-r", metavar="N|auto", help="Rank of B and A; auto races three and takes one."),
+    ] = None,
     alpha: Annotated[
         float | None, typer.Option("--alpha", "--lora-alpha", help="The adapter is scaled by alpha / rank.")
     ] = None,
@@ -60,6 +66,9 @@ def tune(
     chat_template: Annotated[
         str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
     ] = None,
+    optimizer: Annotated[
+        str | None, typer.Option("--optimizer", "--optim", help="adamw, or adamw-8bit: moments in 8 bits.")
+    ] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", "--lr-scheduler-type", help="linear, cosine or constant.")
     ] = None,
@@ -70,16 +79,20 @@ def tune(
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     checkpointing: Annotated[
-        bool | None,
+        str | None,
         typer.Option(
-            "--checkpointing/--no-checkpointing",
-            "--gradient-checkpointing",
-            help="Recompute activations to save memory.",
+            "--checkpointing", "--gradient-checkpointing", help="Recompute blocks to save memory: none, all or auto."
         ),
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="With --checkpointing auto: what a step may hold, as 2GB.")
     ] = None,
     eval_steps: Annotated[int | None, typer.Option(help="Steps between two evaluations.")] = None,
     save_steps: Annotated[int | None, typer.Option(help="Steps between two checkpoints.")] = None,
     patience: Annotated[int | None, typer.Option(help="Stop after so many evaluations without a better one.")] = None,
+    tensorboard: Annotated[
+        bool | None, typer.Option("--tensorboard/--no-tensorboard", help="Write RUN/tensorboard event files as well.")
+    ] = None,
     adapter: Annotated[str | None, typer.Option(help="An adapter to train further.")] = None,
     seed: Annotated[int | None, typer.Option(help="Order, initial adapter, dropout.")] = None,
     resume: Annotated[
@@ -91,6 +104,8 @@ def tune(
     """Fine-tune: every weight (full), an adapter (lora, qlora), or through the quantizer (qat).
 
     Example: strop tune demo --data chats.jsonl --method lora --epochs 3 -o run     strop tune config.yaml
+
+    A config.yaml with `stages:`, a list of such settings, trains one stage after the other.
     """
     given = {
         name: value
@@ -98,12 +113,18 @@ def tune(
         if value is not None and name not in {"dry_run", "json", "model"}
     }
     from strop.app.console import ConsoleReporter
-    from strop.config import load_config, to_yaml
+    from strop.config import load_config, load_stages, to_yaml
     from strop.recipes.tune import tune_from_config
 
+    if rank is not None and rank.isascii() and rank.isdigit():
+        given["rank"] = int(rank)
     if "output" in given:
         given["output"] = str(given["output"])
     file = Path(model) if model.endswith((".yaml", ".yml")) else None
+    stages = load_stages(file, given) if file else None
+    if stages is not None:
+        _in_stages(stages, dry_run=dry_run, json=json)
+        return
     config = load_config(file, given if file else {"model": model, **given})
     if dry_run:
         print(to_yaml(config), end="")
@@ -116,10 +137,33 @@ def tune(
         print(line)
 
 
+def _in_stages(stages: StagesConfig, *, dry_run: bool, json: bool) -> None:
+    """Carry out, or print, a configuration with `stages:`."""
+    from strop.app.console import ConsoleReporter
+    from strop.recipes.stages import tune_stages_from_config
+
+    if dry_run:
+        print(stages.to_yaml(), end="")
+        return
+    run = tune_stages_from_config(stages, reporter=ConsoleReporter())
+    if json:
+        dump(run.to_dict())
+        return
+    show(run.headers(), run.rows())
+    for line in run.lines():
+        print(line)
+
+
 def merge(
     run: Annotated[str, typer.Argument(help="A run or adapter folder.")],
     output: Output,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="Round the merged layers to this: int8, int4-g32, nf4 ...")
+    ] = None,
     data: Data = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep the result although it loses the adapter's effect; it is recorded.")
+    ] = False,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -130,7 +174,9 @@ def merge(
     from strop.app.console import ConsoleReporter
     from strop.recipes.merge import merge as merge_run
 
-    result = merge_run(run, output, data=data, overwrite=overwrite, reporter=ConsoleReporter())
+    result = merge_run(
+        run, output, format=format, data=data, force=force, overwrite=overwrite, reporter=ConsoleReporter()
+    )
     if json:
         dump(result.to_dict())
         return

@@ -1,0 +1,1 @@
+"""What is looked at before a run: each check is a function from an open session to findings."""

@@ -1,0 +1,49 @@
+"""The disk that a run will fill, against what is free where it is written."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+
+import torch
+
+from strop.layers.base import linear_shape
+from strop.planner.disk import fullest_bytes
+from strop.recipes.checks.finding import Finding
+from strop.recipes.checks.words import size
+from strop.recipes.session import Session
+
+_TIGHT = 1.25
+
+
+def exported_bytes(session: Session) -> int:
+    """Bytes of one export: the adapter in fp32, or the whole model as it is stored."""
+    trained = session.trained
+    if session.config.method.name in ("lora", "qlora"):
+        return 4 * trained.parameters
+    element = torch.finfo(session.base.stored_dtype).bits // 8
+    whole = element * trained.total_parameters
+    if session.config.method.name == "qat" and trained.scheme is not None:
+        shapes = [linear_shape(session.model.get_submodule(name)) for name in trained.layers]
+        whole -= round(sum((8 * element - trained.scheme.bits_per_weight(s)) * math.prod(s) / 8 for s in shapes))
+    return whole
+
+
+def check_disk(session: Session, run_dir: Path) -> Finding:
+    """Compare what best, last, the checkpoints and one more of each while it is written need with what is free."""
+    folder = run_dir.absolute()
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file()) if run_dir.is_dir() else 0
+    needed = max(0, fullest_bytes(exported_bytes(session), session.trained.parameters) - there)
+    figures = {"needed_bytes": needed, "free_bytes": free}
+    said = f"the run writes up to {size(needed)}; {size(free)} are free"
+    if needed > free:
+        return Finding(
+            "refuse", "disk", said, f"free {size(needed - free)} more, or choose an output on another disk", figures
+        )
+    if needed * _TIGHT > free:
+        return Finding("warn", "disk", said, "free some space: others write to this disk as well", figures)
+    return Finding("fine", "disk", said, "", figures)
