@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import TuneConfig, load_config
+from strop.config import TuneConfig, data_name, load_config
 from strop.errors import DataError, ModelError, TrainingError
 from strop.pages.atomic import write_whole
 from strop.pages.examination import render_examination
@@ -169,7 +169,7 @@ def examine(
         seen = look(session, most_tokens=MOST_TOKENS, rows=rows)
         findings = _findings(session, seen, reporter, trial=trial)
         shown = [_shown(session, row) for row in seen.shown]
-    examination = Examination(by_weight(findings), shown, config.model, config.data, config.method.name)
+    examination = Examination(by_weight(findings), shown, config.model, data_name(config.data), config.method.name)
     if page is not None:
         write_whole(page, [render_examination(examination.to_dict())])
     return examination

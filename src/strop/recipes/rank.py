@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from strop.config import ALL_LINEAR, Lora, Minutes, QLora, TuneConfig
+from strop.config import ALL_LINEAR, Lora, Minutes, QLora, TuneConfig, data_name
 from strop.data.batches import BatchStream
 from strop.data.templates import Sample
 from strop.errors import ModelError, TrainingError, UsageError
@@ -243,7 +243,7 @@ class _Race:
         self.steps = race_steps(self.run_steps, len(ranks), share)
         self.rows_of_step = config.optimization.batch_size * config.optimization.accumulation
         self.kept, self.held = hold_out(
-            session.train_set.samples, wanted=self._wanted_rows(), seed=config.seed, where=config.data
+            session.train_set.samples, wanted=self._wanted_rows(), seed=config.seed, where=data_name(config.data)
         )
         self.tokens = np.array([sample.supervised for sample in self.held], dtype=np.float64)
         self.losses: dict[int, NDArray[np.float64]] = {}
