@@ -24,7 +24,7 @@ from strop.errors import DataError
 _SHOWN = 10
 
 _CHUNK_ROWS: Final = 512
-_CHUNK_CHARACTERS: Final = 1_000_000
+_CHUNK_CHARACTERS: Final = 300_000
 
 
 @dataclass
