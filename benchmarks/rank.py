@@ -1,4 +1,4 @@
-"""Does `rank: auto` choose well? `python benchmarks/rank.py --banking77 DATA/banking77_train.csv -o runs/rank`
+"""Does `rank: auto` choose well? `python -m benchmarks.rank --banking77 DATA/banking77_train.csv -o runs/rank`
 
 Two tasks for the bundled model, three seeds each: ten intents of banking77 (easy) and the demo's requests (hard). A
 full sweep trains every rank for the whole run and measures it on the same test rows; the sweep's choice is the smallest
@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmarks.rank_probe import energy_rank, entropy_rank, probe_gradients
 
 from strop.config import TuneConfig
 from strop.data.records import read_records
@@ -32,7 +33,6 @@ from strop.models import load
 from strop.recipes.rank import choose_rank
 from strop.recipes.session import open_session
 from strop.recipes.tune import tune
-from strop.training.rank_probe import energy_rank, entropy_rank, probe_gradients
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
 TEST_ROWS = 300

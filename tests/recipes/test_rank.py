@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from benchmarks.rank_probe import energy_rank, entropy_rank, probe_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -20,7 +21,6 @@ from strop.layers.surgery import linear_modules
 from strop.recipes.rank import choose_rank, hold_out, race_ranks, race_steps
 from strop.recipes.tune import tune
 from strop.training.losses import token_loss_sum
-from strop.training.rank_probe import energy_rank, entropy_rank, probe_gradients
 from strop.training.shapes import at_common_width, positions_of
 from tests.tiny import tiny_chat_file, tiny_folder, tiny_model
 from tests.training.helpers import ragged_samples, stream_of
