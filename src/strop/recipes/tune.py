@@ -275,10 +275,11 @@ def _run(
             memory=memory,
             reporter=reporter,
         )
-        report |= {"finished": True, "result": asdict(result), "peak_bytes": memory.peak_bytes}
+        peak_bytes = memory.peak_bytes
+        report |= {"finished": True, "result": asdict(result), "peak_bytes": peak_bytes}
         _write_report(run_dir, report)
         shutil.rmtree(run_dir / CACHE, ignore_errors=True)  # nothing is left to resume
-        finish_manifest(run_dir, measured_bytes=report["peak_bytes"])
+        finish_manifest(run_dir, measured_bytes=peak_bytes)
     return Run(run_dir, report)
 
 
