@@ -12,9 +12,11 @@ import torch
 
 import strop
 from strop.app.cli import main
+from strop.config import TuneConfig
 from strop.errors import MissingInputError
 from strop.files.folders import sha256_file
-from strop.recipes.manifest import load_manifest
+from strop.recipes.manifest import load_manifest, predicted_memory
+from strop.recipes.session import open_session
 from strop.recipes.tune import Run, tune
 from tests.tiny import tiny_chat_file, tiny_folder
 
@@ -217,3 +219,15 @@ def test_the_verb_ends_with_one_when_anything_differs(home, capsys):
         main(["verify", str(home / "run"), "--json"])
     assert ended.value.code == 1
     assert json.loads(capsys.readouterr().out)["run_findings"][0]["name"] == "metrics.jsonl"
+
+
+def test_the_predicted_memory_knows_the_optimizer(tmp_path):
+    base = tiny_folder(tmp_path, "llama", hidden_size=128)
+    data = tiny_chat_file(tmp_path / "chats.jsonl")
+    predicted = []
+    for optimizer in ("adamw", "adamw-8bit"):
+        config = TuneConfig.from_flat({"model": base, "data": data, "method": "full", "optimizer": optimizer})
+        plan = predicted_memory(open_session(config))
+        assert plan is not None
+        predicted.append(plan.optimizer_bytes)
+    assert predicted[1] < 0.5 * predicted[0]

@@ -165,6 +165,7 @@ def predicted_memory(session: Session) -> MemoryPlan | None:
         format=session.trained.scheme.name if session.trained.scheme is not None else "nf4-dq",
         dtype="bfloat16" if str(session.dtype) == "torch.bfloat16" else "float32",
         attention="plain" if session.attention == "eager" else "fused",
+        optimizer=config.optimization.optimizer,
     )
     return plan_memory(shape, method.name, step, adapted=adapted or None)
 
