@@ -91,3 +91,33 @@ def test_a_real_model_has_documents_isolated(material: Path) -> None:
     attention = packed_attention(model, 256)
     stream = BatchStream(prepared, batch_size=2, packing=True, max_length=256, attention=attention)
     check_isolation(model, stream.next_step()[0])
+
+
+AS_THEY_ARE: dict[str, list[str]] = {
+    "banking77_train.csv": ["--group-by-length"],
+    "gsm8k_train.jsonl": ["--packing"],
+    "lf_alpaca_en_demo.json": ["--packing"],
+    "lf_v1_sft_demo.jsonl": ["--train-on", "custom"],
+    "lf_glaive_toolcall_en_demo.json": ["--train-on", "last", "--max-length", "2048"],
+    "tinyshakespeare.txt": ["--method", "full"],
+}
+
+
+@pytest.mark.parametrize("name", AS_THEY_ARE)
+def test_published_files_are_tuned_on_as_they_are(
+    material: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands of the documentation, with a tiny model."""
+    from typer.testing import CliRunner
+
+    from strop.app.cli import app
+    from tests.tiny import tiny_folder
+
+    monkeypatch.chdir(tmp_path)
+    base = tiny_folder(tmp_path, "llama", max_position_embeddings=2048)
+    command = ["tune", str(base), "--data", str(material / "data" / name), "--max-steps", "2", "--batch-size", "2"]
+    length = [] if "--max-length" in AS_THEY_ARE[name] else ["--max-length", "256"]
+    result = CliRunner().invoke(app, [*command, "-o", "run", *length, *AS_THEY_ARE[name]])
+    assert result.exit_code == 0, result.output
+    assert "2 steps" in result.stdout
+    assert "are learned" in result.stderr

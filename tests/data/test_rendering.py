@@ -211,4 +211,4 @@ def test_a_template_that_is_too_long_for_one_row_names_that_row() -> None:
         Record("f.jsonl", 2, messages=(Message("user", "x" * 9_000_000), Message("assistant", "y"))),
     ]
     with pytest.raises(DataError, match=r"f\.jsonl, row 2: the chat template was stopped: .*8000000 characters"):
-        prepare(rows, TOKENIZER, max_length=64, chat_template=CHATML)
+        prepare(rows, TOKENIZER, max_length=1 << 30, chat_template=CHATML)

@@ -13,6 +13,7 @@ from strop.data.samples import prepare
 from strop.data.templates import IGNORED, render
 from strop.errors import DataError
 from tests.data.chats import CHATML, COUNTING, TRIMMING, conversation, record
+from tests.data.test_templates import bos_tokenizer
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -95,8 +96,6 @@ def test_problems_with_the_template_are_collected() -> None:
     bos=st.booleans(),
 )
 def test_windows_hold_every_token_of_a_text_once(texts: list[str], max_length: int, bos: bool) -> None:
-    from tests.data.test_templates import bos_tokenizer
-
     tokenizer = bos_tokenizer() if bos else TOKENIZER
     rows = [Record("f.txt", place, text=text) for place, text in enumerate(texts, start=1)]
     prepared = prepare(rows, tokenizer, max_length=max_length)

@@ -17,6 +17,7 @@ from strop.config.names import ALIASES, DEFAULT_METHOD, KEYS
 from strop.config.schema import json_schema
 from strop.config.settings import (
     ALL_LINEAR,
+    DataPart,
     Epochs,
     Full,
     Length,
@@ -31,6 +32,7 @@ from strop.config.settings import (
     Samples,
     Steps,
     Watch,
+    data_name,
 )
 from strop.config.stages import Stage, StagesConfig, load_stages
 
@@ -39,6 +41,7 @@ __all__ = [
     "ALL_LINEAR",
     "DEFAULT_METHOD",
     "KEYS",
+    "DataPart",
     "Epochs",
     "Full",
     "Length",
@@ -56,6 +59,7 @@ __all__ = [
     "Steps",
     "TuneConfig",
     "Watch",
+    "data_name",
     "json_schema",
     "load_config",
     "load_stages",

@@ -47,6 +47,8 @@ class TuneConfig(Top):
         result: dict[str, object] = {}
         for name in TOP:
             result[name] = getattr(self, name)
+        if not isinstance(self.data, str):
+            result["data"] = [part.model_dump() for part in self.data]
         result["method"] = self.method.name
         for group in (self.method, self.length, self.samples, self.optimization, self.watch, self.machine):
             brought = SHAPE if isinstance(group, LowRank) and group.adapter is not None else ()

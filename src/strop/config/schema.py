@@ -14,7 +14,7 @@ from strop.config.names import (
     OTHER_NAMES,
     fields_of,
 )
-from strop.config.settings import Top
+from strop.config.settings import DataPart, Top
 
 
 def _names(key: str) -> list[str]:
@@ -30,6 +30,14 @@ def json_schema() -> dict[str, object]:
             properties[key] = {name: value for name, value in fields[key].items() if name != "title"}
     names_or_text = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}
     properties["targets"] = names_or_text | {"description": "all-linear, or names, suffixes and patterns of layers."}
+    part = DataPart.model_json_schema()
+    properties["data"] = {
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "minItems": 1, "items": {"anyOf": [{"type": "string", "minLength": 1}, part]}},
+        ],
+        "description": cast("dict[str, object]", properties["data"])["description"],
+    }
     properties["method"] = {
         "enum": list(METHODS),
         "default": DEFAULT_METHOD,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Final, Literal, TypeAlias, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 ALL_LINEAR: Final = "all-linear"
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
@@ -228,11 +230,55 @@ class Machine(Settings):
         return self
 
 
+class DataPart(Settings):
+    """One of several data sets."""
+
+    path: str = Field(min_length=1, description="A file, a folder of train, valid and test, or a hub id.")
+    weight: Real = Field(1.0, gt=0, description="How often an epoch takes its training rows.")
+
+
+def _data(value: object) -> object:
+    """One data set as text; a list of paths and of {path, weight} as parts, or as that path if it is only one."""
+    if not isinstance(value, list | tuple):
+        if value == "":
+            raise ValueError("name a file, a folder or a hub id")
+        return value
+    parts: list[DataPart] = []
+    for item in cast("list[object] | tuple[object, ...]", value):
+        entry: object = {"path": os.fspath(cast("str", item))} if isinstance(item, str | os.PathLike) else item
+        if isinstance(entry, Mapping):
+            entry = dict(cast("Mapping[str, object]", entry))
+            if isinstance(entry.get("path"), os.PathLike):
+                entry["path"] = os.fspath(cast("os.PathLike[str]", entry["path"]))
+        try:
+            parts.append(DataPart.model_validate(entry))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "entry"
+            raise ValueError(f"{item!r}: {where}: {first['msg']}; needs a path, or {{path, weight}}") from None
+    paths = [part.path for part in parts]
+    doubled = sorted({path for path in paths if paths.count(path) > 1})
+    if doubled:
+        raise ValueError(f"names {', '.join(doubled)} more than once; give it a weight instead")
+    if not parts:
+        raise ValueError("name at least one file, folder or hub id")
+    return parts[0].path if len(parts) == 1 and parts[0].weight == 1 else tuple(parts)
+
+
+def data_name(data: str | Sequence[DataPart]) -> str:
+    """What the data of a run are called: `a.jsonl`, or `a.jsonl + b.jsonl=2`."""
+    if isinstance(data, str):
+        return data
+    return " + ".join(part.path + (f"={part.weight:g}" if part.weight != 1 else "") for part in data)
+
+
 class Top(Settings):
     """The settings of `TuneConfig` that stand in no group, to be checked even where a group fails."""
 
     model: str = Field(min_length=1, description="The base: a folder, a hub id, or 'demo'.")
-    data: str = Field(min_length=1, description="A file, a folder of train, valid and test, or a hub id.")
+    data: Annotated[str | tuple[DataPart, ...], BeforeValidator(_data)] = Field(
+        description="A file, a folder of train, valid and test, or a hub id; or a list of them and of {path, weight}."
+    )
     output: str | None = Field(
         None, min_length=1, description="The run's folder. Default: runs/MODEL-METHOD, numbered."
     )

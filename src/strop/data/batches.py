@@ -9,7 +9,6 @@ decide, so its whole state is two numbers.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from strop.data.packing import PackedAttention, block_mask, pack
+from strop.data.store import sample_lengths, samples_digest
 from strop.data.templates import IGNORED, Sample
 from strop.errors import ConfigError, DataError, TrainingError
 
@@ -188,7 +188,7 @@ class BatchStream:
         pad_id: int = 0,
         attention: PackedAttention | None = None,
     ) -> None:
-        self.samples = list(samples)
+        self.samples: Sequence[Sample] = samples if isinstance(samples, Sequence) else list(samples)
         for name, value in (("batch_size", batch_size), ("accumulation", accumulation), ("max_length", max_length)):
             if value < 1:
                 raise ConfigError(f"{name} is {value}; it must be at least 1")
@@ -196,7 +196,8 @@ class BatchStream:
             raise ConfigError("packing and group_by_length both save padding, each in its own way; set one of them")
         if not self.samples:
             raise DataError("there is no sample to train on")
-        longest = max(len(sample) for sample in self.samples)
+        self.lengths = sample_lengths(self.samples)
+        longest = max(self.lengths)
         if longest > max_length:
             raise DataError(
                 f"a sample has {longest} tokens, above max_length {max_length}; prepare with this max_length"
@@ -206,8 +207,8 @@ class BatchStream:
         self.max_length, self.seed, self.pad_id = max_length, seed, pad_id
         self.micro_batch = batch_size  # rows computed at once; fewer where memory runs out, in as many more parts
         self.attention = attention or PackedAttention()
-        self._packs = pack([len(sample) for sample in self.samples], max_length) if packing else None
-        self._digest = self._fingerprint()
+        self._packs = pack(self.lengths, max_length) if packing else None
+        self._digest = samples_digest(self.samples)
         self._epoch, self._step = 0, 0
         self._steps = self._epoch_steps(0)
 
@@ -250,7 +251,7 @@ class BatchStream:
         return used / positions
 
     def _row_length(self, row: Sequence[int]) -> int:
-        return sum(len(self.samples[index]) for index in row)
+        return sum(self.lengths[index] for index in row)
 
     def _micro_batches(self, rows: Sequence[list[int]]) -> list[Sequence[list[int]]]:
         rows = sorted(rows, key=self._row_length)
@@ -275,8 +276,8 @@ class BatchStream:
         else:
             by_length: dict[int, list[int]] = {}
             for index in samples:
-                by_length.setdefault(len(self.samples[index]), []).append(index)
-            packs = [[by_length[len(self.samples[index])].pop() for index in row] for row in self._packs]
+                by_length.setdefault(self.lengths[index], []).append(index)
+            packs = [[by_length[self.lengths[index]].pop() for index in row] for row in self._packs]
             rows = [packs[place] for place in shuffled(len(packs))]
         count = self.steps_per_epoch
         if not (self.packing or self.group_by_length):
@@ -290,12 +291,6 @@ class BatchStream:
                 grouped.append(longest_last[begin : begin + len(step)])
                 begin += len(step)
         return [grouped[place] for place in shuffled(count)]
-
-    def _fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            digest.update(torch.tensor([len(sample), *sample.input_ids, *sample.labels]).numpy().tobytes())
-        return digest.hexdigest()
 
     def _settings(self) -> dict[str, Any]:
         return {
@@ -351,8 +346,9 @@ def eval_batches(samples: Sequence[Sample] | Any, batch_size: int, *, pad_id: in
 
     Batches of like lengths save padding, and the longest first shows at once whether memory suffices.
     """
-    listed = list(samples)
-    order = sorted(range(len(listed)), key=lambda index: -len(listed[index]))
+    listed: Sequence[Sample] = samples if isinstance(samples, Sequence) else list(samples)
+    lengths = sample_lengths(listed)
+    order = sorted(range(len(listed)), key=lambda index: -lengths[index])
     for begin in range(0, len(order), batch_size):
         rows = order[begin : begin + batch_size]
         yield padded_batch([listed[index] for index in rows], rows, pad_id=pad_id)

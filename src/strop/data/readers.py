@@ -187,9 +187,10 @@ def _check_encoding(path: Path, head: bytes) -> None:
             f"{path}: the byte order mark says UTF-16 or UTF-32; save it as UTF-8 "
             f"(iconv -f UTF-16 -t UTF-8 {path.name})"
         )
-    start = head[:64]
-    if len(start) >= 4 and start.count(0) >= len(start) // 3:
-        order = "UTF-16BE" if start[0] == 0 else "UTF-16LE"
+    first, second = head[:64:2], head[1:64:2]
+    zeros = first.count(0), second.count(0)
+    if len(second) >= 2 and min(zeros) == 0 and max(zeros) >= 0.7 * len(second):
+        order = "UTF-16BE" if zeros[0] else "UTF-16LE"
         raise DataError(
             f"{path}: a zero beside every letter, as UTF-16 without a byte order mark has; save it as UTF-8 "
             f"(iconv -f {order} -t UTF-8 {path.name})"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import LowRank, TuneConfig, load_config
+from strop.config import LowRank, TuneConfig, data_name, load_config
 from strop.errors import DataError, ModelError, TrainingError
 from strop.pages.atomic import write_whole
 from strop.pages.examination import render_examination
@@ -176,7 +176,7 @@ def examine(
     if auto:
         told = f"auto: looked at with {LARGEST_RANK}, the largest that is raced, which needs the most memory"
         findings.append(Finding("fine", "rank", told, ""))
-    examination = Examination(by_weight(findings), shown, config.model, config.data, config.method.name)
+    examination = Examination(by_weight(findings), shown, config.model, data_name(config.data), config.method.name)
     if page is not None:
         write_whole(page, [render_examination(examination.to_dict())])
     return examination

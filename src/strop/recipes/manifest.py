@@ -15,13 +15,15 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import TuneConfig
-from strop.data.readers import EXTENSIONS
+from strop.config import DataPart, TuneConfig, data_name
+from strop.data.readers import EXTENSIONS, extension_of
 from strop.data.records import Record
+from strop.data.store import sample_lengths
 from strop.data.templates import template_hash
 from strop.errors import FileFormatError, StropError
 from strop.files.folders import MANIFEST, read_json, sha256_file
@@ -105,7 +107,7 @@ def run_manifest(session: Session, run_dir: Path) -> dict[str, Any]:
         "kind": "run",
         "finished": False,
         "inputs": {
-            "data": data_record(config.data, session.splits.train + session.splits.valid, run_dir),
+            "data": data_record(config.data, chain(session.splits.train, session.splits.valid), run_dir),
             "rows": {"samples": session.train_set.report.samples, "sha256": session.rows_digest()},
             "base": base_record(session.base.record.base, run_dir),
             "adapter": None if session.base.adapter is None else _adapter_record(config, run_dir),
@@ -151,7 +153,7 @@ def predicted_memory(session: Session) -> MemoryPlan | None:
     except StropError:
         return None
     rows = session.train_set.samples
-    longest = config.samples.max_length if config.samples.packing else max(len(sample) for sample in rows)
+    longest = config.samples.max_length if config.samples.packing else max(sample_lengths(rows))
     adapter = session.base.adapter
     names = set(session.trained.layers)
     adapted: list[LinearShape] = [linear for linear in shape.linears if linear.name in names]
@@ -168,8 +170,11 @@ def predicted_memory(session: Session) -> MemoryPlan | None:
     return plan_memory(shape, method.name, step, adapted=adapted or None)
 
 
-def data_record(data: str, records: list[Record], run_dir: Path) -> dict[str, Any]:
-    """What the data were: the files that were read, by hash; for a hub id the rows."""
+def data_record(data: str | Sequence[DataPart], records: Iterable[Record], run_dir: Path) -> dict[str, Any]:
+    """What the data were: the files that were read, by hash; for a hub id, or several sets, the rows."""
+    if not isinstance(data, str):
+        sets = [part.model_dump() for part in data]
+        return {"name": data_name(data), "sets": sets, "records_sha256": records_digest(records)}
     files = data_files(Path(data))
     if not files:
         return {"name": data, "records_sha256": records_digest(records)}
@@ -185,7 +190,7 @@ def data_files(path: Path) -> dict[str, Path]:
     return {
         file.relative_to(path).as_posix(): file
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.suffix.lower() in (*EXTENSIONS, ".arrow")
+        if file.is_file() and extension_of(file) in (*EXTENSIONS, ".arrow")
     }
 
 

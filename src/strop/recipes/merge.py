@@ -32,7 +32,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from strop.config import load_config
-from strop.data.records import Message, Record, read_data
+from strop.data.mixing import open_mixture
+from strop.data.records import Message, Record
 from strop.data.samples import prepare
 from strop.data.templates import prompt_ids
 from strop.errors import FormatError, GateError, ModelError, StropError, UsageError
@@ -278,10 +279,10 @@ def _rows_of_run(run: Path) -> list[Record]:
     for folder in (run, run.parent):
         if (folder / "config.yaml").is_file():
             try:
-                splits = read_data(load_config(folder / "config.yaml").data)
+                splits = open_mixture(load_config(folder / "config.yaml").data)
             except StropError:
                 return []
-            return splits.valid or splits.test or splits.train
+            return list((splits.valid or splits.test or splits.train)[:MAX_PROMPTS])
     return []
 
 

@@ -295,7 +295,7 @@ def _run_source(
     def samples_of(records: Sequence[Record]) -> list[Sample]:
         template = None if chat_template is None else str(chat_template)
         limit = min(MAX_LENGTH, context)
-        return prepare(records, opened.require_tokenizer(), max_length=limit, chat_template=template).samples
+        return list(prepare(records, opened.require_tokenizer(), max_length=limit, chat_template=template))
 
     calibrating = samples_of(calibrating_rows)
     held_out = samples_of(held_out_rows) if held_out_rows else []

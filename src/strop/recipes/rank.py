@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from strop.config import ALL_LINEAR, Lora, Minutes, QLora, TuneConfig
+from strop.config import ALL_LINEAR, Lora, Minutes, QLora, TuneConfig, data_name
 from strop.data.batches import BatchStream
 from strop.data.templates import Sample
 from strop.errors import ModelError, TrainingError, UsageError
@@ -252,7 +252,7 @@ class _Race:
         self.steps = race_steps(self.run_steps, len(ranks), share)
         self.rows_of_step = config.optimization.batch_size * config.optimization.accumulation
         self.kept, self.held = hold_out(
-            session.train_set.samples, wanted=self._wanted_rows(), seed=config.seed, where=config.data
+            session.train_set.samples, wanted=self._wanted_rows(), seed=config.seed, where=data_name(config.data)
         )
         document = dict(zip(map(id, session.train_set.samples), documents(session.train_set.samples), strict=True))
         self.document_of_row = np.unique([document[id(sample)] for sample in self.held], return_inverse=True)[1]

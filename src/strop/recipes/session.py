@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -19,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import strop
 from strop.config import Lora, QLora, TuneConfig
 from strop.data.batches import BatchStream
+from strop.data.mixing import Mixture, open_mixture
 from strop.data.packing import packed_attention
-from strop.data.records import Splits, read_data
-from strop.data.samples import SampleSet, prepare
+from strop.data.samples import SampleSet
+from strop.data.store import rendered, sample_lengths, samples_digest
 from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
 from strop.progress import SILENT, Reporter
@@ -61,7 +63,7 @@ class Session:
     config: TuneConfig
     base: Base
     trained: Trained
-    splits: Splits
+    splits: Mixture
     train_set: SampleSet
     valid_set: SampleSet | None
     stream: BatchStream
@@ -151,12 +153,13 @@ class Session:
         }
 
 
-def open_session(config: TuneConfig, *, reporter: Reporter = SILENT) -> Session:
+def open_session(config: TuneConfig, *, reporter: Reporter = SILENT, cache: Path | None = None) -> Session:
     """Open, read, render and attach, as `config` says.
 
     Args:
         config: the settings; those that only the model can tell are filled in.
         reporter: told of findings.
+        cache: a folder in which rendered rows are kept, and found again; None leaves nothing on the disk.
 
     Raises:
         ConfigError, MissingInputError, DataError, ModelError, FormatError, TargetError: as the steps raise them.
@@ -165,29 +168,28 @@ def open_session(config: TuneConfig, *, reporter: Reporter = SILENT) -> Session:
         require_tensorboard()
     device = choose_device(config.machine.device)
     dtype = compute_dtype(config.machine.dtype, device)
-    splits = _read(config, reporter)
+    data = _read(config, reporter)
     base = open_base(config.model, config.method, device=device, dtype=dtype, reporter=reporter)
     model, tokenizer = base.model, base.tokenizer
     if config.samples.chat_template is not None:
         set_chat_template(tokenizer, config.samples.chat_template)
     config = _resolved(config, model, reporter)
-    train_set, valid_set = _prepare(config, splits, tokenizer, reporter)
     trained = put_layers(base, config.method, seed=config.seed, reporter=reporter)
+    train_set, valid_set = _prepare(config, data, tokenizer, reporter, cache)
     attention = _choose_attention(config, model, train_set, device, dtype)
-    stream = _stream(config, model, tokenizer, train_set)
+    stream = _stream(config, model, tokenizer, data.draw(train_set.samples))
     _tell_length(config, stream, positions_of(model), reporter)
-    return Session(config, base, trained, splits, train_set, valid_set, stream, attention, device, dtype)
+    return Session(config, base, trained, data, train_set, valid_set, stream, attention, device, dtype)
 
 
-def _read(config: TuneConfig, reporter: Reporter) -> Splits:
-    splits = read_data(config.data, seed=config.seed, valid_fraction=config.samples.valid_fraction)
-    shared = {record.source for record in splits.valid} & {record.source for record in splits.train}
-    if shared:
-        held, rows = len(splits.valid), len(splits.train) + len(splits.valid)
-        reporter.note(
-            f"the data name no valid split: {held:,} of {rows:,} rows are held out for it (seed {config.seed})"
-        )
-    return splits
+def _read(config: TuneConfig, reporter: Reporter) -> Mixture:
+    data = open_mixture(config.data, seed=config.seed, valid_fraction=config.samples.valid_fraction)
+    for one in data.sets:
+        if one.drawn:
+            held, rows = len(one.valid), len(one.train) + len(one.valid)
+            which = "the data name" if len(data.sets) == 1 else f"{one.name} names"
+            reporter.note(f"{which} no valid split: {held:,} of {rows:,} rows are held out for it (seed {config.seed})")
+    return data
 
 
 def _resolved(config: TuneConfig, model: PreTrainedModel, reporter: Reporter) -> TuneConfig:
@@ -209,28 +211,34 @@ def _resolved(config: TuneConfig, model: PreTrainedModel, reporter: Reporter) ->
 
 
 def _prepare(
-    config: TuneConfig, splits: Splits, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
+    config: TuneConfig, data: Mixture, tokenizer: PreTrainedTokenizerBase, reporter: Reporter, cache: Path | None
 ) -> tuple[SampleSet, SampleSet | None]:
     samples = config.samples
     assert samples.max_length is not None
-    made = [
-        prepare(records, tokenizer, max_length=samples.max_length, train_on=samples.train_on) if records else None
-        for records in (splits.train, splits.valid)
-    ]
-    train_set, valid_set = made
-    assert train_set is not None
-    for line in train_set.report.lines():
+    made = rendered(
+        {"train": data.train, "valid": data.valid},
+        tokenizer,
+        max_length=samples.max_length,
+        train_on=samples.train_on,
+        cache=cache,
+        data_sha256=data.sha256,
+        version=strop.__version__,
+        held=data.held,
+        note=reporter.note,
+    )
+    train_set = made["train"]
+    for line in [*train_set.report.lines(), *data.lines(train_set.samples)]:
         reporter.note(line)
-    return train_set, valid_set
+    return train_set, made.get("valid")
 
 
 def _stream(
-    config: TuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_set: SampleSet
+    config: TuneConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sample]
 ) -> BatchStream:
     samples, optimization, pad_id = config.samples, config.optimization, tokenizer.pad_token_id
     assert samples.max_length is not None
     return BatchStream(
-        train_set.samples,
+        rows,
         batch_size=optimization.batch_size,
         accumulation=optimization.accumulation,
         packing=samples.packing,
@@ -260,7 +268,7 @@ def _choose_attention(
 ) -> str:
     """Plain attention for short rows on a CPU, else what the model was opened with; decided by the data alone."""
     samples = config.samples
-    longest = samples.max_length if samples.packing else max(len(sample) for sample in train_set.samples)
+    longest = samples.max_length if samples.packing else max(sample_lengths(train_set.samples))
     short = longest is not None and longest <= EAGER_LENGTH.get(dtype, 0)
     if device.type == "cpu" and short:
         model.set_attn_implementation("eager")
@@ -274,11 +282,6 @@ def _width(model: PreTrainedModel) -> int:
     return weight.shape[1]
 
 
-def _digest(samples: list[Sample]) -> str | None:
+def _digest(samples: Sequence[Sample]) -> str | None:
     """SHA-256 over the token ids and labels of rows; None where there are none."""
-    if not samples:
-        return None
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(torch.tensor([len(sample), *sample.input_ids, *sample.labels]).numpy().tobytes())
-    return digest.hexdigest()
+    return samples_digest(samples) if samples else None

@@ -14,8 +14,9 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
-from strop.config import ALL_LINEAR, Full, Lora, Qat, QLora, Stage, StagesConfig, TuneConfig
-from strop.data.records import Record, Splits, read_data
+from strop.config import ALL_LINEAR, Full, Lora, Qat, QLora, Stage, StagesConfig, TuneConfig, data_name
+from strop.data.mixing import Mixture, open_mixture
+from strop.data.records import Record
 from strop.data.samples import prepare
 from strop.data.templates import set_chat_template
 from strop.errors import ConfigError, ModelError, StropError
@@ -86,7 +87,7 @@ def check_stages(config: StagesConfig, *, reporter: Reporter = SILENT) -> Ready:
     tokenizer = _tokenizer(folder, home)
     plans: dict[str, str] = {}
     held_out: dict[str, HeldOut] = {}
-    splits: dict[str, Splits] = {}
+    splits: dict[str, Mixture] = {}
     for stage in config.stages:
         settings = stage.config(config.model)
         plan = _start(stage, settings, state, check.problems)
@@ -159,12 +160,12 @@ def _check_layers(settings: TuneConfig, skeleton: nn.Module) -> None:
         plan_linears(skeleton, parse_scheme(method.format), list(select(skeleton, ALL_LINEAR)))
 
 
-def _read(settings: TuneConfig) -> Splits:
-    splits = read_data(settings.data, seed=settings.seed, valid_fraction=settings.samples.valid_fraction)
+def _read(settings: TuneConfig) -> Mixture:
+    splits = open_mixture(settings.data, seed=settings.seed, valid_fraction=settings.samples.valid_fraction)
     if not splits.valid:
         raise ConfigError(
-            f"{settings.data}: leaves no row to hold out, and what later stages forget is measured on held-out rows; "
-            "raise valid_fraction, or give a valid split"
+            f"{data_name(settings.data)}: leaves no row to hold out, and what later stages forget is measured on "
+            "held-out rows; raise valid_fraction, or give a valid split"
         )
     return splits
 
@@ -176,7 +177,7 @@ def _length(settings: TuneConfig, skeleton: Any) -> int:
     return length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
 
 
-def _render(settings: TuneConfig, splits: Splits, tokenizer: Any, length: int) -> HeldOut:
+def _render(settings: TuneConfig, splits: Mixture, tokenizer: Any, length: int) -> HeldOut:
     if settings.samples.chat_template is not None:
         set_chat_template(tokenizer, settings.samples.chat_template)  # as the stage does, and those after it inherit
     rendered = prepare(splits.valid, tokenizer, max_length=length, train_on=settings.samples.train_on)
@@ -202,7 +203,7 @@ def _few(held_out: dict[str, HeldOut]) -> list[str]:
     ]
 
 
-def _leaks(config: StagesConfig, splits: dict[str, Splits]) -> list[str]:
+def _leaks(config: StagesConfig, splits: dict[str, Mixture]) -> list[str]:
     """Held-out rows of one stage that another stage trains on: there it is memory that is measured."""
     notes: list[str] = []
     for held in config.stages:

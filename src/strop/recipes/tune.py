@@ -4,6 +4,7 @@
     RUN/metrics.jsonl    one line a step                RUN/checkpoints     states to go on from
     RUN/run.json         what was trained on what, and what came of it
     RUN/manifest.json    hashes of all that went in and came out (`verify`)
+    RUN/cache            the rendered rows, until the run is finished
     RUN/rank.json, .png  how `rank: auto` chose (`rank.py`)
 
 The steps: settings checked, model opened, data rendered and counted, layers put in place, the loop, the account. What
@@ -13,11 +14,12 @@ fails before the loop leaves nothing behind.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from strop.config import LowRank, TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
@@ -33,6 +35,8 @@ from strop.training.checkpoints import RunLock, differences
 from strop.training.loop import train
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import read_metrics
+
+CACHE: Final = "cache"
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class Run:
 
 def tune(
     model: str | os.PathLike[str],
-    data: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Sequence[Any],
     *,
     method: str = "lora",
     format: str | None = None,
@@ -124,7 +128,7 @@ def tune(
 
     Args:
         model: a folder, a hub id; an adapter or run folder to train that adapter further.
-        data: a file, a folder of train, valid and test, or a hub id.
+        data: a file, a folder of train, valid and test, or a hub id; or a list of them and of {path, weight}.
         method: full, lora, qlora or qat.
         format: the grid of the weights; qat needs it, qlora takes nf4-dq without it.
         output: the run's folder; runs/MODEL-METHOD by default, numbered.
@@ -162,7 +166,7 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
             config = config.replace(rank=choice.rank)
             for line in choice.lines():
                 reporter.note(line)
-        return _run(open_session(config, reporter=reporter), run_dir, memory, reporter, choice)
+        return _run(*_begin(config, run_dir, reporter), run_dir, memory, reporter, choice)
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------
@@ -185,7 +189,7 @@ def _check_free(run_dir: Path) -> None:
         raise UsageError(f"{run_dir}: is a link to nothing; choose another output")
     if run_dir.exists() and not run_dir.is_dir():
         raise UsageError(f"{run_dir}: is a file, and a run is a folder; choose another output")
-    if not run_dir.is_dir() or not any(run_dir.iterdir()):
+    if not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} <= {CACHE}:
         return
     kept = [name for name in ("best", "last", "checkpoints") if (run_dir / name).exists()]
     if kept or not (run_dir / "run.json").is_file():
@@ -227,10 +231,29 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter, choice: RankChoice | None) -> Run:
+def _begin(config: TuneConfig, run_dir: Path, reporter: Reporter) -> tuple[Session, list[dict[str, Any]]]:
+    """Open the session and check it; rows that were rendered for a run that is refused are not left behind."""
+    there = run_dir.exists()
+    try:
+        session = open_session(config, reporter=reporter, cache=run_dir / CACHE)
+        return session, check_start(session, run_dir, reporter=reporter)
+    except BaseException:
+        if not there:
+            shutil.rmtree(run_dir, ignore_errors=True)
+        raise
+
+
+def _run(
+    session: Session,
+    checks: list[dict[str, Any]],
+    run_dir: Path,
+    memory: PeakMemory,
+    reporter: Reporter,
+    choice: RankChoice | None,
+) -> Run:
     """Train what the session holds, with its account beside it from the first moment on."""
     config, valid_set = session.config, session.valid_set
-    report = session.report() | {"checks": check_start(session, run_dir, reporter=reporter)}
+    report = session.report() | {"checks": checks}
     run_dir.mkdir(parents=True, exist_ok=True)
     with RunLock(run_dir):
         _replace_text(run_dir / "config.yaml", to_yaml(config.replace(resume=None)))
@@ -252,9 +275,11 @@ def _run(session: Session, run_dir: Path, memory: PeakMemory, reporter: Reporter
             memory=memory,
             reporter=reporter,
         )
-        report |= {"finished": True, "result": asdict(result), "peak_bytes": memory.peak_bytes}
+        peak_bytes = memory.peak_bytes
+        report |= {"finished": True, "result": asdict(result), "peak_bytes": peak_bytes}
         _write_report(run_dir, report)
-        finish_manifest(run_dir, measured_bytes=memory.peak_bytes)
+        shutil.rmtree(run_dir / CACHE, ignore_errors=True)  # nothing is left to resume
+        finish_manifest(run_dir, measured_bytes=peak_bytes)
     return Run(run_dir, report)
 
 

@@ -11,11 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
-from strop.config import load_config
-from strop.data.records import read_data
+from strop.config import DataPart, load_config
+from strop.data.mixing import open_mixture
 from strop.errors import FileFormatError, MissingInputError, StropError
 from strop.files.folders import MANIFEST, check_manifest, sha256_file
 from strop.files.peft_adapter import base_digest
@@ -256,11 +257,11 @@ def _check_records(result: Verification, data: Mapping[str, Any]) -> None:
     """Rows that came from no file here: read again where that can be done."""
     name = f"data {data['name']}"
     try:
-        splits = read_data(data["name"])
+        splits = open_mixture([DataPart(**part) for part in data["sets"]] if "sets" in data else data["name"])
     except (StropError, OSError) as error:
         result.input_findings.append(Finding("missing", name, str(error)))
         return
-    if records_digest(splits.train + splits.valid) != data["records_sha256"]:
+    if records_digest(chain(splits.train, splits.valid)) != data["records_sha256"]:
         result.input_findings.append(
             Finding("changed", name, "it holds other rows than the run was trained on (SHA-256)")
         )

@@ -451,7 +451,7 @@ class Loop:
         if self.settings.eval_steps is not None:
             return self.settings.eval_steps
         total = self.progress.total_steps
-        train_tokens = total / self.stream.steps_per_epoch * sum(len(sample) for sample in self.stream.samples)
+        train_tokens = total / self.stream.steps_per_epoch * sum(self.stream.lengths)
         valid_tokens = sum(len(sample) for sample in self.valid)
         times = 0.1 * train_tokens / (valid_tokens / 3)  # a forward pass costs a third of a training step
         return math.ceil(total / max(1, min(EVALUATIONS, int(times))))

@@ -98,7 +98,7 @@ def _largest_batch(stream: BatchStream) -> Batch:
         batch = stream.next_step()[0]
         stream.load_state_dict(state)
         return batch
-    longest = sorted(range(len(stream.samples)), key=lambda row: -len(stream.samples[row]))[: stream.batch_size]
+    longest = sorted(range(len(stream.samples)), key=lambda row: -stream.lengths[row])[: stream.batch_size]
     return padded_batch(stream.samples, longest, pad_id=stream.pad_id)
 
 

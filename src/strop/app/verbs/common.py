@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
+
+_NUMBER: Final = re.compile(r"\d+(\.\d*)?|\.\d+")
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
 Model = Annotated[
@@ -17,8 +20,44 @@ Data = Annotated[
     str | None,
     typer.Option("--data", "-d", "--dataset", help="A file (jsonl, json, csv, txt, parquet), folder or hub id."),
 ]
+DataSets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        "-d",
+        "--dataset",
+        help="A file (jsonl, json, csv, txt, each also .gz; parquet), folder or hub id; once for each set. "
+        "PATH=WEIGHT: an epoch takes its rows so often (2: twice, 0.5: half of them).",
+    ),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result is written.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output path.")]
+
+
+def data_sets(given: list[str] | None) -> str | list[str | dict[str, object]] | None:
+    """What `--data` names: one set as it is, several (or one with a weight) as a list.
+
+    Raises:
+        ConfigError: `a=2.jsonl`-like names that could be read both ways.
+    """
+    if not given:
+        return None
+    sets = [_weighted(text) for text in given]
+    return sets[0] if len(sets) == 1 and isinstance(sets[0], str) else sets
+
+
+def _weighted(text: str) -> str | dict[str, object]:
+    path, sign, number = text.rpartition("=")
+    if not sign or not _NUMBER.fullmatch(number):
+        return text
+    if Path(text).exists():
+        from strop.errors import ConfigError
+
+        raise ConfigError(
+            f"data: {text!r} is the name of what stands there and reads as {path!r} with the weight {number}; write "
+            f"{text}=1, or name sets and weights in a config.yaml"
+        )
+    return {"path": path, "weight": float(number)}
 
 
 def stop(message: str, code: int) -> NoReturn:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from strop.app.verbs.common import Data, Json, Output, Overwrite, dump, show
+from strop.app.verbs.common import Data, DataSets, Json, Output, Overwrite, data_sets, dump, show
 
 if TYPE_CHECKING:
     from strop.config import StagesConfig
@@ -17,7 +17,7 @@ def tune(
     model: Annotated[
         str, typer.Argument(help="The base: a folder, a hub id, 'demo'; or a config.yaml with everything.")
     ],
-    data: Data = None,
+    data: DataSets = None,
     method: Annotated[
         str | None, typer.Option("--method", "-m", help="full, lora, qlora or qat. [default: lora]")
     ] = None,
@@ -118,6 +118,8 @@ def tune(
 
     if rank is not None and rank.isascii() and rank.isdigit():
         given["rank"] = int(rank)
+    if data:
+        given["data"] = data_sets(data)
     if "output" in given:
         given["output"] = str(given["output"])
     file = Path(model) if model.endswith((".yaml", ".yml")) else None

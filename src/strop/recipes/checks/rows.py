@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import unicodedata
+from array import array
 from collections.abc import Iterable, Sequence
 from typing import Final
 
 from strop.data.records import Record
 from strop.data.samples import SampleSet, prepare
+from strop.data.templates import Sample
 from strop.errors import DataError
 from strop.recipes.checks.finding import Finding, are, count, share
 from strop.recipes.session import Session
@@ -81,8 +84,8 @@ def _left_out(session: Session) -> Finding:
 
 def _duplicates(session: Session) -> Finding:
     records = session.splits.train
-    exact, _ = _repeated(tuple(sample.input_ids) for sample in session.train_set)
-    alike, first = _repeated(map(normalised, records))
+    exact, _ = _repeated(map(_same_tokens, session.train_set))
+    alike, first = _repeated(map(_same_text, records))
     repeated = max(exact, alike)
     figures = {"rows": len(records), "same_tokens": exact, "same_text": alike}
     if not repeated:
@@ -120,8 +123,8 @@ def _repeated(keys: Iterable[object]) -> tuple[int, int]:
 
 def check_overlap(session: Session, *, test_tokens: bool) -> list[Finding]:
     """Rows that are trained on and held out too; `test_tokens` renders the test rows to compare them by token ids."""
-    trained = {tuple(sample.input_ids) for sample in session.train_set}
-    texts = {normalised(record) for record in session.splits.train}
+    trained = set(map(_same_tokens, session.train_set))
+    texts = set(map(_same_text, session.splits.train))
     findings = []
     for name, records, samples in (
         ("valid", session.splits.valid, session.valid_set),
@@ -129,8 +132,8 @@ def check_overlap(session: Session, *, test_tokens: bool) -> list[Finding]:
     ):
         if not records:
             continue
-        same = sum(tuple(sample.input_ids) in trained for sample in samples) if samples is not None else 0
-        alike = sum(normalised(record) in texts for record in records)
+        same = sum(_same_tokens(sample) in trained for sample in samples) if samples is not None else 0
+        alike = sum(_same_text(record) in texts for record in records)
         overlap = max(same, alike)
         figures = {"rows": len(records), "same_tokens": same, "same_text": alike}
         title = f"{name} rows"
@@ -159,6 +162,16 @@ def _rendered(session: Session, records: Sequence[Record]) -> SampleSet | None:
         return prepare(records, session.tokenizer, max_length=samples.max_length, train_on=samples.train_on)
     except DataError:  # rows that nothing is learned from can still be compared by their text
         return None
+
+
+def _same_tokens(sample: Sample) -> bytes:
+    """Sixteen bytes that stand for the row's tokens, so that those of a large set fit into memory."""
+    return hashlib.blake2b(array("q", sample.input_ids).tobytes(), digest_size=16).digest()
+
+
+def _same_text(record: Record) -> bytes:
+    """The same for its normalised text."""
+    return hashlib.blake2b(normalised(record).encode(), digest_size=16).digest()
 
 
 def normalised(record: Record) -> str:

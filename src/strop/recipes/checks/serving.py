@@ -18,8 +18,9 @@ def check_template(session: Session, *, rows: int) -> list[Finding]:
     the row's own, up to where the answer begins.
     """
     records, samples = session.splits.train, session.train_set.samples
-    chats = [sample for sample in samples if records[sample.index].messages is not None]
-    chosen = chats[:: max(1, len(chats) // rows)][:rows]
+    texts = {place for place, record in enumerate(records) if record.messages is None}
+    chats = [place for place, sample in enumerate(samples) if sample.index not in texts]
+    chosen = [samples[place] for place in chats[:: max(1, len(chats) // rows)][:rows]]
     if not chosen:
         return []
     digest = template_hash(session.tokenizer)
