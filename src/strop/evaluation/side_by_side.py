@@ -26,13 +26,13 @@ from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.generation import context_length, generate_answers
 from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import Measure, score, supervised_counts
-from strop.evaluation.scratch import Scratch, Stored
 from strop.evaluation.speed import measure_speed
 from strop.evaluation.statistics import LEVEL, bootstrap_mean, compare_proportions, paired_bootstrap, wilson_interval
 from strop.evaluation.tasks import ExactMatch
 from strop.evaluation.weights import keep_weights, weight_errors
 from strop.memory import PeakMemory, release_unused_memory, steady_allocation
 from strop.models import OpenedModel, load
+from strop.scratch import Scratch, Stored
 
 MOST_CONTEXT: Final = 4096
 """Tokens of a row that are scored where nothing else is said and the model could take more."""

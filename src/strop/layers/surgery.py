@@ -288,6 +288,12 @@ def _heads_and_embeddings(model: nn.Module) -> set[int]:
     return {id(module) for module in ends if module is not None}
 
 
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks by their full names, in the model's order; empty for a model that has none."""
+    lists = [(name, module) for name, module in _blocks(model) if isinstance(module, nn.ModuleList)]
+    return {f"{name}.{index}": block for name, module in lists for index, block in enumerate(module)}
+
+
 def block_lists(model: nn.Module) -> list[nn.ModuleList]:
     """The outermost `ModuleList`s of the decoder that hold linear layers; their members are the repeated blocks."""
     return [module for _, module in _blocks(model) if isinstance(module, nn.ModuleList)]

@@ -31,7 +31,7 @@ from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_c
 from strop.files.shards import tensor_files
 from strop.layers.quant_linear import QuantLinear
 from strop.models.containers import container_for
-from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, StropConfig, detach, register
+from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
@@ -130,6 +130,21 @@ def load(
     return opened
 
 
+def open_skeleton(folder: Path) -> PreTrainedModel:
+    """The model in float32 with the big weights of its blocks left on the meta device; see `models.blocks`.
+
+    Raises:
+        As `load`; ModelError too where the folder is an adapter, FormatError where it is quantized.
+    """
+    if is_adapter(folder):
+        raise ModelError(f"{folder}: is an adapter; merge it first (strop merge)")
+    config, quantization = read_config(folder)
+    if quantization is not None:
+        raise FormatError(f"{folder}: is quantized already ({quantization.get('quant_method')})")
+    tensor_files(folder)
+    return _through_transformers(folder, config, SkeletonPlan(torch.device("cpu")), torch.float32).eval()
+
+
 def _find_base(folder: Path, adapter: AdapterConfig) -> Path:
     if not adapter.base:
         raise ModelError(
@@ -186,7 +201,7 @@ def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: t
         options["quantization_config"] = StropConfig(plan)
     problems = [] if plan is None else plan.problems
     try:
-        with _quiet():
+        with quiet():
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -207,13 +222,13 @@ def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: t
         raise ModelError(f"{folder}: transformers cannot open it: {first_line(error)}") from error
     if problems:
         raise _collected(folder, problems)
-    _check_keys(folder, model, info)
+    _check_keys(folder, model, info, plan)
     if plan is not None:
         detach(model)
     return model
 
 
-def _check_keys(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+def _check_keys(folder: Path, model: PreTrainedModel, info: Mapping[str, Any], plan: Plan | None) -> None:
     kinds = {
         "missing (the model needs them, the files do not hold them)": sorted(info["missing_keys"]),
         "unexpected (the files hold them, the model has no place for them)": sorted(info["unexpected_keys"]),
@@ -223,7 +238,8 @@ def _check_keys(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -
     }
     lines = [f"  {len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if not lines:
-        lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        left_out = plan.weights if isinstance(plan, SkeletonPlan) else set[str]()
+        lost = [name for name, part in model.named_parameters() if part.is_meta and name not in left_out]
         lines = [f"  {len(lost)} never arrived: {_listed(lost)}"] if lost else []
     if lines:
         raise ModelError(
@@ -253,7 +269,7 @@ def _true_scheme(model: nn.Module) -> Scheme | None:
 
 def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{folder}: its tokenizer cannot be opened: {first_line(error)}") from error
@@ -279,7 +295,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Set transformers' bars and reports aside: what matters of them is raised as an error here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

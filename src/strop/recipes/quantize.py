@@ -30,7 +30,6 @@ from strop.data.templates import Sample
 from strop.errors import FormatError, UsageError, nearest
 from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.scoring import score
-from strop.evaluation.scratch import Scratch
 from strop.files.folders import atomic_folder, check_target
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, write_model
@@ -45,6 +44,7 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
 from strop.recipes.rows import Rows, rows_name
+from strop.scratch import Scratch
 
 MAX_LENGTH: Final = 2048
 """Most tokens of a row that calibrates or is compared."""
