@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -92,10 +93,10 @@ class BlockStream:
         (lost, whole), (held_lost, held_whole) = errors
         return BlockError(lost / whole if whole else 0.0, held_lost / held_whole if held_whole else None)
 
-    def logits(self, number: int, *, quantized: bool) -> Tensor:
-        """Logits [rows, length, vocabulary] of a batch, once it has gone through every block."""
+    def after(self, number: int, *, quantized: bool) -> Callable[..., Any]:
+        """The model's call for a batch that has gone through every block: same arguments, same output."""
         hidden = (self._quantized if quantized else self._full).get(number)
-        return self.model.after_blocks(self.batches[number].inputs(), hidden).logits
+        return lambda **inputs: self.model.after_blocks(inputs, hidden)
 
     def _feed(self, name: str) -> Feed:
         return Feed(

@@ -12,10 +12,10 @@ the rest, and at most `PIECE_NUMBERS` of them are worked on at once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def score(
         with torch.inference_mode():
             done = 0
             for batch in eval_batches(samples, batch_size):
-                for piece in _pieces(model, batch):
+                for piece in pieces(model, batch):
                     for measure in measures:
                         measure.add(piece)
                 done += len(batch.rows)
@@ -117,16 +117,27 @@ def supervised_counts(samples: Sequence[Sample]) -> Tensor:
     return counts
 
 
-def _pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
+def pieces(model: PreTrainedModel, batch: Batch, run: Callable[..., Any] | None = None) -> Iterator[Piece]:
+    """The supervised logits of one batch.
+
+    Args:
+        model: The model.
+        batch: Padded rows.
+        run: Takes the place of the model's own call, with the same arguments and output.
+
+    Raises:
+        ModelError: The logits are not finite.
+    """
+    run = run or model
     labels = batch.labels  # [rows, length]
     supervised = torch.zeros_like(labels, dtype=torch.bool)
     supervised[:, :-1] = labels[:, 1:] != -100
     positions = supervised.any(dim=0).nonzero().flatten()  # every position that some row needs
     inputs = batch.to(model.device).inputs()
     if _keeps_chosen_positions(model):
-        logits = model(**inputs, logits_to_keep=positions.to(model.device)).logits  # [rows, positions, vocabulary]
+        logits = run(**inputs, logits_to_keep=positions.to(model.device)).logits  # [rows, positions, vocabulary]
     else:
-        logits = model(**inputs).logits[:, positions.to(model.device)]
+        logits = run(**inputs).logits[:, positions.to(model.device)]
     row, column = supervised[:, positions].nonzero(as_tuple=True)  # row after row, left to right
     targets = labels[row, positions[column] + 1]
     samples = torch.tensor([places[0] for places in batch.rows])[row]

@@ -221,16 +221,17 @@ def quantize_linears(
     return names
 
 
-def plan_linears(model: nn.Module, scheme: Scheme, names: Sequence[str]) -> None:
-    """Check, before any work, that the shape of every named layer fits the scheme.
+def plan_linears(model: nn.Module, scheme: Scheme | Mapping[str, Scheme], names: Sequence[str]) -> None:
+    """Check, before any work, that the shape of every named layer fits the scheme (or its own, where they differ).
 
     Raises:
         FormatError: one line for each layer that does not fit.
     """
     problems = []
     for name in names:
+        own = scheme if isinstance(scheme, Scheme) else scheme[name]
         try:
-            plan_shape(linear_shape(model.get_submodule(name)), scheme, where=name)
+            plan_shape(linear_shape(model.get_submodule(name)), own, where=name)
         except FormatError as error:
             problems.append(str(error))
     if problems:

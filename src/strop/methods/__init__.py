@@ -8,11 +8,30 @@ search.py   rounding to nearest, with the scale searched for the least weighted 
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from strop.methods.base import Method, Statistics, weighted_error
+from strop.methods.base import Block, BlockMethod, BlockResult, Method, Statistics, output_error, weighted_error
 from strop.methods.rtn import rtn
 from strop.methods.search import search
 
 METHODS: Mapping[str, Method] = MappingProxyType({"rtn": rtn, "search": search})
-"""Every method by name."""
+"""Methods of one weight, by name."""
 
-__all__ = ["METHODS", "Method", "Statistics", "rtn", "search", "weighted_error"]
+BLOCK_METHODS: Mapping[str, BlockMethod] = MappingProxyType({})
+"""Methods of a whole block, by name; they need calibration rows."""
+
+HESSIAN: frozenset[str] = frozenset()
+"""Methods of `METHODS` that need the second moments of the inputs."""
+
+__all__ = [
+    "BLOCK_METHODS",
+    "HESSIAN",
+    "METHODS",
+    "Block",
+    "BlockMethod",
+    "BlockResult",
+    "Method",
+    "Statistics",
+    "output_error",
+    "rtn",
+    "search",
+    "weighted_error",
+]

@@ -33,6 +33,7 @@ from strop.errors import ModelError
 from strop.files.shards import tensor_files
 from strop.layers.surgery import blocks
 from strop.models.opening import open_skeleton, quiet
+from strop.models.sources import read_config
 
 
 class _Stop(Exception):
@@ -67,6 +68,7 @@ class BlockwiseModel:
     Attributes:
         model: transformers' model in evaluation mode and float32; the big weights of its blocks on the meta device.
         blocks: The blocks by full name, in the model's order.
+        dtype: Of the dense weights in the files.
 
     Raises:
         ModelError: it has no repeated blocks, or cannot be opened.
@@ -75,6 +77,8 @@ class BlockwiseModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.model: PreTrainedModel = open_skeleton(folder)
+        kind = read_config(folder)[0].dtype
+        self.dtype = kind if isinstance(kind, torch.dtype) else torch.float32
         self.blocks = blocks(self.model)
         if not self.blocks:
             raise ModelError(f"{folder}: {type(self.model).__name__} has no repeated blocks to bring one at a time")
@@ -143,9 +147,9 @@ class BlockwiseModel:
             raise ModelError(f"{name}: is given {list(given.shape)}, the block before it made {list(hidden.shape)}")
         return (hidden, *args[1:]), {key: value for key, value in kwargs.items() if key != "hidden_states"}
 
-    def after_blocks(self, inputs: dict[str, Any], hidden: Tensor, **options: Any) -> Any:
+    def after_blocks(self, inputs: dict[str, Any], hidden: Tensor) -> Any:
         """The model's output where `hidden` is what the last block gave."""
-        return self._forward(inputs | options, None, {len(self.blocks) - 1: hidden})
+        return self._forward(inputs, None, {len(self.blocks) - 1: hidden})
 
     def returns_tuple(self, name: str, output: Any) -> None:
         """Remember how a block returns its hidden states, so that passing them on looks the same."""

@@ -101,13 +101,25 @@ class RoundingPlan(Plan):
 
     reads_codes = False
 
-    def __init__(self, scheme: Scheme, rounding: Rounding, device: torch.device, *, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        scheme: Scheme | Mapping[str, Scheme],
+        rounding: Rounding,
+        device: torch.device,
+        *,
+        keep: Collection[str] = (),
+    ) -> None:
         super().__init__(device)
         self.scheme, self.rounding, self.kept = scheme, rounding, frozenset(keep)
 
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
-        """Choose every linear layer inside the blocks; FormatError if a shape does not fit, before anything is read."""
+        """Choose the layers; FormatError if a shape does not fit, before anything is read.
+
+        They are those that a mapping names, or every linear layer inside the blocks.
+        """
         names = [name for name in select(model, "all-linear") if name not in self.kept]
+        if not isinstance(self.scheme, Scheme):
+            names = [name for name in names if name in self.scheme]
         plan_linears(model, self.scheme, names)
         self.weights = {f"{name}.weight" for name in names}
 

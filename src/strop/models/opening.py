@@ -79,7 +79,7 @@ class OpenedModel:
 
 def load(
     path_or_id: str | os.PathLike[str],
-    format: str | Scheme | None = None,
+    format: str | Scheme | Mapping[str, Scheme] | None = None,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
@@ -94,7 +94,8 @@ def load(
         path_or_id: a folder (model, adapter or run), or a hub id.
         format: round the linear layers to this while loading (`int4-g32`, `nf4-dq`, ...). Over an adapter it says how
         its
-            base is rounded, instead of how it was in training.
+            base is rounded, instead of how it was in training. A scheme for each layer, by full name, rounds those
+            layers and no others.
         dtype: of the weights that stay dense, and of the activations; `"auto"` is the checkpoint's own. A weight that
         is to
             be rounded is cast to it first, so that loading with a format is loading and then rounding, bit for bit.
@@ -126,7 +127,7 @@ def load(
         opened.source = str(folder)
         homes = [folder, base]
     if tokenizer:
-        opened.tokenizer = next((_open_tokenizer(home) for home in homes if has_tokenizer(home)), None)
+        opened.tokenizer = next((open_tokenizer(home) for home in homes if has_tokenizer(home)), None)
     return opened
 
 
@@ -165,7 +166,7 @@ def _find_base(folder: Path, adapter: AdapterConfig) -> Path:
 
 def _open_model(
     folder: Path,
-    scheme: Scheme | None,
+    scheme: Scheme | Mapping[str, Scheme] | None,
     dtype: torch.dtype | str,
     device: torch.device,
     rounding: Rounding | None,
@@ -182,16 +183,14 @@ def _open_model(
                 "it "
                 "without a format, or round the model that it came from"
             )
-        plan, scheme = ReadingPlan(container, device), container.scheme
+        plan = ReadingPlan(container, device)
     elif scheme is not None:
         wanted = scheme
         plan = RoundingPlan(
             wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device, keep=keep
         )
     model = _through_transformers(folder, config, plan, dtype)
-    if plan is not None:
-        scheme = _true_scheme(model)
-    return OpenedModel(model.to(device), None, str(folder), scheme, None)  # type: ignore[arg-type]
+    return OpenedModel(model.to(device), None, str(folder), _true_scheme(model), None)  # type: ignore[arg-type]
 
 
 def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -258,8 +257,8 @@ def _collected(folder: Path, problems: list[StropError]) -> StropError:
     return type(problems[0])("\n".join([f"{folder}: {texts[0]}", *texts[1:]]))
 
 
-def _nearest(name: str, weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
-    return quantize_tensor(weight, scheme, where=name)
+def _nearest(name: str, weight: torch.Tensor, scheme: Scheme | Mapping[str, Scheme]) -> QuantizedTensor:
+    return quantize_tensor(weight, scheme if isinstance(scheme, Scheme) else scheme[name], where=name)
 
 
 def _true_scheme(model: nn.Module) -> Scheme | None:
@@ -267,7 +266,12 @@ def _true_scheme(model: nn.Module) -> Scheme | None:
     return next((module.scheme for module in model.modules() if isinstance(module, QuantLinear)), None)
 
 
-def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

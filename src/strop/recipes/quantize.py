@@ -1,9 +1,12 @@
 """`quantize`: post-training quantization of a model's linear layers, saved with a receipt of what each one lost.
 
-Each weight is rounded when transformers' loader reads it, so that memory holds the result and one weight. With `data`,
-the model in full precision runs first over part of the rows (the mean squares of the layers' inputs, for the searched
-scales) and is then compared with the result on the rest, which calibrated nothing: KL divergence and top-1 agreement
-stand in the receipt. That pass alone needs the source in memory. The head and the embeddings keep their dtype.
+    no rows are needed or given   each weight is rounded when transformers' loader reads it
+    rows (`data`)                 blocks come one at a time (`strop.calibrate`): a method over its inputs, the result in
+                                  place before the next block runs; rows held out flow along and judge both models
+
+Memory holds the result and one weight, or one block. What was made of the blocks is kept beside the output until the
+model stands, so that a killed run goes on from the last finished block, with the same bits. The head and the embeddings
+keep their dtype.
 
 What a format cannot hold (a group size that does not divide, a kind of layer that its files have no place for) is
 refused before any work, all of it at once, or kept in its own dtype and listed where that is asked for.
@@ -12,47 +15,33 @@ refused before any work, all of it at once, or kept in its own dtype and listed 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from strop.calibrate import gather_statistics
-from strop.data.batches import eval_batches
-from strop.data.records import Record, read_data
-from strop.data.samples import prepare
-from strop.data.templates import Sample
-from strop.errors import FormatError, UsageError, nearest
-from strop.evaluation.divergence import Divergence, ReferenceLogits
-from strop.evaluation.scoring import score
+from strop.calibrate.quantizing import BlockWork, layer_by_layer
+from strop.errors import FormatError, GateError, UsageError, nearest
 from strop.files.folders import atomic_folder, check_target
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, write_model
 from strop.layers.base import dense_weight, linear_shape
 from strop.layers.surgery import coverage, experts, linear_modules
-from strop.methods import METHODS, Statistics, rtn
-from strop.models import OpenedModel, load
+from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
+from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
 from strop.numerics import OBSERVERS
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
-from strop.recipes.rows import Rows, rows_name
-from strop.scratch import Scratch
-
-MAX_LENGTH: Final = 2048
-"""Most tokens of a row that calibrates or is compared."""
-
-HELD_OUT: Final = 0.25
-"""Share of the rows that calibrate nothing and are compared."""
-
-BATCH_SIZE: Final = 8
+from strop.recipes.calibrated import Calibrated, calibrate_model
+from strop.recipes.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -84,8 +73,13 @@ class QuantizeResult:
         held_out = receipt["held_out"]
         if held_out:
             lines.append(
-                f"on {held_out['rows']} held-out rows: KL {held_out['kl']:.2e} nats per token from the source, top-1 "
-                f"agreement {100 * held_out['top1_agreement']:.1f}%"
+                f"on {held_out['rows']} held-out rows: KL {held_out['kl']:.2e} nats per token from the source"
+                f"{_between(held_out['kl_interval'])}, top-1 agreement {100 * held_out['top1_agreement']:.1f}%, "
+                f"perplexity {held_out['perplexity']:.4g} (source {held_out['source_perplexity']:.4g})"
+            )
+            furthest = max(receipt["blocks"], key=lambda block: block["held_out_error"] or 0.0)
+            lines.append(
+                f"furthest from full precision: {furthest['name']}, {furthest['held_out_error']:.2e} of its output"
             )
         return [*lines, f"the model: {self.path}"]
 
@@ -99,7 +93,12 @@ def quantize(
     observer: str = "minmax",
     data: Rows | None = None,
     max_rows: int = 128,
+    max_length: int | None = None,
+    max_memory: int | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
     chat_template: str | os.PathLike[str] | None = None,
+    seed: int = 0,
     keep_indivisible: bool = False,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
@@ -110,25 +109,33 @@ def quantize(
         model: A folder in full precision, a run of full fine-tuning, a hub id, or "demo".
         format: The scheme, as `--format` writes it.
         output: The folder to write.
-        method: "rtn" rounds to nearest; "search" searches each scale for the least squared error, weighted by what
-            `data` says of the inputs.
+        method: A name of `strop.methods.METHODS` or `BLOCK_METHODS`; those that need rows take built-in paragraphs
+            where no `data` are given.
         observer: How rtn finds the range: minmax, percentile or mse.
-        data: Rows to calibrate with, of the kind that the model will see.
+        data: Rows to calibrate with, of the kind that the model will see, as `tune` takes them.
         max_rows: Rows of `data` that are used; a quarter of them is held out for the receipt.
+        max_length: Most tokens of a row; the model's context (at most 2,048) by default.
+        max_memory: Most bytes of memory, hidden states on the disk above it.
+        max_kl: The gate: most nats per token from the source, on held-out rows.
+        min_agreement: The gate: least share of held-out tokens on which both models choose the same.
         chat_template: For models that have none, as `tune` takes it.
+        seed: Of methods that draw.
         keep_indivisible: Leave a layer that the format cannot hold in its own dtype and say so in the receipt; without
             it such layers are refused, all at once, before any work.
         overwrite: Replace what stands at `output`.
         reporter: Told what happens.
 
     Raises:
-        UsageError: A method or observer that is unknown, or an observer with a method that uses none.
+        UsageError: A method or observer that is unknown, an observer with a method that uses none, a gate without rows
+            to judge by, something stands at `output`, `model` is an adapter, or `max_memory` is too little.
         FormatError: A format that is unknown, needs a container that is not written, or does not fit the layers.
-        UsageError: Something stands at `output`, or `model` is an adapter.
+        GateError: The result lies past the gate; nothing is written.
         MissingInputError, ModelError, FileFormatError, DataError: As the steps raise them.
     """
     scheme = _scheme(format)
     _check_method(method, observer)
+    if data is None and not needs_rows(method) and (max_kl is not None or min_agreement is not None):
+        raise UsageError("a gate (max-kl, min-agreement) is judged on rows that chose nothing; give some with --data")
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
     plain = _skeleton(source, scheme)
@@ -145,35 +152,111 @@ def quantize(
             f"{len(receipt.left_alone)} tensors of experts stay in their dtype; the layers that are rounded hold "
             f"{coverage(plain, names):.0%} of the weights"
         )
-    statistics, reference = _run_source(source, data, max_rows, chat_template, receipt, reporter)
-    made: dict[str, TensorReceipt] = {}
+    schemes = dict.fromkeys(names, scheme)
+    calibrated = None
+    if data is not None or needs_rows(method):
+        calibrated = calibrate_model(
+            source,
+            schemes,
+            _block_work(method, observer, seed),
+            plan={"method": method, "observer": observer, "seed": seed},
+            output=Path(output),
+            data=data,
+            max_rows=max_rows,
+            max_length=max_length,
+            max_memory=max_memory,
+            hessian=method in HESSIAN,
+            trains=method in BLOCK_METHODS,
+            chat_template=chat_template,
+            reporter=reporter,
+        )
+        _record(calibrated, receipt, reporter)
+        _check_gate(receipt, max_kl, min_agreement)
+    made = {} if calibrated is None else dict(calibrated.receipts)
+    rounding = _round_on_reading(schemes, method, observer, made, reporter) if calibrated is None else calibrated.stored
+    with atomic_folder(output, overwrite=overwrite) as temporary:
+        reporter.start(f"write {scheme.name}", len(names), "layers")
+        try:
+            opened = load(source, schemes, rounding=rounding)
+        finally:
+            reporter.finish()
+        for name, parameter in ({} if calibrated is None else calibrated.others()).items():
+            opened.model.get_parameter(name).data.copy_(parameter)
+        for name, module in linear_modules(opened.model).items():  # in the model's order, not the files'
+            receipt.tensors.append(made.get(name) or _kept(name, module, scheme, misfits[name]))
+        write_model(opened.model, opened.tokenizer, temporary)
+        receipt.write(temporary)
+    if calibrated is not None:
+        calibrated.results.remove()
+    return QuantizeResult(Path(output), receipt.to_dict())
+
+
+def needs_rows(method: str) -> bool:
+    """Whether a method cannot work without calibration rows."""
+    return method in BLOCK_METHODS or method in HESSIAN
+
+
+def _block_work(method: str, observer: str, seed: int) -> BlockWork:
+    if method in BLOCK_METHODS:
+        chosen = BLOCK_METHODS[method]
+        return lambda block, schemes, step: chosen(block, schemes, seed=seed, step=step)
+    each = _layer_method(method, observer)
+    return lambda block, schemes, step: layer_by_layer(block, schemes, each, hessian=method in HESSIAN)
+
+
+def _layer_method(method: str, observer: str) -> Method:
+    return partial(rtn, observer=observer) if method == "rtn" else METHODS[method]
+
+
+def _round_on_reading(
+    schemes: Mapping[str, Scheme], method: str, observer: str, made: dict[str, TensorReceipt], reporter: Reporter
+) -> Callable[[str, Tensor], QuantizedTensor]:
+    """A rounding for `load` that keeps receipts."""
+    each = _layer_method(method, observer)
 
     def round_one(name: str, weight: Tensor) -> QuantizedTensor:
-        if method == "rtn":
-            quantized = rtn(weight, scheme, observer=observer, where=name)
-        else:
-            quantized = METHODS[method](weight, scheme, statistics.get(name), where=name)
-        made[name] = TensorReceipt.of(name, weight, quantized, scheme.name)
+        quantized = each(weight, schemes[name], None, where=name)
+        made[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name)
         reporter.advance(len(made), layer=name)
         return quantized
 
-    try:
-        with atomic_folder(output, overwrite=overwrite) as temporary:
-            reporter.start(f"quantize to {scheme.name}", len(names), "layers")
-            try:
-                opened = load(source, scheme, rounding=round_one, keep=misfits)
-            finally:
-                reporter.finish()
-            for name, module in linear_modules(opened.model).items():  # in the model's order, not the files'
-                receipt.tensors.append(made.get(name) or _kept(name, module, scheme, misfits[name]))
-            write_model(opened.model, opened.tokenizer, temporary)
-            if reference is not None:
-                receipt.held_out = reference.figures(opened)
-            receipt.write(temporary)
-    finally:
-        if reference is not None:
-            reference.close()
-    return QuantizeResult(Path(output), receipt.to_dict())
+    return round_one
+
+
+def _record(calibrated: Calibrated, receipt: Receipt, reporter: Reporter) -> None:
+    """Put what calibration saw into the receipt."""
+    receipt.settings["calibration"] = calibrated.rows.to_dict()
+    receipt.held_out = calibrated.held_out
+    receipt.blocks = [
+        {
+            "name": report.name,
+            "calibration_error": report.error.calibration,
+            "held_out_error": report.error.held_out,
+            "notes": list(report.notes),
+        }
+        for report in calibrated.reports
+    ]
+    for report in calibrated.reports:
+        for note in report.notes:
+            reporter.note(note)
+
+
+def _check_gate(receipt: Receipt, max_kl: float | None, min_agreement: float | None) -> None:
+    """Raise where the held-out figures lie past the gate."""
+    held_out, problems = receipt.held_out, list[str]()
+    if (max_kl is not None or min_agreement is not None) and not held_out:
+        raise UsageError("a gate (max-kl, min-agreement) needs rows to judge by, and all of them calibrate; give more")
+    if max_kl is not None and held_out["kl"] > max_kl:
+        problems.append(f"KL {held_out['kl']:.4g} nats per token, at most {max_kl:g} is allowed")
+    if min_agreement is not None and held_out["top1_agreement"] < min_agreement:
+        problems.append(f"top-1 agreement {held_out['top1_agreement']:.4f}, at least {min_agreement:g} is needed")
+    if problems:
+        worst = sorted(receipt.blocks, key=lambda block: -(block["held_out_error"] or 0.0))[:3]
+        names = ", ".join(f"{block['name']} ({block['held_out_error']:.2e} of its output)" for block in worst)
+        raise GateError(
+            f"past the gate on {held_out['rows']} held-out rows: {'; '.join(problems)}. Furthest from full precision: "
+            f"{names}. Nothing was written; use more bits, smaller groups, another method or more rows"
+        )
 
 
 def _scheme(format: str) -> Scheme:
@@ -187,8 +270,9 @@ def _scheme(format: str) -> Scheme:
 
 
 def _check_method(method: str, observer: str) -> None:
-    if method not in METHODS:
-        raise UsageError(f"method {method!r} is unknown{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
+    known = [*METHODS, *BLOCK_METHODS]
+    if method not in known:
+        raise UsageError(f"method {method!r} is unknown{nearest(method, known)}; there are {', '.join(known)}")
     if observer not in OBSERVERS:
         raise UsageError(
             f"observer {observer!r} is unknown{nearest(observer, OBSERVERS)}; there are {', '.join(OBSERVERS)}"
@@ -247,88 +331,6 @@ def _kept(name: str, module: nn.Module, scheme: Scheme, reason: str) -> TensorRe
     return TensorReceipt.kept(name, dense_weight(module), linear_shape(module), scheme.name, reason)
 
 
-class _Reference:
-    """The source's logits on held-out rows, kept on disk until the result is there to be compared."""
-
-    def __init__(self, model: OpenedModel, samples: Sequence[Sample]) -> None:
-        self._samples = samples
-        self._scratch = Scratch()
-        self._logits = ReferenceLogits(len(samples), self._scratch)
-        try:
-            score(model.model, samples, [self._logits], batch_size=BATCH_SIZE)
-        except BaseException:
-            self.close()
-            raise
-
-    def figures(self, model: OpenedModel) -> dict[str, Any]:
-        """How far `model` is from the source."""
-        divergence = Divergence(self._logits)
-        score(model.model, self._samples, [divergence], batch_size=BATCH_SIZE)
-        return {
-            "rows": len(self._samples),
-            "tokens": int(divergence.tokens.sum()),
-            "kl": divergence.mean_kl,
-            "kl_99th": divergence.kl_99th,
-            "top1_agreement": divergence.top1_agreement,
-        }
-
-    def close(self) -> None:
-        """Give the disk back."""
-        self._scratch.close()
-
-
-def _run_source(
-    source: Path,
-    data: Rows | None,
-    max_rows: int,
-    chat_template: str | os.PathLike[str] | None,
-    receipt: Receipt,
-    reporter: Reporter,
-) -> tuple[Mapping[str, Statistics], _Reference | None]:
-    """Run the source over the rows: statistics from some, logits on others; the source is closed again."""
-    if data is None:
-        return {}, None
-    calibrating_rows, held_out_rows = _rows(data, max_rows)
-    opened = load(source)
-    context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
-
-    def samples_of(records: Sequence[Record]) -> list[Sample]:
-        template = None if chat_template is None else str(chat_template)
-        limit = min(MAX_LENGTH, context)
-        return list(prepare(records, opened.require_tokenizer(), max_length=limit, chat_template=template))
-
-    calibrating = samples_of(calibrating_rows)
-    held_out = samples_of(held_out_rows) if held_out_rows else []
-    if not held_out and len(calibrating) > 1:  # one long text: its last windows are held out
-        count = max(1, round(len(calibrating) * HELD_OUT))
-        calibrating, held_out = calibrating[:-count], calibrating[-count:]
-    calibrating = calibrating[:max_rows]
-    held_out = held_out[: max(1, round(max_rows * HELD_OUT))]
-    tokens = sum(len(sample) for sample in calibrating)
-    receipt.settings["calibration"] = {"data": rows_name(data), "rows": len(calibrating), "tokens": tokens}
-    reporter.start("calibrate", len(calibrating), "rows")
-    try:
-        statistics = gather_statistics(opened.model, eval_batches(calibrating, BATCH_SIZE), reporter=reporter)
-    finally:
-        reporter.finish()
-    if not held_out:
-        reporter.note(f"{rows_name(data)}: a single row; it calibrates, and nothing is left to compare on")
-        return statistics, None
-    return statistics, _Reference(opened, held_out)
-
-
-def _rows(data: Rows, max_rows: int) -> tuple[list[Record], list[Record]]:
-    """Rows that calibrate and rows that are held out, drawn evenly and always the same.
-
-    Of a folder with splits, training rows calibrate and those of the validation (or test) split are held out.
-    """
-    splits = read_data(data if not isinstance(data, os.PathLike) else Path(data), seed=0, valid_fraction=HELD_OUT)
-    held_out = splits.valid or splits.test
-    count = max(1, round(max_rows * HELD_OUT)) if held_out and max_rows > 1 else 0
-    return _drawn(splits.train, max(1, max_rows - count)), _drawn(held_out, count)
-
-
-def _drawn(records: list[Record], count: int) -> list[Record]:
-    if len(records) <= count:
-        return records
-    return [records[index] for index in sorted(random.Random(0).sample(range(len(records)), count))]
+def _between(interval: list[float | None]) -> str:
+    low, high = interval
+    return "" if low is None or high is None else f" (95% {low:.2e} to {high:.2e})"

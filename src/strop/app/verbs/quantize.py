@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from strop.app.verbs.common import Data, Json, Model, Output, Overwrite, dump
+from strop.app.verbs.common import Data, Json, Model, Output, Overwrite, dump, memory_size
 
 
 def quantize(
@@ -14,13 +14,34 @@ def quantize(
     format: Annotated[str, typer.Option("--format", "-f", help="int8, int4-g32, int4-g128-asym, int3-g32, nf4 ...")],
     output: Output,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="rtn (round to nearest) or search (searched scales).")
+        str,
+        typer.Option("--method", "-m", help="rtn (to nearest), search (searched scales); see docs/quantizing.md."),
     ] = "rtn",
     observer: Annotated[
         str, typer.Option("--observer", help="How rtn finds the range: minmax, percentile, mse.")
     ] = "minmax",
     data: Data = None,
-    max_rows: Annotated[int, typer.Option("--max-rows", help="Rows of --data to calibrate with.", min=1)] = 128,
+    max_rows: Annotated[
+        int, typer.Option("--max-rows", help="Rows of --data to use; a quarter of them is held out.", min=1)
+    ] = 128,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", "--cutoff-len", "--max-seq-length", help="Most tokens of a row.", min=2),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option("--chat-template", help="A name or file, for models that have none.")
+    ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option("--max-memory", help="Kept while calibrating: 2GB, 800MB; the disk takes the rest.")
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", help="Fail above this KL (nats per token) on held-out rows.", min=0)
+    ] = None,
+    min_agreement: Annotated[
+        float | None,
+        typer.Option("--min-agreement", help="Fail below this top-1 agreement on held-out rows.", min=0, max=1),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of methods that draw.")] = 0,
     keep_indivisible: Annotated[
         bool, typer.Option("--keep-indivisible", help="Keep layers that a group size does not divide in 16 bits.")
     ] = False,
@@ -42,6 +63,12 @@ def quantize(
         observer=observer,
         data=data,
         max_rows=max_rows,
+        max_length=max_length,
+        chat_template=chat_template,
+        max_memory=None if max_memory is None else memory_size(max_memory),
+        max_kl=max_kl,
+        min_agreement=min_agreement,
+        seed=seed,
         keep_indivisible=keep_indivisible,
         overwrite=overwrite,
         reporter=ConsoleReporter(),
