@@ -334,5 +334,4 @@ def _single_answer(record: Record) -> bool:
 
 
 def _format(opened: OpenedModel) -> str:
-    base = opened.scheme.name if opened.scheme else str(opened.model.dtype).removeprefix("torch.")
-    return f"{base} + lora r{opened.adapter.rank}" if opened.adapter else base
+    return f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format

@@ -54,7 +54,7 @@ class OpenedModel:
         model: transformers' model in evaluation mode; quantized layers are `QuantLinear`, adapted ones `LoraLinear`.
         tokenizer: None where the folder brings none, or none was asked for.
         source: the folder that was opened (for a hub id, the one in the local cache).
-        scheme: how the linear layers are quantized; None in full precision.
+        scheme: how the linear layers are quantized; None in full precision, and where they differ.
         adapter: the adapter's configuration; None without an adapter.
     """
 
@@ -63,6 +63,14 @@ class OpenedModel:
     source: str
     scheme: Scheme | None
     adapter: AdapterConfig | None
+
+    @property
+    def format(self) -> str:
+        """What the linear layers are held in: a scheme, several ("mixed: ..."), or the dtype."""
+        names = sorted({module.scheme.name for module in self.model.modules() if isinstance(module, QuantLinear)})
+        if not names:
+            return str(self.model.dtype).removeprefix("torch.")
+        return names[0] if len(names) == 1 else f"mixed: {', '.join(names)}"
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -178,8 +186,9 @@ def _open_model(
     if quantization is not None:
         container = container_for(folder, quantization)
         if scheme is not None and scheme != container.scheme:
+            held = container.scheme or "several formats"
             raise FormatError(
-                f"{folder}: is quantized already, as {container.scheme}; it cannot be rounded to {scheme} on top. Open "
+                f"{folder}: is quantized already, as {held}; it cannot be rounded to {scheme} on top. Open "
                 "it "
                 "without a format, or round the model that it came from"
             )
@@ -262,8 +271,9 @@ def _nearest(name: str, weight: torch.Tensor, scheme: Scheme | Mapping[str, Sche
 
 
 def _true_scheme(model: nn.Module) -> Scheme | None:
-    """The scheme of the first quantized layer: its tensors know the scales' dtype, a configuration may not say it."""
-    return next((module.scheme for module in model.modules() if isinstance(module, QuantLinear)), None)
+    """The scheme of the quantized layers: their tensors know the scales' dtype, a configuration may not say it."""
+    schemes = {module.scheme for module in model.modules() if isinstance(module, QuantLinear)}
+    return schemes.pop() if len(schemes) == 1 else None
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

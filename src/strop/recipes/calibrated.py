@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from torch import Tensor
 
 from strop import __version__
-from strop.calibrate.memory import plan_memory
+from strop.calibrate.memory import MemoryPlan, plan_memory
 from strop.calibrate.quantizing import BlockReport, BlockWork, quantize_blocks
 from strop.calibrate.results import Results
 from strop.calibrate.stream import BlockStream
@@ -73,14 +73,43 @@ class Calibrated:
         }
 
 
-def calibrate_model(
+@dataclass(frozen=True)
+class Bench:
+    """A model opened for calibration, with its rows and what of the memory it may use.
+
+    Attributes:
+        model: Opened block by block.
+        rows: The rows.
+        memory: How the budget is spent.
+    """
+
+    model: BlockwiseModel
+    rows: CalibrationRows
+    memory: MemoryPlan
+
+    def choosing(self) -> Bench:
+        """The same with a part of the calibrating rows in place of the held-out ones: to choose by, not to judge."""
+        return replace(self, rows=self.rows.choosing())
+
+    def stream(self, scratch: Scratch) -> BlockStream:
+        """All rows at the first block."""
+        calibrating, held = (list(eval_batches(rows, self.memory.batch_size)) for rows in self._parts())
+        return BlockStream(
+            self.model,
+            [*calibrating, *held],
+            len(calibrating),
+            memory_bytes=self.memory.hidden_bytes,
+            scratch=scratch,
+        )
+
+    def _parts(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
+        return self.rows.calibrating, self.rows.held_out
+
+
+def open_bench(
     source: Path,
-    schemes: Mapping[str, Scheme],
-    work: BlockWork,
-    *,
-    plan: Mapping[str, Any],
-    output: Path,
     data: Rows | None,
+    *,
     max_rows: int,
     max_length: int | None,
     max_memory: int | None,
@@ -88,26 +117,22 @@ def calibrate_model(
     trains: bool,
     chat_template: str | os.PathLike[str] | None,
     reporter: Reporter = SILENT,
-) -> Calibrated:
-    """Quantize the blocks of the model in `source` and measure the result.
+) -> Bench:
+    """Open a model and its rows.
 
     Args:
         source: The model's folder.
-        schemes: Layer to its scheme.
-        work: Quantizes one block.
-        plan: What `work` is, as JSON values: finished blocks of another plan are not used.
-        output: Where the model will stand; the blocks are kept in a hidden folder beside it.
         data: As `calibration_rows`.
         max_rows: As `calibration_rows`.
         max_length: As `calibration_rows`; the model's context by default.
         max_memory: A budget in bytes, or None.
-        hessian: Whether `work` needs second moments.
+        hessian: Whether the method needs second moments.
         trains: Whether it runs gradients through a block.
         chat_template: As `calibration_rows`.
         reporter: Told what happens.
 
     Raises:
-        As `calibration_rows`, `plan_memory`, `BlockwiseModel` and the method.
+        As `calibration_rows`, `plan_memory` and `BlockwiseModel`.
     """
     model = BlockwiseModel(source)
     context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
@@ -119,36 +144,53 @@ def calibrate_model(
         chat_template=chat_template,
         reporter=reporter,
     )
-    spending = plan_memory(
-        model, [*rows.calibrating, *rows.held_out], max_memory=max_memory, hessian=hessian, trains=trains
-    )
+    samples = [*rows.calibrating, *rows.held_out]
+    return Bench(model, rows, plan_memory(model, samples, max_memory=max_memory, hessian=hessian, trains=trains))
+
+
+def calibrate_model(
+    bench: Bench,
+    schemes: Mapping[str, Scheme],
+    work: BlockWork,
+    *,
+    plan: Mapping[str, Any],
+    folder: Path,
+    reporter: Reporter = SILENT,
+) -> Calibrated:
+    """Quantize a model's blocks and measure the result.
+
+    Args:
+        bench: The model and its rows.
+        schemes: Layer to its scheme.
+        work: Quantizes one block.
+        plan: What `work` is, as JSON values: finished blocks of another plan are not used.
+        folder: Where the blocks are kept.
+        reporter: Told what happens.
+    """
     results = Results(
-        output.parent / f".{output.name}.blocks",
+        folder,
         {
             **plan,
             "strop": __version__,
-            "source": _identity(source),
+            "source": _identity(bench.model.folder),
             "schemes": {name: scheme.name for name, scheme in schemes.items()},
-            "rows": rows.sha256,
-            "batch_size": spending.batch_size,
+            "rows": bench.rows.sha256,
+            "batch_size": bench.memory.batch_size,
         },
     )
     if results.found:
-        reporter.note(f"{results.found} of {len(model.blocks)} blocks were finished before: going on from there")
+        reporter.note(f"{results.found} of {len(bench.model.blocks)} blocks were finished before: going on from there")
     receipts: dict[str, TensorReceipt] = {}
 
     def weigh(name: str, weight: Tensor, quantized: QuantizedTensor) -> None:
         receipts[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name)
 
     with Scratch(DISK_BYTES) as scratch:
-        calibrating = list(eval_batches(rows.calibrating, spending.batch_size))
-        held = list(eval_batches(rows.held_out, spending.batch_size))
-        stream = BlockStream(
-            model, [*calibrating, *held], len(calibrating), memory_bytes=spending.hidden_bytes, scratch=scratch
-        )
+        stream = bench.stream(scratch)
         reports = quantize_blocks(stream, schemes, work, results, weigh=weigh, reporter=reporter)
-        held_out = _judge(stream, held, rows.held_out, scratch) if held else {}
-    return Calibrated(results, reports, receipts, rows, held_out)
+        held = stream.batches[stream.calibrating :]
+        held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
+    return Calibrated(results, reports, receipts, bench.rows, held_out)
 
 
 def _judge(stream: BlockStream, held: Sequence[Batch], samples: Sequence[Sample], scratch: Scratch) -> dict[str, Any]:

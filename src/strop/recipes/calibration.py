@@ -60,6 +60,14 @@ class CalibrationRows:
         """Tokens that calibrate."""
         return sum(len(sample) for sample in self.calibrating)
 
+    def choosing(self) -> CalibrationRows:
+        """Three quarters of the calibrating rows, the last quarter held out of them: to choose by."""
+        count = max(1, round(len(self.calibrating) * HELD_OUT))
+        kept, chosen = self.calibrating[:-count], self.calibrating[-count:]
+        if not kept:
+            raise DataError(f"{self.name}: a single row calibrates, and none is left to choose by; give more rows")
+        return CalibrationRows(self.name, kept, chosen, f"{self.sha256} choosing")
+
     def to_dict(self) -> dict[str, Any]:
         """What a receipt says of them."""
         return {

@@ -15,7 +15,7 @@ refused before any work, all of it at once, or kept in its own dtype and listed 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM
 from strop.calibrate.quantizing import BlockWork, layer_by_layer
 from strop.errors import FormatError, GateError, UsageError, nearest
 from strop.files.folders import atomic_folder, check_target
+from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, write_model
 from strop.layers.base import dense_weight, linear_shape
@@ -40,7 +41,8 @@ from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
-from strop.recipes.calibrated import Calibrated, calibrate_model
+from strop.recipes.budget import FORMATS, choose_formats, parse_budget
+from strop.recipes.calibrated import Calibrated, calibrate_model, open_bench
 from strop.recipes.rows import Rows
 
 
@@ -51,10 +53,12 @@ class QuantizeResult:
     Attributes:
         path: The folder that was written.
         receipt: What receipt.json holds.
+        choice: How the formats were chosen, in sentences; empty where one was given.
     """
 
     path: Path
     receipt: dict[str, Any]
+    choice: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """The result in sentences."""
@@ -81,43 +85,49 @@ class QuantizeResult:
             lines.append(
                 f"furthest from full precision: {furthest['name']}, {furthest['held_out_error']:.2e} of its output"
             )
-        return [*lines, f"the model: {self.path}"]
+        return [*lines, *self.choice, f"the model: {self.path}"]
 
 
 def quantize(
     model: str | os.PathLike[str],
-    format: str,
+    format: str | None = None,
     *,
     output: str | os.PathLike[str],
     method: str = "rtn",
     observer: str = "minmax",
+    budget: str | None = None,
+    formats: Sequence[str] = FORMATS,
     data: Rows | None = None,
     max_rows: int = 128,
     max_length: int | None = None,
     max_memory: int | None = None,
     max_kl: float | None = None,
     min_agreement: float | None = None,
+    repair: bool = False,
     chat_template: str | os.PathLike[str] | None = None,
     seed: int = 0,
     keep_indivisible: bool = False,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> QuantizeResult:
-    """Round a model's linear layers to a format and save the result.
+    """Round a model's linear layers to a format, or to a format each under a budget, and save the result.
 
     Args:
         model: A folder in full precision, a run of full fine-tuning, a hub id, or "demo".
-        format: The scheme, as `--format` writes it.
+        format: The scheme, as `--format` writes it; None with a budget.
         output: The folder to write.
         method: A name of `strop.methods.METHODS` or `BLOCK_METHODS`; those that need rows take built-in paragraphs
             where no `data` are given.
         observer: How rtn finds the range: minmax, percentile or mse.
+        budget: "3.5bits", "300MB" or "kl<0.02" instead of a format: see `strop.recipes.budget`.
+        formats: What layers may become under a budget, and what a repair may give them.
         data: Rows to calibrate with, of the kind that the model will see, as `tune` takes them.
         max_rows: Rows of `data` that are used; a quarter of them is held out for the receipt.
         max_length: Most tokens of a row; the model's context (at most 2,048) by default.
         max_memory: Most bytes of memory, hidden states on the disk above it.
         max_kl: The gate: most nats per token from the source, on held-out rows.
         min_agreement: The gate: least share of held-out tokens on which both models choose the same.
+        repair: Past the gate, give more bits to the layers of the blocks to blame until it passes.
         chat_template: For models that have none, as `tune` takes it.
         seed: Of methods that draw.
         keep_indivisible: Leave a layer that the format cannot hold in its own dtype and say so in the receipt; without
@@ -126,26 +136,36 @@ def quantize(
         reporter: Told what happens.
 
     Raises:
-        UsageError: A method or observer that is unknown, an observer with a method that uses none, a gate without rows
-            to judge by, something stands at `output`, `model` is an adapter, or `max_memory` is too little.
+        UsageError: A method or observer that is unknown, an observer with a method that uses none, neither or both of
+            format and budget, a gate without rows to judge by, something stands at `output`, `model` is an adapter,
+            or `max_memory` or the budget is too little.
         FormatError: A format that is unknown, needs a container that is not written, or does not fit the layers.
         GateError: The result lies past the gate; nothing is written.
         MissingInputError, ModelError, FileFormatError, DataError: As the steps raise them.
     """
-    scheme = _scheme(format)
+    if (format is None) == (budget is None):
+        raise UsageError("give a format (--format int4-g32) or a budget (--budget 3.5bits), one of the two")
     _check_method(method, observer)
-    if data is None and not needs_rows(method) and (max_kl is not None or min_agreement is not None):
+    gate = Gate(max_kl, min_agreement)
+    if gate.asked and data is None and not needs_rows(method) and budget is None:
         raise UsageError("a gate (max-kl, min-agreement) is judged on rows that chose nothing; give some with --data")
+    if repair and not gate.asked:
+        raise UsageError("a repair goes on until the gate passes; say which (--max-kl, --min-agreement)")
+    asked = None if budget is None else parse_budget(budget)
+    known = {scheme.name: scheme for scheme in map(_scheme, formats)} if asked is not None or repair else {}
+    scheme = next(iter(known.values())) if format is None else _scheme(format)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
     plain = _skeleton(source, scheme)
-    misfits = _misfits(plain, scheme)
+    check_together([*known.values(), scheme] if repair else list(known.values()))
+    misfits = {} if asked is not None else _misfits(plain, scheme)
     if misfits and not keep_indivisible:
         raise FormatError(_refusal(source, scheme, misfits))
     names = [name for name in linear_modules(plain) if name not in misfits]
     if not names:
         raise FormatError(f"{source}: no linear layer fits {scheme}; nothing would be quantized. {_first(misfits)}")
-    receipt = Receipt(str(model), scheme.name, {"method": method, "observer": observer if method == "rtn" else None})
+    settings = {"method": method, "observer": observer if method == "rtn" else None}
+    receipt = Receipt(str(model), budget or scheme.name, settings)
     receipt.left_alone = experts(plain)
     if receipt.left_alone:
         reporter.note(
@@ -153,15 +173,11 @@ def quantize(
             f"{coverage(plain, names):.0%} of the weights"
         )
     schemes = dict.fromkeys(names, scheme)
-    calibrated = None
-    if data is not None or needs_rows(method):
-        calibrated = calibrate_model(
+    calibrated, allocation = None, None
+    if data is not None or needs_rows(method) or asked is not None:
+        bench = open_bench(
             source,
-            schemes,
-            _block_work(method, observer, seed),
-            plan={"method": method, "observer": observer, "seed": seed},
-            output=Path(output),
-            data=data,
+            data,
             max_rows=max_rows,
             max_length=max_length,
             max_memory=max_memory,
@@ -170,12 +186,29 @@ def quantize(
             chat_template=chat_template,
             reporter=reporter,
         )
+        work, plan = _block_work(method, observer, seed), {"method": method, "observer": observer, "seed": seed}
+        folder = Path(output).parent / f".{Path(output).name}.blocks"
+
+        def fits(layer: str, own: Scheme) -> bool:
+            return _misfit(plain, layer, own) is None
+
+        def calibrate(chosen: Mapping[str, Scheme]) -> Calibrated:
+            return calibrate_model(bench, chosen, work, plan=plan, folder=folder, reporter=reporter)
+
+        if asked is not None:
+            trials = folder.with_name(f"{folder.name}.trial")
+            allocation = choose_formats(bench, asked, known, fits, work, plan=plan, folder=trials, reporter=reporter)
+            schemes = dict(allocation.schemes)
+        calibrated = calibrate(schemes)
+        while repair and gate.problems(calibrated.held_out):
+            schemes = _more_bits(calibrated, schemes, list(known.values()), fits, reporter)
+            calibrated = calibrate(schemes)
         _record(calibrated, receipt, reporter)
-        _check_gate(receipt, max_kl, min_agreement)
+        gate.check(receipt)
     made = {} if calibrated is None else dict(calibrated.receipts)
     rounding = _round_on_reading(schemes, method, observer, made, reporter) if calibrated is None else calibrated.stored
     with atomic_folder(output, overwrite=overwrite) as temporary:
-        reporter.start(f"write {scheme.name}", len(names), "layers")
+        reporter.start("write the model", len(names), "layers")
         try:
             opened = load(source, schemes, rounding=rounding)
         finally:
@@ -186,9 +219,95 @@ def quantize(
             receipt.tensors.append(made.get(name) or _kept(name, module, scheme, misfits[name]))
         write_model(opened.model, opened.tokenizer, temporary)
         receipt.write(temporary)
+        if allocation is not None:
+            allocation.write(temporary)
     if calibrated is not None:
         calibrated.results.remove()
-    return QuantizeResult(Path(output), receipt.to_dict())
+    return QuantizeResult(Path(output), receipt.to_dict(), [] if allocation is None else allocation.lines())
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far the result may be from its source on held-out rows.
+
+    Attributes:
+        max_kl: Most nats per token; None: any.
+        min_agreement: Least share of tokens on which both choose the same; None: any.
+    """
+
+    max_kl: float | None
+    min_agreement: float | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a gate."""
+        return self.max_kl is not None or self.min_agreement is not None
+
+    def problems(self, held_out: Mapping[str, Any]) -> list[str]:
+        """What lies past the gate.
+
+        Raises:
+            UsageError: there are no held-out figures.
+        """
+        if not self.asked:
+            return []
+        if not held_out:
+            raise UsageError("a gate needs rows to judge by, and all of them calibrate; give more rows")
+        problems: list[str] = []
+        if self.max_kl is not None and held_out["kl"] > self.max_kl:
+            problems.append(f"KL {held_out['kl']:.4g} nats per token, at most {self.max_kl:g} is allowed")
+        if self.min_agreement is not None and held_out["top1_agreement"] < self.min_agreement:
+            problems.append(
+                f"top-1 agreement {held_out['top1_agreement']:.4f}, at least {self.min_agreement:g} is needed"
+            )
+        return problems
+
+    def check(self, receipt: Receipt) -> None:
+        """Refuse a result that lies past the gate, and name the blocks to blame.
+
+        Raises:
+            GateError: it does.
+        """
+        problems = self.problems(receipt.held_out)
+        if problems:
+            worst = sorted(receipt.blocks, key=lambda block: -(block["held_out_error"] or 0.0))[:3]
+            names = ", ".join(f"{block['name']} ({block['held_out_error']:.2e} of its output)" for block in worst)
+            raise GateError(
+                f"past the gate on {receipt.held_out['rows']} held-out rows: {'; '.join(problems)}. Furthest from full "
+                f"precision: {names}. Nothing was written; use more bits, smaller groups, another method or more rows, "
+                "or let --repair give bits to the layers to blame"
+            )
+
+
+def _more_bits(
+    calibrated: Calibrated,
+    schemes: Mapping[str, Scheme],
+    known: Sequence[Scheme],
+    fits: Callable[[str, Scheme], bool],
+    reporter: Reporter,
+) -> dict[str, Scheme]:
+    """The next format with more bits for the quarter of the layers with the largest error.
+
+    Raises:
+        GateError: all of them have the most bits that there are.
+    """
+    larger: dict[str, Scheme] = {}
+    for layer, own in schemes.items():
+        above = sorted((s for s in known if s.bits > own.bits and fits(layer, s)), key=lambda s: s.bits)
+        if above:
+            larger[layer] = above[0]
+    if not larger:
+        raise GateError(
+            "repair: every layer has the most bits that --formats allows, and the gate does not pass "
+            f"(KL {calibrated.held_out['kl']:.4g}); nothing was written"
+        )
+    worst = sorted(larger, key=lambda layer: -calibrated.receipts[layer].relative_error)
+    chosen = worst[: max(1, len(schemes) // 4)]
+    reporter.note(
+        f"repair: KL {calibrated.held_out['kl']:.4g}, agreement {calibrated.held_out['top1_agreement']:.4f}; more bits "
+        f"for {len(chosen)} layers, {chosen[0]} first"
+    )
+    return {**schemes, **{layer: larger[layer] for layer in chosen}}
 
 
 def needs_rows(method: str) -> bool:
@@ -241,24 +360,6 @@ def _record(calibrated: Calibrated, receipt: Receipt, reporter: Reporter) -> Non
             reporter.note(note)
 
 
-def _check_gate(receipt: Receipt, max_kl: float | None, min_agreement: float | None) -> None:
-    """Raise where the held-out figures lie past the gate."""
-    held_out, problems = receipt.held_out, list[str]()
-    if (max_kl is not None or min_agreement is not None) and not held_out:
-        raise UsageError("a gate (max-kl, min-agreement) needs rows to judge by, and all of them calibrate; give more")
-    if max_kl is not None and held_out["kl"] > max_kl:
-        problems.append(f"KL {held_out['kl']:.4g} nats per token, at most {max_kl:g} is allowed")
-    if min_agreement is not None and held_out["top1_agreement"] < min_agreement:
-        problems.append(f"top-1 agreement {held_out['top1_agreement']:.4f}, at least {min_agreement:g} is needed")
-    if problems:
-        worst = sorted(receipt.blocks, key=lambda block: -(block["held_out_error"] or 0.0))[:3]
-        names = ", ".join(f"{block['name']} ({block['held_out_error']:.2e} of its output)" for block in worst)
-        raise GateError(
-            f"past the gate on {held_out['rows']} held-out rows: {'; '.join(problems)}. Furthest from full precision: "
-            f"{names}. Nothing was written; use more bits, smaller groups, another method or more rows"
-        )
-
-
 def _scheme(format: str) -> Scheme:
     spec = parse_format(format)
     if spec.container is not None:
@@ -298,18 +399,18 @@ def _skeleton(source: Path, scheme: Scheme) -> nn.Module:
 
 def _misfits(plain: nn.Module, scheme: Scheme) -> dict[str, str]:
     """Layer name to why the format cannot hold it; decided by shapes and kinds of layers, before a weight is read."""
-    reasons: dict[str, str] = {}
-    for name, module in linear_modules(plain).items():
-        shape = linear_shape(module)
-        try:
-            plan_shape(shape, scheme, where=name)
-        except FormatError as error:
-            reasons[name] = str(error).removeprefix(f"{name}: ")
-        else:
-            reason = inexpressible(scheme, name, shape, plain)
-            if reason is not None:
-                reasons[name] = reason
-    return reasons
+    found = {name: _misfit(plain, name, scheme) for name in linear_modules(plain)}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _misfit(plain: nn.Module, name: str, scheme: Scheme) -> str | None:
+    """Why the format cannot hold a layer; None where it can."""
+    shape = linear_shape(plain.get_submodule(name))
+    try:
+        plan_shape(shape, scheme, where=name)
+    except FormatError as error:
+        return str(error).removeprefix(f"{name}: ")
+    return inexpressible(scheme, name, shape, plain)
 
 
 def _refusal(source: Path, scheme: Scheme, misfits: Mapping[str, str]) -> str:

@@ -36,7 +36,7 @@ def draw(choice: RankChoice, path: Path) -> None:
         )
         _draw_ranks(by_rank, choice)
         _draw_steps(by_step, choice)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _last_standings(choice: RankChoice) -> dict[int, tuple[int, Standing]]:
@@ -90,7 +90,8 @@ def _draw_steps(axes: Any, choice: RankChoice) -> None:
     axes.legend(frameon=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure and put the file in place once it is whole."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:

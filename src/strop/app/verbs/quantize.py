@@ -11,8 +11,17 @@ from strop.app.verbs.common import Data, Json, Model, Output, Overwrite, dump, m
 
 def quantize(
     model: Model,
-    format: Annotated[str, typer.Option("--format", "-f", help="int8, int4-g32, int4-g128-asym, int3-g32, nf4 ...")],
     output: Output,
+    format: Annotated[
+        str | None, typer.Option("--format", "-f", help="int8, int4-g32, int4-g128-asym, int3-g32, nf4 ...")
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--budget", help="Instead: 3.5bits per weight, 300MB for the model, or kl<0.02; bits by layer."),
+    ] = None,
+    formats: Annotated[
+        str | None, typer.Option("--formats", help="What layers may become under a budget: int3-g32,int4-g32,int8-g32.")
+    ] = None,
     method: Annotated[
         str,
         typer.Option("--method", "-m", help="rtn (to nearest), search (searched scales); see docs/quantizing.md."),
@@ -41,6 +50,9 @@ def quantize(
         float | None,
         typer.Option("--min-agreement", help="Fail below this top-1 agreement on held-out rows.", min=0, max=1),
     ] = None,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Past the gate, more bits for the layers to blame, until it passes.")
+    ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of methods that draw.")] = 0,
     keep_indivisible: Annotated[
         bool, typer.Option("--keep-indivisible", help="Keep layers that a group size does not divide in 16 bits.")
@@ -59,6 +71,7 @@ def quantize(
         model,
         format,
         output=output,
+        budget=budget,
         method=method,
         observer=observer,
         data=data,
@@ -68,10 +81,12 @@ def quantize(
         max_memory=None if max_memory is None else memory_size(max_memory),
         max_kl=max_kl,
         min_agreement=min_agreement,
+        repair=repair,
         seed=seed,
         keep_indivisible=keep_indivisible,
         overwrite=overwrite,
         reporter=ConsoleReporter(),
+        **({} if formats is None else {"formats": [name.strip() for name in formats.split(",") if name.strip()]}),
     )
     if json:
         dump({"path": str(result.path), "receipt": result.receipt})
