@@ -29,11 +29,8 @@ def draw(choice: RankChoice, path: Path) -> None:
         figure = Figure(figsize=(9.5, 4), layout="constrained")
         FigureCanvasAgg(figure)
         by_rank, by_step = figure.subplots(1, 2)
-        figure.suptitle(
-            f"rank {choice.rank}: the smallest within one standard error of the best ({choice.verdict})",
-            color=_INK,
-            fontsize=11,
-        )
+        why = "within one standard error of the best" if choice.verdict == "decided" else "that is not ruled out"
+        figure.suptitle(f"rank {choice.rank}: the smallest {why} ({choice.verdict})", color=_INK, fontsize=11)
         _draw_ranks(by_rank, choice)
         _draw_steps(by_step, choice)
         save_figure(figure, path)

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -160,13 +161,14 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
     else:
         _check_free(run_dir)
     with PeakMemory() as memory:
-        choice = None
-        if isinstance(config.method, LowRank) and config.method.rank == "auto":
-            choice = choose_rank(config, reporter=reporter)
-            config = config.replace(rank=choice.rank)
-            for line in choice.lines():
-                reporter.note(line)
-        return _run(*_begin(config, run_dir, reporter), run_dir, memory, reporter, choice)
+        with _leaving_nothing(run_dir):
+            choice = None
+            if isinstance(config.method, LowRank) and config.method.rank == "auto":
+                choice = _raced(config, run_dir, reporter)
+                config = config.replace(rank=choice.rank)
+            session = open_session(config, reporter=reporter, cache=run_dir / CACHE)
+            checks = check_start(session, run_dir, reporter=reporter)
+        return _run(session, checks, run_dir, memory, reporter, choice)
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------
@@ -231,12 +233,24 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _begin(config: TuneConfig, run_dir: Path, reporter: Reporter) -> tuple[Session, list[dict[str, Any]]]:
-    """Open the session and check it; rows that were rendered for a run that is refused are not left behind."""
+def _raced(config: TuneConfig, run_dir: Path, reporter: Reporter) -> RankChoice:
+    """The rank that the race chooses; what a run of any rank is refused for is refused before it."""
+
+    def check(session: Session) -> None:
+        check_start(session, run_dir)
+
+    choice = choose_rank(config, cache=run_dir / CACHE, check=check, reporter=reporter)
+    for line in choice.lines():
+        reporter.note(line)
+    return choice
+
+
+@contextmanager
+def _leaving_nothing(run_dir: Path) -> Iterator[None]:
+    """Rows that were rendered for a run that is refused are not left behind."""
     there = run_dir.exists()
     try:
-        session = open_session(config, reporter=reporter, cache=run_dir / CACHE)
-        return session, check_start(session, run_dir, reporter=reporter)
+        yield
     except BaseException:
         if not there:
             shutil.rmtree(run_dir, ignore_errors=True)
