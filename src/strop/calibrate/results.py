@@ -66,7 +66,8 @@ class Results:
         finally:
             os.close(handle)
         layers = {name: {"scheme": q.scheme.name, "shape": list(q.shape)} for name, q in result.weights.items()}
-        _write(self._path(index, "json"), {"layers": layers, "notes": list(result.notes), "error": asdict(error)})
+        about = {"layers": layers, "notes": list(result.notes), "tokens": dict(result.tokens), "error": asdict(error)}
+        _write(self._path(index, "json"), about)
 
     def get(self, index: int) -> tuple[BlockResult, BlockError]:
         """A finished block, bit for bit."""
@@ -78,7 +79,7 @@ class Results:
             rows, columns = about["shape"]
             weights[layer] = QuantizedTensor.from_tensors(parts, parse_scheme(about["scheme"]), (rows, columns))
         others = {name.removeprefix("other|"): part for name, part in tensors.items() if name.startswith("other|")}
-        return BlockResult(weights, others, listed["notes"]), BlockError(**listed["error"])
+        return BlockResult(weights, others, listed["notes"], listed["tokens"]), BlockError(**listed["error"])
 
     def remove(self) -> None:
         """Give the disk back."""
