@@ -177,7 +177,7 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
     if names:
         what = f"trained through {scheme}" if isinstance(method, Qat) else "adapted"
         reporter.note(f"{len(names)} linear layers, {coverage(model, names):.1%} of the weights, are {what}")
-        left = experts(model)
+        left = [*experts(model), *quant_experts(model)]
         if left:
             reporter.note(f"{len(left)} tensors of experts are no linear layers and stay as they are ({left[0]}, ...)")
     return trained
