@@ -114,7 +114,7 @@ def test_calibration_weighs_the_search_and_held_out_rows_judge_it(tmp_path: Path
     ours, theirs = dict(iter_tensors(tmp_path / "out")), dict(iter_tensors(blind.path))
     assert any(not ours[name].equal(theirs[name]) for name in ours), "the statistics changed nothing"
     assert any("held-out rows" in line for line in result.lines())
-    assert listener.titles == ["calibrate and quantize 2 blocks", "end", "write int2-g32 14 layers", "end"]
+    assert listener.titles == ["calibrate and quantize 2 blocks", "end", "write the model 14 layers", "end"]
     assert 2 in listener.done
 
 
