@@ -11,8 +11,8 @@ For a model of N parameters, P of them in its linear layers, in products of b by
 | lora | b a frozen parameter; 16 a trained one |
 | qlora | the same, with the linear layers' weights in the bits of their format |
 | copies | in bf16, 2 for every fp32 weight that enters a product (linear, adapter, head); qat in fp32: 4 P |
-| activations | `activations.Block.kept_bytes` a token and block; with checkpointing each block's input only |
-| backward of one block | the gradients at its widest point; with checkpointing also what it computes again |
+| activations | `activations.Block.kept_bytes` a token and block; of a recomputed block its input only |
+| backward of one block | the gradients at its widest point; where it is recomputed also what it computes again |
 | logits | `LOGIT_BYTES` a logit, for those computed at once |
 | scratch | the largest weight, dequantized, b an element |
 
@@ -57,7 +57,8 @@ class Step:
     Args:
         rows: rows in a micro batch; accumulation adds none.
         length: tokens in a row.
-        checkpointing: keep each block's input only, and compute the rest again in the backward pass.
+        checkpointing: keep blocks' inputs only, and compute the rest again in the backward pass.
+        recomputed: how many blocks do so with checkpointing, the first ones; None: all.
         rank: the adapters' rank (lora, qlora).
         format: the grid of the linear layers (qlora, qat).
         dtype: what weights and activations are computed in.
@@ -68,6 +69,7 @@ class Step:
     rows: int = 1
     length: int = 512
     checkpointing: bool = False
+    recomputed: int | None = None
     rank: int = 16
     format: str = "nf4-dq"
     dtype: Dtype = "bfloat16"
@@ -83,6 +85,12 @@ class Step:
     def element_bytes(self) -> int:
         """Bytes of one weight or activation."""
         return 2 if self.dtype == "bfloat16" else 4
+
+    def blocks_recomputed(self, total: int) -> int:
+        """Of `total` blocks, how many compute their activations again."""
+        if not self.checkpointing:
+            return 0
+        return total if self.recomputed is None else min(self.recomputed, total)
 
 
 @dataclass(frozen=True)
@@ -231,7 +239,7 @@ def _activation_bytes(shape: ModelShape, method: Method, step: Step, adapted: Se
         )
         kept.append(step.tokens * of_token)
         gradients.append(step.tokens * block.backward_bytes(step.element_bytes))
-    if step.checkpointing:
-        again = max((one + other for one, other in zip(kept, gradients, strict=True)), default=0)
-        return precision.residual_bytes * shape.hidden_size * step.tokens * len(kept), int(again)
-    return int(sum(kept)), int(max(gradients, default=0))
+    count = step.blocks_recomputed(len(kept))
+    inputs = precision.residual_bytes * shape.hidden_size * step.tokens * count
+    again = [one + other for one, other in zip(kept[:count], gradients[:count], strict=True)]
+    return int(inputs + sum(kept[count:])), int(max([*again, *gradients[count:]], default=0))

@@ -33,6 +33,7 @@ from strop.planner.hardware import this_machine
 from strop.planner.memory import MemoryPlan, Step, plan_memory
 from strop.planner.parameters import LinearShape, open_shape
 from strop.recipes.session import Session
+from strop.training.settings import TrainSettings
 
 FORMAT: Final = 1
 SELF: Final = "manifest_sha256"
@@ -99,9 +100,9 @@ def paths_below(folder: Path, *, leave_out: Iterable[str] = ()) -> dict[str, Pat
 # --- what a run was made of -------------------------------------------------------------------------------------------
 
 
-def run_manifest(session: Session, run_dir: Path) -> dict[str, Any]:
-    """The manifest of a run that is about to begin; `finish_manifest` completes it."""
-    config, report, predicted = session.config, session.report(), predicted_memory(session)
+def run_manifest(session: Session, run_dir: Path, settings: TrainSettings) -> dict[str, Any]:
+    """The manifest of a run that is about to begin with these settings; `finish_manifest` completes it."""
+    config, report, predicted = session.config, session.report(), predicted_memory(session, settings)
     return {
         "format": FORMAT,
         "kind": "run",
@@ -145,8 +146,8 @@ def configuration_digest(config: TuneConfig) -> str:
     return hashlib.sha256(_text(settings).encode()).hexdigest()
 
 
-def predicted_memory(session: Session) -> MemoryPlan | None:
-    """The planner's figure for this method, batch and length; None where it knows no shape of such a model."""
+def predicted_memory(session: Session, settings: TrainSettings) -> MemoryPlan | None:
+    """The planner's figure for this method, batch, length and policy; None where it knows no shape of such a model."""
     config, method = session.config, session.config.method
     try:
         shape, _ = open_shape(session.model.config)
@@ -160,7 +161,8 @@ def predicted_memory(session: Session) -> MemoryPlan | None:
     step = Step(
         rows=config.optimization.batch_size,
         length=longest or 1,
-        checkpointing=config.machine.checkpointing != "none",
+        checkpointing=settings.checkpointing != "none",
+        recomputed=settings.checkpointing if isinstance(settings.checkpointing, int) else None,
         rank=adapter.rank if adapter is not None else int(getattr(method, "rank", 16)),
         format=session.trained.scheme.name if session.trained.scheme is not None else "nf4-dq",
         dtype="bfloat16" if str(session.dtype) == "torch.bfloat16" else "float32",
