@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from strop.errors import ModelError, UsageError
+from strop.errors import ModelError, UsageError, nearest
 from strop.numerics.scheme import parse_scheme
 from strop.planner.disk import run_bytes
 from strop.planner.fit import Change, changes_to_fit, missing_bytes
@@ -30,6 +30,7 @@ from strop.planner.parameters import (
     square_matrix_parameters,
 )
 from strop.planner.time import step_flops
+from strop.training.optimizers import OptimizerName
 
 if TYPE_CHECKING:
     from torch import nn
@@ -196,7 +197,12 @@ class ModelPlan:
             "targets": self.targets,
             "adapted_layers": len(self.adapted),
             "trainable_parameters": {"true": self.true_count, "square_matrix": self.approximation},
-            "step": {"rows": self.step.rows, "length": self.step.length, "dtype": self.step.dtype},
+            "step": {
+                "rows": self.step.rows,
+                "length": self.step.length,
+                "dtype": self.step.dtype,
+                "optimizer": self.step.optimizer,
+            },
             "methods": {method.label: method.to_dict() for method in self.methods},
             "file_bytes": self.file_bytes,
             "matmul": {
@@ -240,7 +246,9 @@ class ModelPlan:
 
     def _method_lines(self) -> list[str]:
         step = self.step
-        table = [["method", "trained", "weights", "grads", "AdamW", "activations", "peak", "disk", "seconds", "fits"]]
+        table = [
+            ["method", "trained", "weights", "grads", step.optimizer, "activations", "peak", "disk", "seconds", "fits"]
+        ]
         for method in self.methods:
             memory = method.memory
             working = memory.peak_bytes - memory.weights_bytes - memory.gradients_bytes - memory.optimizer_bytes
@@ -261,11 +269,15 @@ class ModelPlan:
         rows = "1 row" if step.rows == 1 else f"{step.rows} rows"
         where = "measured now" if self.rate.measured else "from its data sheet"
         lines = [
-            f"One step of {rows} of {step.length} tokens in {step.dtype} (activations: with logits, copies, scratch):",
+            f"One step of {rows} of {step.length} tokens in {step.dtype} (activations: with logits, copies, scratch"
+            + (", and what the process keeps):" if step.device == "cpu" else "):"),
             *_aligned(table, left=(0,)),
             f"  seconds a step is a floor: the matrix products alone, at {self.rate.flops / 1e9:,.0f} GFLOP/s "
             f"in {self.rate.dtype} ({self.rate.device}, {where}).",
         ]
+        if step.device == "cpu" and step.dtype == "bfloat16":
+            each = max(method.memory.products_bytes for method in self.methods)
+            lines.append(f"  peak is for rows of one length; each other length of a batch adds up to {_size(each)}.")
         lines.append("  full-bf16 is for comparison: tune keeps what it trains in fp32, where small updates count.")
         for method in self.methods:
             if method.memory.kept_wide:
@@ -317,6 +329,7 @@ def plan_model(
     batch_size: int = 1,
     max_length: int = 512,
     checkpointing: bool = False,
+    optimizer: OptimizerName = "adamw",
     data: str | Path | None = None,
     device: str | None = None,
 ) -> ModelPlan:
@@ -329,6 +342,7 @@ def plan_model(
         batch_size: rows in a micro batch.
         max_length: tokens in a row.
         checkpointing: whether activations are computed again instead of kept.
+        optimizer: `adamw`, or `adamw-8bit`, whose moments take a quarter; full-bf16 has none of its own.
         data: rows to count with the model's own tokenizer; needs a model folder or hub id.
         device: a device's name (`H200`, `RTX-4090`) whose printed speed is used; None measures this machine's products
             for a fraction of a second.
@@ -349,6 +363,9 @@ def plan_model(
         for name, number in (("batch_size", batch_size), ("max_length", max_length))
         if number < 1
     ]
+    if optimizer not in get_args(OptimizerName):
+        known = get_args(OptimizerName)
+        problems.append(f"optimizer {optimizer!r}{nearest(optimizer, known)} is none of {', '.join(known)}.")
     if problems:
         raise UsageError(" ".join(problems))
     rate = named_rate(device) if device is not None else None
@@ -365,6 +382,8 @@ def plan_model(
         rank=rank,
         dtype="float32" if str(dtype) == "torch.float32" else "bfloat16",
         attention="plain" if plain else "fused",
+        optimizer=optimizer,
+        device="cpu" if where.type == "cpu" else "accelerator",
     )
     machine = this_machine()
     rate = rate or fastest_rate()
