@@ -17,7 +17,7 @@ so are all within `strop.memory.steady_allocation`.
 Measured on an AMD EPYC (avx512_bf16), torch 2.13, one thread: 96 products of 4 layers at 8 widths hold 56.9 MB in bf16,
 2.6 MB in fp32. The shares are fitted to runs of the bundled model (full and lora, bf16 and fp32, 4 and 16 rows), whose
 peaks are then foreseen to 0.83 to 1.14 of the measured ones. They are the least certain figure here: which pieces fit
-depends on the order of the widths.
+depends on the order of the widths, and runs of another small model were foreseen to 0.65 and 0.77.
 """
 
 from __future__ import annotations
