@@ -45,6 +45,7 @@ METHOD = "compressed-tensors"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 """What the tensors of a layer end in, besides `weight` itself where nothing is packed."""
 
+_MXFP4 = "mxfp4-pack-quantized"
 _ONE_EACH = {"int-quantized": torch.int8, "naive-quantized": None, "float-quantized": torch.float8_e4m3fn}
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -59,7 +60,11 @@ def check_scheme(scheme: Scheme) -> None:
         raise FormatError(
             f"{scheme}: compressed-tensors holds no codebooks; it is saved as bitsandbytes, or use int4-g32"
         )
-    if isinstance(scheme.format, FloatFormat) and scheme.format != FORMATS["fp8_e4m3"]:
+    if scheme.super_size is not None:
+        raise FormatError(
+            f"{scheme}: is a grid of GGUF files, which no model folder holds; the nearest that one holds is int4-g32-asym"
+        )
+    if isinstance(scheme.format, FloatFormat) and scheme.format not in (FORMATS["fp8_e4m3"], FORMATS["mxfp4"]):
         raise FormatError(f"{scheme}: of 8-bit floats compressed-tensors holds e4m3 alone; the nearest is fp8")
 
 
@@ -93,10 +98,12 @@ def config_for(scheme: Scheme, ignore: Sequence[str], *, packed: bool | None = N
         "group_size": scheme.group_size,
         "dynamic": False,
     }
+    if scheme.has_power_scale:
+        weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     config: dict[str, Any] = {
         "quant_method": METHOD,
-        "format": "float-quantized" if is_float else "pack-quantized",
+        "format": _MXFP4 if scheme.has_power_scale else "float-quantized" if is_float else "pack-quantized",
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -168,8 +175,10 @@ def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -
     scale = qtensor.scale.reshape(-1) if scheme.granularity is Granularity.TENSOR else qtensor.scale
     if not (opens_packed(scheme) if packed is None else packed):
         scale = scale.float()
+    if scheme.has_power_scale:
+        return {f"{name}.weight_packed": qtensor.codes, f"{name}.weight_scale": qtensor.scale.view(torch.uint8)}
     if isinstance(scheme.format, FloatFormat):
-        weight = qtensor.codes.view(scheme.format.dtype)
+        weight = qtensor.codes.view(torch.float8_e4m3fn)
         return {f"{name}.weight": weight, f"{name}.weight_scale": scale}
     tensors = {
         f"{name}.weight_packed": _to_words(qtensor.codes),
