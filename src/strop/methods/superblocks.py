@@ -67,6 +67,8 @@ def _group_by_group(x: Tensor, weights: Tensor, form: IntFormat) -> tuple[Tensor
     low, high = x.amin(dim=-1).clamp_(max=0.0), x.amax(dim=-1)
     scale, minimum = (high - low) / form.steps, -low
     best = _errors(x, weights, form, scale, minimum)
+    used = torch.where(weights > 0, x, 0.0)  # what no input ever meets takes no room
+    low, high = used.amin(dim=-1).clamp_(max=0.0), used.amax(dim=-1)
     for steps in _STEPS:
         step, offset = (high - low) / (form.steps + steps), -low
         for _ in range(_FITS):

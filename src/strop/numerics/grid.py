@@ -47,7 +47,7 @@ def noisy_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: Forma
         below += -form.qmin if zero_point is None else zero_point
         return below.clamp_(0, form.steps).to(torch.uint8)
     levels, level_codes = _ascending(form, x.device)
-    places.clamp_(levels[0], levels[-1])
+    places.nan_to_num_(0.0).clamp_(levels[0], levels[-1])  # a block of zeros has a scale of zero
     below = torch.bucketize(places, levels, right=True).sub_(1).clamp_(max=levels.numel() - 2)
     low, high = levels[below], levels[below + 1]
     below += noise < (places - low) / (high - low)
