@@ -31,6 +31,7 @@ from strop.errors import FormatError, UsageError, nearest
 from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.scoring import score
 from strop.evaluation.scratch import Scratch
+from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, write_model
@@ -111,7 +112,7 @@ def quantize(
         format: The scheme, as `--format` writes it.
         output: The folder to write.
         method: "rtn" rounds to nearest; "search" searches each scale for the least squared error, weighted by what
-            `data` says of the inputs.
+            `data` says of the inputs; "stochastic" rounds up or down by chance, the nearer the likelier.
         observer: How rtn finds the range: minmax, percentile or mse.
         data: Rows to calibrate with, of the kind that the model will see.
         max_rows: Rows of `data` that are used; a quarter of them is held out for the receipt.
@@ -178,6 +179,8 @@ def quantize(
 
 def _scheme(format: str) -> Scheme:
     spec = parse_format(format)
+    if spec.scheme.super_size is not None:
+        compressed_tensors.check_scheme(spec.scheme)  # refuses it: no file that is written now holds the grid
     if spec.container is not None:
         raise FormatError(
             f"{format!r}: files of the kind {spec.container} are not written yet; the same grid without the container "

@@ -11,10 +11,10 @@ from strop.app.verbs.common import Data, Json, Model, Output, Overwrite, dump
 
 def quantize(
     model: Model,
-    format: Annotated[str, typer.Option("--format", "-f", help="int8, int4-g32, int4-g128-asym, int3-g32, nf4 ...")],
+    format: Annotated[str, typer.Option("--format", "-f", help="int8, int4-g32, int4-g128-asym, nf4, mxfp4 ...")],
     output: Output,
     method: Annotated[
-        str, typer.Option("--method", "-m", help="rtn (round to nearest) or search (searched scales).")
+        str, typer.Option("--method", "-m", help="rtn (round to nearest), search (searched scales) or stochastic.")
     ] = "rtn",
     observer: Annotated[
         str, typer.Option("--observer", help="How rtn finds the range: minmax, percentile, mse.")
