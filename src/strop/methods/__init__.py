@@ -5,6 +5,7 @@ rtn.py      rounding to nearest, over the range that an observer chooses
 search.py   rounding to nearest, with the scale searched for the least weighted squared error
 gptq.py     column after column, the error of each made up for by the columns still to come; needs second moments
 hqq.py      scales of least |error|^0.7, by half-quadratic splitting; needs no data
+hadamard.py randomized Hadamard rotations, which spread outliers before rounding; not a method by itself
 """
 
 from collections.abc import Mapping
