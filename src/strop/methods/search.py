@@ -39,13 +39,29 @@ def search(
         DataError: The statistics do not fit the weight.
     """
     plain = quantize_tensor(weight, scheme, where=where)  # refuses what cannot be quantized, before the search
-    groups = split(weight.detach(), scheme)
     mean_square = None if statistics is None else check_statistics(statistics, weight, where=where)
-    importance = None if mean_square is None else _importance(mean_square, weight.shape[0], scheme)
     if scheme.super_size is not None and isinstance(scheme.format, IntFormat):
-        super_scale = search_super_scale(groups, scheme.format, importance)
+        weights = None if mean_square is None else _importance(mean_square, weight.shape[0], scheme)
+        super_scale = search_super_scale(split(weight.detach(), scheme), scheme.format, weights)
         found = quantize_tensor(weight, scheme, super_scale=super_scale, where=where)
         return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))
+    scale, zero_point = searched_scale(weight, scheme, mean_square, where=where)
+    found = quantize_tensor(weight, scheme, scale=scale, zero_point=zero_point, where=where)
+    return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))
+
+
+def searched_scale(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None = None, *, where: str = "weight"
+) -> tuple[Tensor, Tensor | None]:
+    """The scales (and zero points, in the format's own codes) of least sum of importance[in] * (weight - rounded)^2.
+
+    Args:
+        weight: [out, in], any float dtype, finite.
+        scheme: The grid.
+        importance: float32 [in], not negative; None weighs all columns the same.
+        where: The weight's name, for messages.
+    """
+    groups = split(weight.detach(), scheme)
     low, high = search_range(
         groups,
         scheme.format,
@@ -53,11 +69,9 @@ def search(
         factors=_factors(scheme),
         scale_dtype=scheme.scale_dtype,
         shared=scheme.granularity is Granularity.TENSOR,
-        importance=importance,
+        importance=None if importance is None else _importance(importance, weight.shape[0], scheme),
     )
-    scale, zero_point = scale_of_range(low, high, scheme, where=where)
-    found = quantize_tensor(weight, scheme, scale=scale, zero_point=zero_point, where=where)
-    return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))
+    return scale_of_range(low, high, scheme, where=where)
 
 
 def _factors(scheme: Scheme) -> list[float]:
