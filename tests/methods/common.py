@@ -11,7 +11,7 @@ from torch import Tensor
 
 from strop.calibrate.block import CalibrationBlock
 from strop.calibrate.stream import BlockError, BlockStream
-from strop.data.batches import padded_batch
+from strop.data.batches import Batch, padded_batch
 from strop.data.templates import Sample
 from strop.layers.surgery import linear_modules
 from strop.methods.base import BlockResult
@@ -27,7 +27,7 @@ def through_blocks(folder: Path, work: Work, *, rows: int = 4, length: int = 24,
     generator = torch.Generator().manual_seed(0)
     most = min(model.model.config.get_text_config().vocab_size, 300)
 
-    def batch() -> object:
+    def batch() -> Batch:
         lengths = [length - 3 * (row % 3) for row in range(rows)]
         samples = [Sample(torch.randint(5, most, (n,), generator=generator).tolist(), [1] * n) for n in lengths]
         return padded_batch(samples, list(range(rows)), pad_id=0)

@@ -18,7 +18,7 @@ that a fold is as exact in a file of 16 bits as in memory.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,41 +70,52 @@ class Fold:
         start = torch.full((self.channels,), -math.inf, dtype=x.dtype)
         return start.scatter_reduce_(0, self.channel, x, "amax")
 
+    def settle(self, scale: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The scales nearest to these that leave a gain exact in bfloat16; as they are where there is no gain.
+
+        A gain of zero, or one of which bfloat16 keeps too little beside its offset, settles nothing.
+        """
+        if self.gain is None:
+            return scale
+        gain = tensors[self.gain] + float(self.plus_one)
+        exact = gain / ((gain / scale - float(self.plus_one)).bfloat16().float() + float(self.plus_one))
+        return torch.where((exact / scale - 1).abs() < 0.01, exact, scale)  # false of NaN
+
     def apply(self, scale: Tensor, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What takes the place of the group's weights and of the source's parts.
 
         Args:
-            scale: float32 [channels], positive.
+            scale: float32 [channels], positive; it is settled first.
             tensors: The weights and other parameters of the block as they are now.
         """
+        scale = self.settle(scale, tensors)
         changed: dict[str, Tensor] = {}
-        if self.gain is not None:
-            offset = float(self.plus_one)
-            gain = tensors[self.gain] + offset
-            divided = (gain / scale - offset).to(torch.bfloat16).float() + offset
-            exact = gain / divided
-            # A gain of zero, or one that bfloat16 has too little of beside its offset, stays as it is computed.
-            usable = torch.isfinite(exact) & ((exact / scale).log2().abs() < 0.01)
-            scale = torch.where(usable, exact, scale)
-            changed[self.gain] = torch.where(usable, divided, gain / scale) - offset
         for name in self.parts:
-            if name != self.gain:
-                whole = tensors[name].clone()
-                whole[self.rows] /= scale.view(-1, *[1] * (whole.dim() - 1))
-                changed[name] = whole
+            whole = tensors[name].clone()
+            offset = float(self.plus_one and name == self.gain)
+            whole[self.rows] = (whole[self.rows] + offset) / scale.view(-1, *[1] * (whole.dim() - 1)) - offset
+            if name == self.gain:
+                near = whole.bfloat16().float()
+                whole = torch.where((near - whole).abs() <= 1e-6 * (whole.abs() + offset), near, whole)
+            changed[name] = whole
         for layer in self.layers:
             changed[layer] = tensors[layer] * scale[self.channel]
         return changed
 
 
-def find_fold(block: Block, layers: tuple[str, ...], *, generator: torch.Generator) -> Fold | None:
+def find_fold(
+    block: Block, layers: tuple[str, ...], *, movable: Container[str], generator: torch.Generator
+) -> Fold | None:
     """Where the scales of a group's inputs can be folded, proven on the block's first batch; None where nowhere.
 
     Args:
         block: The block.
         layers: One of `block.shared`.
+        movable: The layers whose weights may be changed.
         generator: Of the scales that are tried.
     """
+    if not all(layer in movable for layer in layers):
+        return None
     tensors = {**block.others, **block.weights}
     with torch.no_grad():
         output = block.run(0, {})
@@ -113,7 +124,7 @@ def find_fold(block: Block, layers: tuple[str, ...], *, generator: torch.Generat
         effect = _distance(block.run(0, {layer: block.weights[layer] * scale for layer in layers}), output)
         if not math.isfinite(effect) or effect == 0:
             return None  # the output does not depend on the group: nothing could be proven
-        for fold in _candidates(block, layers):
+        for fold in _candidates(block, layers, movable):
             changed = fold.apply(_random_scale(fold.channels, generator), tensors)
             lost = _distance(block.run(0, changed), output)
             if lost <= min(PROVEN, PROVEN_SHARE * effect):
@@ -121,7 +132,7 @@ def find_fold(block: Block, layers: tuple[str, ...], *, generator: torch.Generat
     return None
 
 
-def _candidates(block: Block, layers: tuple[str, ...]) -> Iterator[Fold]:
+def _candidates(block: Block, layers: tuple[str, ...], movable: Container[str]) -> Iterator[Fold]:
     """Every fold that the shapes allow: norms first, then the layers that are used before the group."""
     width = block.weights[layers[0]].shape[1]
     straight = torch.arange(width)
@@ -142,7 +153,7 @@ def _candidates(block: Block, layers: tuple[str, ...]) -> Iterator[Fold]:
             yield Fold(layers, owner, names, slice(0, width), straight)
     before = list(block.weights)[: list(block.weights).index(layers[0])]  # what comes later cannot produce the input
     shared: list[Fold] = []
-    for layer in before:
+    for layer in (layer for layer in before if layer in movable):
         rows = block.weights[layer].shape[0]
         parts = (layer, *(name for name in owners.get(layer, ()) if block.others[name].shape == (rows,)))
         if rows % width == 0:
