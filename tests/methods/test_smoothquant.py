@@ -117,6 +117,24 @@ def test_alpha_moves_the_difficulty_from_inputs_to_weights(tmp_path: Path) -> No
     through_blocks(alter(tiny_folder(tmp_path, "llama"), change), work, first=1)
 
 
+def test_a_searched_alpha_errs_no_more_than_the_usual_one(tmp_path: Path) -> None:
+    def work(block: CalibrationBlock) -> Mapping[str, Tensor]:
+        usual, searched = (BLOCK_METHODS[name](block, fitting(block, "int8")) for name in ("smooth", "smooth-search"))
+
+        def error(result: BlockResult) -> float:
+            layers = block.shared[2]  # gate_proj and up_proj; the rows of the second are scaled for down_proj
+            others = {name: tensor for name, tensor in result.others.items() if "post_attention" in name}
+            return product_error(block, layers[0], result.weights[layers[0]].dequantize(), others, "int8")
+
+        assert error(searched) < error(usual)
+        return {}
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors["model.layers.0.post_attention_layernorm.weight"][list(PLANTED)] *= 200
+
+    through_blocks(alter(tiny_folder(tmp_path, "llama"), change), work, first=1)
+
+
 def test_the_same_seed_gives_the_same_bits(tmp_path: Path) -> None:
     def work(block: CalibrationBlock) -> Mapping[str, Tensor]:
         results: list[BlockResult] = [BLOCK_METHODS["smooth"](block, fitting(block, "int8"), seed=3) for _ in range(2)]

@@ -13,6 +13,7 @@ folding.py      where such scales go, for both
 """
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 
 from strop.methods.awq import awq
@@ -28,6 +29,7 @@ BLOCK_METHODS: Mapping[str, BlockMethod] = MappingProxyType(
     {
         "awq": awq,
         "smooth": smoothquant,
+        "smooth-search": partial(smoothquant, alpha=None),
     }
 )
 """Every method over a whole block by name."""

@@ -24,6 +24,9 @@ from strop.numerics.affine import fake_quantize
 from strop.numerics.qtensor import quantize_tensor
 from strop.numerics.scheme import Scheme, parse_scheme
 
+ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""What is tried where alpha is to be found."""
+
 STANDS_OUT = 10.0
 """Channels whose largest input is this many times the median channel's are named in the notes."""
 
@@ -43,7 +46,7 @@ def smoothquant(
     *,
     seed: int = 0,
     step: Callable[[str], None] = lambda _: None,
-    alpha: float = 0.5,
+    alpha: float | None = 0.5,
 ) -> BlockResult:
     """Quantize the weights of a block whose inputs will be rounded to 8 bits.
 
@@ -52,12 +55,13 @@ def smoothquant(
         schemes: Scheme of each layer.
         seed: Of the scales by which folds are proven.
         step: Told what is being done.
-        alpha: How much of the difficulty moves from inputs to weights, from 0 to 1.
+        alpha: How much of the difficulty moves from inputs to weights, from 0 to 1; None for that of `ALPHAS` which
+            leaves each group the least error.
 
     Raises:
         ConfigError: alpha is outside 0 to 1.
     """
-    if not 0 <= alpha <= 1:
+    if alpha is not None and not 0 <= alpha <= 1:
         raise ConfigError(
             f"alpha is {alpha:g}; give 0 (the weights become even) to 1 (the inputs become even), usually 0.5"
         )
@@ -66,6 +70,8 @@ def smoothquant(
     changed: dict[str, Tensor] = {}
     notes: list[str] = []
     for layers in block.shared:
+        if not any(layer in schemes for layer in layers):
+            continue
         group = ", ".join(layers)
         step(f"smoothing the inputs of {group}")
         seen = block.statistics(layers, changed).get(layers[0])
@@ -75,15 +81,18 @@ def smoothquant(
         fold = find_fold(block, layers, movable=schemes, generator=generator)
         done = "nothing before takes up the scales: left as they are"
         if fold is not None:
-            scale = fold.settle(_scales(fold, seen.largest, [tensors[layer] for layer in layers], alpha), tensors)
             x = block.inputs(layers[0], changed, most=SAMPLE)
-            plain, smooth = (
-                sum(_lost(x, divisor, tensors[layer], schemes[layer]) for layer in layers)
-                for divisor in (torch.ones(x.shape[1]), scale[fold.channel])
-            )
-            done = f"smoothing loses more than it gains ({smooth / plain:.2f} times the error): left as they are"
-            if smooth < plain:
-                trial = fold.apply(scale, tensors)
+            group_weights = [tensors[layer] for layer in layers]
+            forms = [schemes[layer] for layer in layers]
+            least, best = _lost(x, torch.ones(x.shape[1]), group_weights, forms), None
+            for power in ALPHAS if alpha is None else (alpha,):
+                scale = fold.settle(_scales(fold, seen.largest, group_weights, power), tensors)
+                lost = _lost(x, scale[fold.channel], group_weights, forms)
+                if lost < least:
+                    least, best = lost, scale
+            done = "smoothing would lose more than it gains: left as they are"
+            if best is not None:
+                trial = fold.apply(best, tensors)
                 tensors |= trial
                 changed |= trial
                 done = f"smoothed into {fold.source}"
@@ -116,10 +125,13 @@ def _scales(fold: Fold, largest: Tensor, weights: Sequence[Tensor], alpha: float
     return scale if bool((scale > 0).all() and torch.isfinite(scale).all()) else torch.ones_like(scale)
 
 
-def _lost(x: Tensor, divisor: Tensor, weight: Tensor, scheme: Scheme) -> float:
-    """Squared error of the product of rounded inputs x / divisor and rounded weight * divisor, x [rows, in]."""
-    rounded = fake_quantize(x / divisor, _BY_TOKEN) @ fake_quantize(weight * divisor, scheme).t()
-    return (rounded - x @ weight.t()).double().square().sum().item()
+def _lost(x: Tensor, divisor: Tensor, weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> float:
+    """Squared error of the products of rounded inputs x / divisor and rounded weights * divisor, x [rows, in]."""
+    inputs, total = fake_quantize(x / divisor, _BY_TOKEN), 0.0
+    for weight, scheme in zip(weights, schemes, strict=True):
+        product = inputs @ fake_quantize(weight * divisor, scheme).t()
+        total += (product - x @ weight.t()).double().square().sum().item()
+    return total
 
 
 def _outliers(largest: Tensor) -> str:
