@@ -130,7 +130,9 @@ def test_a_searched_alpha_errs_no_more_than_the_usual_one(tmp_path: Path) -> Non
         return {}
 
     def change(tensors: dict[str, Tensor]) -> None:
-        tensors["model.layers.0.post_attention_layernorm.weight"][list(PLANTED)] *= 200
+        tensors["model.layers.0.post_attention_layernorm.weight"].mul_(torch.linspace(0, 8, 64).exp2())
+        for name in ("gate_proj", "up_proj"):
+            tensors[f"model.layers.0.mlp.{name}.weight"] /= torch.linspace(0, 6, 64).exp2()
 
     through_blocks(alter(tiny_folder(tmp_path, "llama"), change), work, first=1)
 
