@@ -5,14 +5,13 @@
 
     w^ = s * (clamp(round(w / s) + round(z), 0, 2^b - 1) - round(z))
 
-s, z and w all learn from the block's mean squared output error, by AdamW, the gradients passing straight through the
-rounding. The paper trains all three from the first step; here scales and zero points have the first part of the steps
-to themselves, which settle the grid before weights move on it. Its second phase, scales alone end to end, is a training
-of the whole model and not part of this method. Other deviations:
+s, z and w learn together, from the first step, from the block's mean squared output error, by AdamW, the gradients
+passing straight through the rounding. (Scales and zero points first and weights later left a third more error.) The
+paper's second phase, scales alone end to end, is a training of the whole model and not part of this method. Deviations:
 
 - It starts from searched rounding, not from the range of each group.
-- A scale learns as a multiple of its start, a weight's learning rate is a share of its layer's mean scale: a step moves
-  a weight by as much of the grid whatever the model's size and the number of bits.
+- A scale learns as a multiple of its start, and a weight's learning rate is a share of the mean distance between values
+  of its layer's grid, so that a step means as much in a small model as in a large one, and at 2 bits as at 3.
 - The best of ten measurements on batches that train nothing is kept (one in eight; with fewer than four batches, all
   train and all measure), so that few calibration rows are not simply learnt by heart.
 """
@@ -27,18 +26,18 @@ from torch import Tensor
 
 from strop.methods.base import Block, BlockResult
 from strop.methods.reconstruction import evenly, searched_start, train
-from strop.methods.rounding import round_through, settled, stored_scale, whole
+from strop.methods.rounding import round_through, settled, steps_between, stored_scale, whole
 from strop.numerics.formats import IntFormat
+from strop.numerics.groups import split, spread
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 400
-GRID_SHARE = 0.2
-"""The first part of the iterations, in which weights stay as they are."""
 
 _SCALE_RATE = 5e-3  # of the start's scale
-_ZERO_RATE = 2e-2  # steps of the grid
-_WEIGHT_RATE = 2e-2  # of the layer's mean scale
+_ZERO_RATE = 5e-2  # steps of the grid
+_WEIGHT_RATE = 5e-2  # of the mean distance between two values of the layer's grid
+_BETAS = (0.9, 0.999)
 _LAST = 0.05  # the rates fall to this share along a cosine
 _LEAST_BATCHES = 4  # from here on one in eight is held out
 _FACTORS = (0.05, 20.0)
@@ -84,15 +83,13 @@ def blockwise(
     else:
         start.notes.append(f"{block.name}: {block.batches} batches are too few to hold one out; all of them measure")
     groups = [group for part in layers.values() for group in part.groups()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=_BETAS)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
 
     def update(iteration: int) -> None:
-        share = iteration / iterations
-        fall = _LAST + (1 - _LAST) * (1 + math.cos(math.pi * share)) / 2
+        fall = _LAST + (1 - _LAST) * (1 + math.cos(math.pi * iteration / iterations)) / 2
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            waits = group["name"] == "weight" and share < GRID_SHARE
-            group["lr"] = 0.0 if waits else rate * fall
+            group["lr"] = rate * fall
         optimizer.step()  # pyright: ignore[reportUnknownMemberType]
         optimizer.zero_grad()
         for part in layers.values():
@@ -126,12 +123,14 @@ class _Weight:
 
     def groups(self) -> list[dict[str, object]]:
         """What the optimizer trains, each kind at its rate."""
+        unit = steps_between(self.weight.detach(), self.scheme, self.scale)
+        distance = self.scale.abs().mean() if unit is None else (split(unit, self.scheme) * spread(self.scale)).mean()
         found: list[dict[str, object]] = [
-            {"name": "weight", "params": [self.weight], "lr": _WEIGHT_RATE * float(self.scale.abs().mean())},
-            {"name": "scale", "params": [self.factor], "lr": _SCALE_RATE},
+            {"params": [self.weight], "lr": _WEIGHT_RATE * float(distance)},
+            {"params": [self.factor], "lr": _SCALE_RATE},
         ]
         if self.zero_point is not None:
-            found.append({"name": "zero point", "params": [self.zero_point], "lr": _ZERO_RATE})
+            found.append({"params": [self.zero_point], "lr": _ZERO_RATE})
         return found
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
