@@ -1,7 +1,7 @@
 """AutoRound: each weight's rounding and each group's clipping, by signed gradient descent on a block's output.
 
 "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", Cheng and others, 2023 (arXiv
-2309.05516), section 3:
+2309.05516):
 
     W~ = s * clip(round(W / s + V), n, m)        V in [-0.5, 0.5] for each weight
     s = (max(W) * beta - min(W) * alpha) / (2^b - 1)        alpha, beta for each group

@@ -1,7 +1,7 @@
 """Block-wise training: scales, zero points and the weights themselves, on a block's output, for 2 and 3 bits.
 
 "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models", Chen and others, 2024 (arXiv
-2407.11062), section 3.2, block-wise training of all parameters: in
+2407.11062), its block-wise training of all parameters: in
 
     w^ = s * (clamp(round(w / s) + round(z), 0, 2^b - 1) - round(z))
 
@@ -33,11 +33,9 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 400
-
-_SCALE_RATE = 5e-3  # of the start's scale
-_ZERO_RATE = 5e-2  # steps of the grid
+_SCALE_RATE = 1e-2  # of the start's scale
+_ZERO_RATE = 2e-2  # steps of the grid
 _WEIGHT_RATE = 5e-2  # of the mean distance between two values of the layer's grid
-_BETAS = (0.9, 0.999)
 _LAST = 0.05  # the rates fall to this share along a cosine
 _LEAST_BATCHES = 4  # from here on one in eight is held out
 _FACTORS = (0.05, 20.0)
@@ -83,7 +81,7 @@ def blockwise(
     else:
         start.notes.append(f"{block.name}: {block.batches} batches are too few to hold one out; all of them measure")
     groups = [group for part in layers.values() for group in part.groups()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0, betas=_BETAS)
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
 
     def update(iteration: int) -> None:
