@@ -236,7 +236,7 @@ def story_rows(material: Path) -> list[list[int]]:
 
 def task_rows() -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(str(model_path()))
-    rows = generate(rows=dict.fromkeys(ROWS, 0) | {"train": 96})["train"]
+    rows = generate(rows=dict.fromkeys(ROWS, 1) | {"train": 96})["train"]
     return [tokenizer.apply_chat_template(row["messages"], tokenize=True, return_dict=False) for row in rows]
 
 

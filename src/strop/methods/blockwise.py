@@ -35,7 +35,7 @@ from strop.numerics.scheme import Scheme
 ITERATIONS = 400
 _SCALE_RATE = 1e-2  # of the start's scale
 _ZERO_RATE = 2e-2  # steps of the grid
-_WEIGHT_RATE = 5e-2  # of the mean distance between two values of the layer's grid
+_WEIGHT_RATE = 2e-2  # of the mean distance between two values of the layer's grid
 _LAST = 0.05  # the rates fall to this share along a cosine
 _LEAST_BATCHES = 4  # from here on one in eight is held out
 _FACTORS = (0.05, 20.0)
