@@ -1,14 +1,17 @@
-"""How far dequantized models are from their reference on held-out windows: `judge.py REFERENCE WINDOWS SPLIT CANDIDATE...`.
+"""How far dequantized models are from their reference on held-out windows.
 
-REFERENCE is a dense Hugging Face folder, a CANDIDATE holds `model.safetensors` with the same names in fp32. Both run in fp32.
-Writes `SPLIT.json` into each candidate: KL(reference || candidate) in nats per token with its bootstrap interval by document,
-its 99th percentile, top-1 agreement, perplexity, and the sums per document for paired comparisons. A candidate judged on the
-split before is not judged again.
+    python benchmarks/quantization/judge.py REFERENCE WINDOWS SPLIT CANDIDATE...
+
+REFERENCE is a dense Hugging Face folder, a CANDIDATE holds `model.safetensors` with the same names in fp32; both run in
+fp32. Writes `SPLIT.json` into each candidate: KL(reference || candidate) in nats per token with its bootstrap interval
+by document, its 99th percentile, top-1 agreement, perplexity, and the sums per document for paired comparisons. What
+was judged on the split before is not judged again.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from texts import read_windows
 from transformers import AutoModelForCausalLM
 
 from strop.data.templates import Sample
@@ -52,14 +56,12 @@ def by_document(values: torch.Tensor, owners: np.ndarray) -> np.ndarray:
 
 
 def judge(folder: Path, windows: Path, split: str, candidates: Sequence[Path]) -> None:
-    from safetensors.numpy import load_file as load_arrays
-
-    arrays = load_arrays(windows)
+    arrays = read_windows(windows)
     samples, owners = samples_of(arrays[split]), arrays[f"{split}_documents"]
     waiting = [candidate for candidate in candidates if not (candidate / f"{split}.json").exists()]
     if not waiting:
         return
-    with Scratch() as scratch:
+    with contextlib.closing(Scratch()) as scratch:
         reference, own = ReferenceLogits(len(samples), scratch), Likelihood(len(samples))
         score(open_dense(folder), samples, [reference, own])
         if not bool(reference.rows_held.all()):
@@ -90,7 +92,7 @@ def judge(folder: Path, windows: Path, split: str, candidates: Sequence[Path]) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", type=Path)
     parser.add_argument("windows", type=Path)
     parser.add_argument("split", choices=["development", "test"])

@@ -1,9 +1,11 @@
-"""The model that the quantization tables are about: `python benchmarks/quantization/study_model.py OUTPUT --data FOLDER`.
+"""The model that the quantization tables are about.
+
+    python benchmarks/quantization/study_model.py OUTPUT --data FOLDER
 
 10.5 million parameters in Llama's shape, trained once on TinyStories, Shakespeare and WikiText-2's validation text, one
-thread, about 40 minutes of a core. Writes a Hugging Face folder, `windows.safetensors` (see texts.py) and `study.json` with the hashes
-of the splits and the course of the loss. The rate falls to zero when either the steps or the minutes run out, so that a slow
-machine ends with a finished model too; the folder is rewritten every `--save-every` steps.
+thread, about 40 minutes of a core. Writes a Hugging Face folder, `windows.safetensors` (see texts.py) and `study.json`
+with the hashes of the splits and the perplexity. The rate falls to zero when either the steps or the minutes run out,
+so that a slow machine ends with a finished model too; the folder is rewritten every `--save-every` steps.
 """
 
 from __future__ import annotations
@@ -69,7 +71,7 @@ def held_out_loss(model: LlamaForCausalLM, windows: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, required=True, help="folder with the three corpora")
     parser.add_argument("--steps", type=int, default=3000)

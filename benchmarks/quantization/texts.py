@@ -3,9 +3,9 @@
     python benchmarks/quantization/texts.py demo runs/demo.safetensors
     python benchmarks/quantization/texts.py STUDY_MODEL STUDY_MODEL/windows.safetensors --data FOLDER
 
-A `Splits` holds three disjoint sets of documents. Calibration windows are full, cut from the training documents joined by their
-start and end tokens. Held-out windows never span two documents: `windows[i]` is padded with -1 behind its tokens and
-`documents[i]` says which document it is from, so that an interval can be drawn over documents.
+`Texts` holds three disjoint sets of documents. Calibration windows are full, cut from the training documents joined by
+their start and end tokens. Held-out windows never span two documents: they are padded with -1 behind their tokens, and
+`*_documents` says which document each is from, so that an interval can be drawn over documents.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def articles(text: str) -> list[str]:
 
 
 def study_texts(folder: Path, held_out: float = 0.06) -> Texts:
-    """The three corpora of `folder`: their tails, and wikitext2_test, are held out, alternating between development and test."""
+    """The three corpora of `folder`; their tails and wikitext2_test are held out, by turns development and test."""
     every_story = stories((folder / "tinystories_4M_lowercase.txt").read_text())
     every_speech = speeches((folder / "tinyshakespeare.txt").read_text())
     train = articles((folder / "wikitext2_valid.txt").read_text())
@@ -127,7 +127,7 @@ def read_windows(path: Path) -> dict[str, np.ndarray]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the study model's folder, or demo")
     parser.add_argument("output", type=Path)
     parser.add_argument("--data", type=Path, help="folder with the three corpora, for the study model")

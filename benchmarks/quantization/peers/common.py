@@ -1,10 +1,11 @@
 """What every runner shares: its command line, the model it is given, and what it hands back.
 
-    ENVIRONMENT/bin/python peers/run_hqq.py MODEL WINDOWS FORMAT METHOD OUTPUT [--rows N]
+    ENVIRONMENT/bin/python peers/run_hqq.py MODEL WINDOWS METHOD OUTPUT FORMAT... [--rows N]
 
-writes OUTPUT/model.safetensors, the dense fp32 model with every linear layer inside the blocks replaced by what the peer's own
-code dequantizes it to, and OUTPUT/run.json. `FORMAT` is strop's word for a grid (int4-g128, int4-g128-asym, nf4-dq).
-Seconds (and CPU seconds, which a busy machine leaves alone) are those of quantizing, without opening the model; the peak is that of the whole process above its value after imports.
+writes into each OUTPUT/FORMAT the dense fp32 `model.safetensors`, every linear layer inside the blocks replaced by what
+the peer's own code dequantizes it to, and `run.json`. `FORMAT` is strop's word for a grid (int4-g128-asym, nf4-dq).
+Seconds, and CPU seconds, which a busy machine leaves alone, are those of quantizing without opening the model; the peak
+is that of the process above its value after imports.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import os
 import re
+import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +29,6 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from strop.memory import PeakMemory
-
-UNSUPPORTED = 3
-"""Exit status of a runner whose peer cannot quantize to the format; its last line says why."""
 
 
 class Unsupported(Exception):
@@ -102,13 +103,38 @@ def grid_bits(bits: int, group: int, *, scale: int = 16, zero: int = 0) -> float
 
 
 def run(quantize: Callable[[Job], Outcome], *packages: str) -> None:
-    """Read the command line, quantize, write."""
+    """Read the command line and quantize to each format in a fork of its own, made after the imports."""
     parser = argparse.ArgumentParser()
-    for name in ("model", "windows", "format", "method", "output"):
-        parser.add_argument(name, type=Path if name in ("model", "windows", "output") else str)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("windows", type=Path)
+    parser.add_argument("method")
+    parser.add_argument("output", type=Path)
+    parser.add_argument("formats", nargs="+")
     parser.add_argument("--rows", type=int, default=128, help="calibration windows to use")
     chosen = parser.parse_args()
-    chosen.output.mkdir(parents=True, exist_ok=True)
+    for format in chosen.formats:
+        folder = chosen.output / format
+        folder.mkdir(parents=True, exist_ok=True)
+        sys.stdout.flush()
+        child = os.fork()
+        if child == 0:
+            with (folder / "log.txt").open("w") as log:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+            try:
+                record = _one(quantize, chosen, format, packages)
+            except Unsupported as reason:
+                record = {"status": "unsupported", "reason": str(reason)}
+            except BaseException as error:  # whatever a peer raises is its result here
+                traceback.print_exc()
+                record = {"status": "failed", "reason": f"{type(error).__name__}: {error}"[:300]}
+            (folder / "run.json").write_text(json.dumps(record, indent=1) + "\n")
+            sys.stderr.flush()
+            os._exit(0)
+        os.waitpid(child, 0)
+
+
+def _one(quantize: Callable[[Job], Outcome], chosen: argparse.Namespace, format: str, packages: tuple[str, ...]) -> Any:
     torch.manual_seed(0)
     with PeakMemory() as memory:
         job = Job(
@@ -116,31 +142,25 @@ def run(quantize: Callable[[Job], Outcome], *packages: str) -> None:
             chosen.model,
             load_file(chosen.windows)["calibration"][: chosen.rows],
             chosen.windows,
-            chosen.format,
+            format,
             chosen.method,
-            chosen.output,
+            chosen.output / format,
         )
         wanted = {f"{name}.weight" for name in job.linears()}
         dense = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
         if job.model.config.tie_word_embeddings:
             del dense["lm_head.weight"]
         began, cpu_began = time.monotonic(), time.process_time()
-        try:
-            outcome = quantize(job)
-        except Unsupported as reason:
-            print(reason)
-            raise SystemExit(UNSUPPORTED) from None
+        outcome = quantize(job)
         seconds, cpu_seconds = time.monotonic() - began, time.process_time() - cpu_began
-    missing = wanted - set(outcome.tensors)
-    unknown = set(outcome.tensors) - set(dense)
-    if missing or unknown:
-        raise SystemExit(f"not quantized: {sorted(missing)}; not in the model: {sorted(unknown)}")
-    same = [name for name in wanted if torch.equal(outcome.tensors[name].float(), dense[name])]
-    if same:
-        raise SystemExit(f"left as they were: {same}")
-    dense.update({name: tensor.detach().float().contiguous() for name, tensor in outcome.tensors.items()})
-    save_file(dense, chosen.output / "model.safetensors", metadata={"format": "pt"})
-    record = {
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in outcome.tensors.items()}
+    wrong = [name for name in wanted if name not in tensors or torch.equal(tensors[name], dense[name])]
+    unknown = sorted(set(tensors) - set(dense))
+    if wrong or unknown:
+        raise RuntimeError(f"left as they were: {wrong}; not in the model: {unknown}")
+    save_file(dense | tensors, job.output / "model.safetensors", metadata={"format": "pt"})
+    return {
+        "status": "done",
         "bits_per_weight": outcome.bits_per_weight,
         "seconds": round(seconds, 1),
         "cpu_seconds": round(cpu_seconds, 1),
@@ -149,4 +169,3 @@ def run(quantize: Callable[[Job], Outcome], *packages: str) -> None:
         "rows": len(job.calibration),
         "versions": {name: importlib.metadata.version(name) for name in (*packages, "torch", "transformers")},
     }
-    (chosen.output / "run.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -1,4 +1,7 @@
-"""AutoRound by auto-round: signed gradient descent on rounding and clips, its defaults (200 iterations, batches of 8)."""
+"""AutoRound by auto-round: signed gradient descent on rounding and clips; its defaults of 200 iterations, batches of 8.
+
+Without torch.compile: for models of this size compiling takes longer than all iterations.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ def quantize(job: Job) -> Outcome:
         nsamples=rows,
         seqlen=length,
         device_map="cpu",
+        enable_torch_compile=False,
     )
     model, _ = rounding.quantize()
     tensors = {f"{name}.weight": model.get_submodule(name).weight for name in job.linears()}

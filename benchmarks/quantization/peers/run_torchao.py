@@ -1,4 +1,4 @@
-"""Round to nearest by torchao: its weight-only integers in groups; float16 scales, int8 zero points where asymmetric."""
+"""Round to nearest by torchao: weight-only integers in groups; float16 scales, int8 zero points where asymmetric."""
 
 from __future__ import annotations
 
