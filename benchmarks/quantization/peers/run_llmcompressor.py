@@ -1,4 +1,4 @@
-"""GPTQ (static activation order, damping 0.01) and AWQ (with clipping off, as it ships) by llm-compressor.
+"""GPTQ (static activation order, damping 0.01) and AWQ (20-point grid, no clipping), both as llm-compressor ships them.
 
 AWQ changes the layers before the linears too; what comes back is the whole smoothed model, its linears through
 compressed-tensors' own `fake_quantize`.
@@ -15,6 +15,10 @@ from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from llmcompressor.modifiers.transform.awq import AWQModifier
+from llmcompressor.pipelines.cache import IntermediatesCache
+
+# AWQ pins memory for copies to a GPU, which raises where there is none; no number depends on it.
+IntermediatesCache.pin_memory = lambda *_, **__: None
 
 
 def quantize(job: Job) -> Outcome:
