@@ -2,10 +2,10 @@
 
     python benchmarks/quantization/speed.py FOLDER [--runs 3] [--layers 22]
 
-Writes random bf16 weights of TinyLlama's shape to FOLDER (2.2 GB, deleted at the end). Each measurement is a fresh process
-that imports first, then opens the folder quantized; the contenders take turns, so that a busy machine slows all alike. Memory
-is the peak of anonymous and shared pages above the value after imports. bitsandbytes goes through transformers, as its users
-open it; its NF4 has no integer of four bits beside it, so strop's int4-g128 stands against the same opponent.
+Writes random bf16 weights of TinyLlama's shape to FOLDER (2.2 GB, deleted at the end). Each measurement is a fresh
+process that imports first, then opens the folder quantized; the contenders take turns, so that a busy machine slows all
+alike. Memory is the peak of anonymous and shared pages above the value after imports. bitsandbytes goes through
+transformers, as its users open it; it has no 4-bit integers, so strop's int4-g128 is held against its NF4.
 """
 
 from __future__ import annotations
