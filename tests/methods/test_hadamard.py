@@ -28,7 +28,7 @@ def test_orders_that_the_constructions_do_not_reach_are_none(order: int) -> None
 
 @pytest.mark.parametrize(
     ("size", "block"),
-    [(1, 1), (2, 2), (64, 64), (256, 256), (768, 768), (12, 12), (28, 28), (40, 40), (172, 4), (33, 1), (1536, 1536)],
+    [(1, 1), (2, 2), (64, 64), (256, 256), (768, 768), (12, 12), (28, 28), (40, 40), (172, 4), (33, 1)],
 )
 def test_rotations_are_orthogonal_and_mix_as_widely_as_they_can(size: int, block: int) -> None:
     rotation = randomized_hadamard(size, seeded())
@@ -36,7 +36,7 @@ def test_rotations_are_orthogonal_and_mix_as_widely_as_they_can(size: int, block
     assert rotation.block == block
     assert (matrix @ matrix.t() - torch.eye(size)).abs().max() < 1e-6
     assert (matrix != 0).sum(dim=1).tolist() == [block] * size
-    assert matrix[matrix != 0].abs() == pytest.approx(block**-0.5, rel=1e-6)
+    assert (matrix[matrix != 0].abs() - block**-0.5).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("size", [64, 40, 172])
