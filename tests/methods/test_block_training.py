@@ -105,7 +105,7 @@ def test_what_is_measured_is_what_the_last_step_trained(method: Callable, monkey
 def test_rounding_scales_and_zero_points_all_move(method: Callable) -> None:
     block, plan = ToyBlock(), schemes("int2-g16-asym")
     start = {layer: search(block.weights[layer], plan[layer], block.statistics([layer], {})[layer]) for layer in plan}
-    for layer, weight in method(block, plan, iterations=60).weights.items():
+    for layer, weight in method(block, plan, iterations=150).weights.items():
         before = start[layer].zero_point
         assert weight.zero_point is not None
         assert before is not None
