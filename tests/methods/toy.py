@@ -49,13 +49,17 @@ class ToyBlock:
     def statistics(
         self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
     ) -> dict[str, Statistics]:
-        x = torch.cat(self.x) + torch.cat(self.noise)
-        up = changed.get(UP, self.weights[UP])
-        inputs = {UP: x, DOWN: torch.relu(x @ up.t())}
-        return {layer: Statistics(inputs[layer].square().mean(0), x.shape[0]) for layer in layers if layer in inputs}
+        inputs = self._inputs(changed)
+        return {
+            layer: Statistics(inputs[layer].square().mean(0), len(inputs[layer])) for layer in layers if layer in inputs
+        }
 
     def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:
-        raise NotImplementedError  # no method under test asks for it
+        return self._inputs(changed)[layer][:most]
+
+    def _inputs(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        x = torch.cat(self.x) + torch.cat(self.noise)
+        return {UP: x, DOWN: torch.relu(x @ changed.get(UP, self.weights[UP]).t())}
 
     def error(self, batches: Sequence[int], weights: Mapping[str, Tensor]) -> float:
         """Mean squared error of the output over batches, in float64."""
