@@ -54,8 +54,9 @@ def test_an_accelerator_counts_nothing_of_the_process() -> None:
 
 
 def test_every_shape_of_batch_compiles_the_products_of_every_shape_of_layer() -> None:
-    # A tiny llama has linear layers of 64 to 64, 32 and 128, and of 128 to 64; the head; attention's two.
-    assert parts()["products_bytes"] == PRODUCT_BYTES * (3 * 5 + 6)
+    # A tiny llama has linear layers of 64 to 64, 32 and 128, and of 128 to 64; the head; attention's two, of whose
+    # four gradients two are products that oneDNN has already (its own log of a run: 4 for every shape of batch).
+    assert parts()["products_bytes"] == PRODUCT_BYTES * (3 * 5 + 4)
     assert parts(shapes=3)["products_bytes"] == 3 * parts()["products_bytes"]
     assert parts(eval_shapes=2)["products_bytes"] - parts()["products_bytes"] == 2 * PRODUCT_BYTES * (5 + 2)
     assert parts("lora", attention="fused")["products_bytes"] == PRODUCT_BYTES * (2 * 5 + 3 * (2 + 3))

@@ -28,11 +28,11 @@ def test_the_manifest_predicts_what_the_memory_policy_really_chose(base, data, t
     )  # fmt: skip
     told = read_json(run.path / "manifest.json")["memory"]["predicted_bytes"]
     session = open_session(run.config.replace(resume=None))
-    [rows] = [check["figures"]["rows"] for check in run.report["checks"] if check["name"] == "accumulation"]
+    [tried] = [check["figures"]["shapes"] for check in run.report["checks"] if check["name"] == "accumulation"]
 
     def predicted(checkpointing: str) -> int:
         settings = replace(session.train_settings(), checkpointing=checkpointing)
-        plan = predicted_memory(session, settings, tried=rows)
+        plan = predicted_memory(session, settings, tried=tried)
         assert plan is not None
         return plan.peak_bytes
 

@@ -10,13 +10,14 @@ what is planned there, and its allocator's rounding is left out.
 
 A batch of another width, or of another number of rows, has products of other shapes. A linear layer has one product
 in the forward pass and one for each gradient that it gives: of its input, and of its weight where that is trained.
-Plain attention has two, each with two gradients. An evaluation has the forward ones. What glibc keeps are pieces
+Plain attention has two, and two more in the backward pass: the gradients of the scores and of the queries are
+products of the same shapes and layouts as the two. An evaluation has the forward ones. What glibc keeps are pieces
 that do not fit what comes next, of tensors below 32 MiB: larger ones are mapped one by one and given back at once, and
 so are all within `strop.memory.steady_allocation`.
 
 Measured on an AMD EPYC (avx512_bf16), torch 2.13, one thread: 96 products of 4 layers at 8 widths hold 56.9 MB in bf16,
 2.6 MB in fp32. The shares are fitted to runs of the bundled model (full and lora, bf16 and fp32, 4 and 16 rows), whose
-peaks are then foreseen to 0.83 to 1.14 of the measured ones. They are the least certain figure here: which pieces fit
+peaks were then foreseen to 0.83 to 1.19 of the measured ones. They are the least certain figure here: which pieces fit
 depends on the order of the widths, and runs of another small model were foreseen to 0.65 and 0.77.
 """
 
@@ -60,7 +61,7 @@ def products_bytes(
     layers.add((shape.hidden_size, shape.vocabulary))
     halves = {(linear.in_features, rank) for linear in adapted} | {(rank, linear.out_features) for linear in adapted}
     forward = len(layers) + len(halves) + 2 * plain_attention
-    backward = (1 + trained) * len(layers) + 2 * len(halves) + 4 * plain_attention
+    backward = (1 + trained) * len(layers) + 2 * len(halves) + 2 * plain_attention
     return PRODUCT_BYTES * min(shapes * (forward + backward) + eval_shapes * forward, PRODUCTS_KEPT)
 
 

@@ -108,7 +108,7 @@ def run_manifest(session: Session, run_dir: Path, settings: TrainSettings, *, tr
         session: the run.
         run_dir: its folder.
         settings: the loop's, with what was chosen.
-        tried: how many rows the first checks took one at a time and all at once, before steps that were undone.
+        tried: how many shapes of batches the first checks took, before steps that were undone.
     """
     config, report = session.config, session.report()
     predicted = predicted_memory(session, settings, tried=tried)
@@ -178,7 +178,7 @@ def predicted_memory(session: Session, settings: TrainSettings, *, tried: int = 
         attention="plain" if session.attention == "eager" else "fused",
         optimizer=config.optimization.optimizer,
         device="cpu" if session.device.type == "cpu" else "accelerator",
-        shapes=_trained_shapes(session) + tried,  # of rows one at a time two are alike, and there is their whole
+        shapes=_trained_shapes(session) + tried,
         tried=tried > 0,
         eval_shapes=_evaluated_shapes(session, settings.eval_batch_size),
         steady=settings.max_memory is not None,

@@ -283,7 +283,7 @@ def _run(
             with steady_allocation():
                 blocks = blocks_to_recompute(session.model, session.stream, settings, memory, reporter)
             settings = replace(settings, checkpointing=blocks)
-        tried = next((check["figures"]["rows"] for check in checks if check["name"] == "accumulation"), 0)
+        tried = next((check["figures"]["shapes"] for check in checks if check["name"] == "accumulation"), 0)
         save_manifest(run_dir, run_manifest(session, run_dir, settings, tried=tried))
         result = train(
             session.model,
