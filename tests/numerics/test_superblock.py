@@ -116,6 +116,16 @@ def test_plain_superblocks_span_the_range_of_their_groups() -> None:
     assert quantized.dequantize()[0, 96:].count_nonzero() == 0
 
 
+def test_a_scale_that_is_subnormal_in_float16_clips_nothing() -> None:
+    """2.4 of float16's smallest steps round to 2, of which 63 would fall short by 16%."""
+    row = torch.zeros(1, 256)
+    row[0, :32] = torch.linspace(0.0, 2.4 * 2**-24 * 63 * 15, 32)
+    quantized = quantize_tensor(row, Q4_K)
+    assert quantized.super_scale is not None
+    assert quantized.super_scale.scale.item() == 3 * 2**-24
+    assert (quantized.dequantize() - row).abs().max() <= (quantized.scales().max() + 15 * 3 * 2**-24) / 2
+
+
 @given(hard_weights(256))
 @settings(deadline=None, max_examples=60)
 def test_errors_are_bounded_by_a_step_and_what_6_bits_lose(weight: Tensor) -> None:

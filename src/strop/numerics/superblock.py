@@ -138,6 +138,10 @@ def _nested(values: Tensor, where: str) -> tuple[Tensor, Tensor]:
     blocks = values.float().view(values.shape[0], -1, 8)  # [out, groups] -> [out, in / 256, 8]
     largest = blocks.amax(dim=-1)
     unit = (largest / _TOP).clamp_(min=smallest_positive(torch.float16)).half()
+    # Among float16's subnormal numbers the nearest may be so small that code 63 falls short of the largest by more than
+    # half a code: then the next one.
+    short = torch.isfinite(unit) & (largest > (_TOP + 0.5) * unit.float())
+    unit = torch.where(short, (unit.view(torch.int16) + 1).view(torch.float16), unit)
     unit = torch.where(largest > 0, unit, torch.zeros_like(unit))
     if not torch.isfinite(unit).all():
         raise FormatError(
