@@ -206,7 +206,7 @@ def test_experts_that_a_model_computes_its_own_way_are_left_alone_listed_and_sai
     [
         ({"format": "gguf:q4_0"}, FormatError, "not written yet.*int4-g32-full"),
         ({"format": "int9"}, FormatError, "int8"),
-        ({"format": "int4-g32", "method": "gptq"}, UsageError, "rtn, search"),
+        ({"format": "int4-g32", "method": "gptkew"}, UsageError, "rtn, search"),
         ({"format": "int4-g32", "observer": "minmix"}, UsageError, "minmax"),
         ({"format": "int4-g32", "method": "search", "observer": "mse"}, UsageError, "leave the observer out"),
         ({"format": "int4-g32", "data": "nowhere.jsonl"}, MissingInputError, "nowhere"),

@@ -17,7 +17,7 @@ from strop.recipes.quantize import quantize
 from tests.recipes.test_quantize import Listener, logits
 from tests.tiny import tiny_chat_file, tiny_folder
 
-FORMATS = ("int2-g32-asym", "int4-g32-asym", "int8-g32")
+FORMATS = ("int2-g32-full", "int4-g32-full", "int8-g32")
 
 
 @pytest.fixture(scope="module")
@@ -90,10 +90,10 @@ def test_a_size_counts_what_is_not_quantized(tmp_path: Path, source: Path, data:
 def test_a_repair_gives_bits_until_the_gate_passes(tmp_path: Path, source: Path, data: str) -> None:
     options = {"data": data, "method": "search", "formats": FORMATS, "max_kl": 0.005}
     with pytest.raises(GateError):
-        quantize(source, "int2-g32-asym", output=tmp_path / "out", **options)  # type: ignore[arg-type]
+        quantize(source, "int2-g32-full", output=tmp_path / "out", **options)  # type: ignore[arg-type]
     listener = Listener()
     result = quantize(
-        source, "int2-g32-asym", output=tmp_path / "out", repair=True, overwrite=True, reporter=listener, **options
+        source, "int2-g32-full", output=tmp_path / "out", repair=True, overwrite=True, reporter=listener, **options
     )  # type: ignore[arg-type]
     assert result.receipt["held_out"]["kl"] <= 0.005
     assert result.receipt["bits_per_weight"] < 8.5
@@ -109,6 +109,7 @@ def test_a_repair_gives_bits_until_the_gate_passes(tmp_path: Path, source: Path,
         ({"budget": "four"}, ConfigError, r"3\.5bits.*300MB.*kl<0\.02"),
         ({"budget": "4bits", "formats": ("nf4", "int4-g32")}, FormatError, "codebooks stand alone"),
         ({"budget": "4bits", "formats": ("fp8", "int4-g32")}, FormatError, "packed differently"),
+        ({"budget": "4bits", "formats": ("int4-g32-asym", "int8-g32")}, FormatError, "dequantizes int4-g32-asym"),
         ({"budget": "4bits", "formats": ("int4-g96",)}, UsageError, "can have none of int4-g96"),
         ({"format": "int4-g32", "repair": True}, UsageError, "say which"),
     ],

@@ -18,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
 from strop.calibrate.stream import BlockError
-from strop.files.folders import read_json, write_json
-from strop.files.shards import read_file
+from strop.files.folders import read_json, sync, write_json
+from strop.files.shards import read_file, read_header, read_tensor
 from strop.methods import BlockResult
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import parse_scheme
 
 PLAN = "plan.json"
+_OTHER = "other|"
 
 
 class Results:
@@ -55,16 +57,12 @@ class Results:
 
     def put(self, index: int, result: BlockResult, error: BlockError) -> None:
         """Keep a block's result; on return it is on the disk."""
-        tensors = {f"other|{name}": tensor.detach().contiguous() for name, tensor in result.others.items()}
+        tensors = {f"{_OTHER}{name}": tensor.detach().contiguous() for name, tensor in result.others.items()}
         for layer, quantized in result.weights.items():
             tensors |= {f"{layer}|{part}": tensor.contiguous() for part, tensor in quantized.tensors().items()}
         path = self._path(index, "safetensors")
         save_file(tensors, path)
-        handle = os.open(path, os.O_RDWR)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        sync(path)
         layers = {name: {"scheme": q.scheme.name, "shape": list(q.shape)} for name, q in result.weights.items()}
         about = {"layers": layers, "notes": list(result.notes), "tokens": dict(result.tokens), "error": asdict(error)}
         _write(self._path(index, "json"), about)
@@ -78,8 +76,15 @@ class Results:
             parts = {name.rpartition("|")[2]: part for name, part in tensors.items() if name.startswith(f"{layer}|")}
             rows, columns = about["shape"]
             weights[layer] = QuantizedTensor.from_tensors(parts, parse_scheme(about["scheme"]), (rows, columns))
-        others = {name.removeprefix("other|"): part for name, part in tensors.items() if name.startswith("other|")}
+        others = {name.removeprefix(_OTHER): part for name, part in tensors.items() if name.startswith(_OTHER)}
         return BlockResult(weights, others, listed["notes"], listed["tokens"]), BlockError(**listed["error"])
+
+    def others(self, index: int) -> dict[str, Tensor]:
+        """Parameters beside the weights that changed in a finished block; nothing else is read."""
+        path = self._path(index, "safetensors")
+        header = read_header(path)
+        names = [name for name in header.entries if name.startswith(_OTHER)]
+        return {name.removeprefix(_OTHER): read_tensor(path, name, header=header) for name in names}
 
     def remove(self) -> None:
         """Give the disk back."""
@@ -95,9 +100,5 @@ class Results:
 def _write(path: Path, value: Mapping[str, Any]) -> None:
     part = path.with_suffix(".part")
     write_json(part, value)
-    handle = os.open(part, os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(part)
     os.replace(part, path)

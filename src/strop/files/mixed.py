@@ -20,7 +20,7 @@ def check_together(schemes: Sequence[Scheme]) -> None:
     """Refuse formats that no file holds beside each other.
 
     Raises:
-        FormatError: codebooks beside other formats, or 8-bit floats beside integers.
+        FormatError: codebooks beside other formats, zero points by group, or 8-bit floats beside integers.
     """
     different = list(dict.fromkeys(schemes))
     if len(different) < 2:
@@ -28,6 +28,12 @@ def check_together(schemes: Sequence[Scheme]) -> None:
     names = ", ".join(scheme.name for scheme in different)
     if any(isinstance(scheme.format, CodebookFormat) for scheme in different):
         raise FormatError(f"one model cannot mix {names}: codebooks stand alone in bitsandbytes' files; use integers")
+    widened = [scheme.name for scheme in different if not compressed_tensors.opens_packed(scheme)]
+    if widened:
+        raise FormatError(
+            f"one model cannot mix {names}: transformers dequantizes {', '.join(widened)} while loading, and would "
+            "read every layer by one of the formats; use symmetric ones (int4-g32, int4-g32-full)"
+        )
     kinds = {compressed_tensors.config_for(scheme, [])["format"] for scheme in different}
     if len(kinds) > 1:
         raise FormatError(f"one model cannot mix {names}: {' and '.join(sorted(kinds))} are packed differently")
@@ -53,10 +59,7 @@ def config_for(schemes: Mapping[str, Scheme], ignore: Sequence[str], *, packed: 
     for scheme, config in zip(different, configs, strict=True):
         ((name, group),) = config["config_groups"].items()
         groups[name] = {**group, "targets": [layer for layer, own in schemes.items() if own == scheme]}
-    together = {**configs[0], "config_groups": groups}
-    if any(config.get("dequantize") for config in configs):
-        together["dequantize"] = True
-    return together
+    return {**configs[0], "config_groups": groups}
 
 
 def config_of(config: Mapping[str, Any], layer: str) -> Mapping[str, Any]:

@@ -6,4 +6,5 @@ fake_quant_linear.py  `FakeQuantLinear`: a trainable weight, rounded on every ca
 lora_linear.py        `LoraLinear`: any of them frozen, plus a trainable change of low rank
 quant_experts.py      `QuantExperts`: the experts of a mixture over frozen codes, and how they are computed
 surgery.py            find, choose, replace, undo
+rotation.py           the same model with a rotated residual stream
 """

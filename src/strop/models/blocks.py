@@ -121,7 +121,7 @@ class BlockwiseModel:
         if lost:
             raise ModelError(f"{self.folder}: {name}: the files hold no {', '.join(lost[:5])}")
         for parameter in block.parameters():
-            parameter.requires_grad_(False)  # noqa: FBT003
+            parameter.requires_grad = False
         try:
             yield block
         finally:

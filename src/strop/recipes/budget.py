@@ -31,7 +31,7 @@ from strop.progress import SILENT, Reporter
 from strop.recipes.calibrated import DISK_BYTES, Bench, calibrate_model
 from strop.scratch import Scratch
 
-FORMATS: Final = ("int2-g32-asym", "int3-g32-asym", "int4-g32-asym", "int6-g32", "int8-g32")
+FORMATS: Final = ("int2-g32-full", "int3-g32-full", "int4-g32-full", "int6-g32", "int8-g32")
 """What layers may become where no formats are named."""
 
 TRIALS: Final = 6

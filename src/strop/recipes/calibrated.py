@@ -65,11 +65,8 @@ class Calibrated:
 
     def others(self) -> dict[str, Tensor]:
         """Parameters beside the weights that changed, of all blocks."""
-        self._open = None
         return {
-            name: tensor
-            for index in range(len(self.reports))
-            for name, tensor in self.results.get(index)[0].others.items()
+            name: tensor for index in range(len(self.reports)) for name, tensor in self.results.others(index).items()
         }
 
 
@@ -93,7 +90,8 @@ class Bench:
 
     def stream(self, scratch: Scratch) -> BlockStream:
         """All rows at the first block."""
-        calibrating, held = (list(eval_batches(rows, self.memory.batch_size)) for rows in self._parts())
+        size = self.memory.batch_size
+        calibrating, held = (list(eval_batches(part, size)) for part in (self.rows.calibrating, self.rows.held_out))
         return BlockStream(
             self.model,
             [*calibrating, *held],
@@ -101,9 +99,6 @@ class Bench:
             memory_bytes=self.memory.hidden_bytes,
             scratch=scratch,
         )
-
-    def _parts(self) -> tuple[Sequence[Sample], Sequence[Sample]]:
-        return self.rows.calibrating, self.rows.held_out
 
 
 def open_bench(

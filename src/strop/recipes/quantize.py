@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from strop.calibrate.quantizing import BlockWork, layer_by_layer
 from strop.errors import FormatError, GateError, UsageError, nearest
+from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
@@ -375,6 +376,8 @@ def _record(calibrated: Calibrated, receipt: Receipt, reporter: Reporter) -> Non
 
 def _scheme(format: str) -> Scheme:
     spec = parse_format(format)
+    if spec.scheme.super_size is not None:
+        compressed_tensors.check_scheme(spec.scheme)  # refuses it: no file that is written now holds the grid
     if spec.container is not None:
         raise FormatError(
             f"{format!r}: files of the kind {spec.container} are not written yet; the same grid without the container "

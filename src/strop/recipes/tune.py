@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -25,7 +25,7 @@ from typing import Any, Final
 from strop.config import LowRank, TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, write_json
-from strop.memory import PeakMemory
+from strop.memory import PeakMemory, steady_allocation
 from strop.progress import SILENT, Reporter
 from strop.recipes import rank as rank_recipe
 from strop.recipes.doctor import check_start
@@ -36,6 +36,7 @@ from strop.training.checkpoints import RunLock, differences
 from strop.training.loop import train
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import read_metrics
+from strop.training.recompute import blocks_to_recompute
 
 CACHE: Final = "cache"
 
@@ -277,12 +278,18 @@ def _run(
         elif not config.resume:  # what a run left that never got anywhere
             for name in (rank_recipe.FILE, rank_recipe.PICTURE):
                 (run_dir / name).unlink(missing_ok=True)
-        save_manifest(run_dir, run_manifest(session, run_dir))
+        settings = session.train_settings()
+        if settings.checkpointing == "auto":
+            with steady_allocation():
+                blocks = blocks_to_recompute(session.model, session.stream, settings, memory, reporter)
+            settings = replace(settings, checkpointing=blocks)
+        tried = next((check["figures"]["shapes"] for check in checks if check["name"] == "accumulation"), 0)
+        save_manifest(run_dir, run_manifest(session, run_dir, settings, tried=tried))
         result = train(
             session.model,
             session.stream,
             valid_set.samples if valid_set is not None else [],
-            session.train_settings(),
+            settings,
             run_dir,
             export=session.base.exporter(config.method),
             resume=config.resume,

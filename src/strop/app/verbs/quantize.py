@@ -24,7 +24,7 @@ def quantize(
     ] = None,
     method: Annotated[
         str,
-        typer.Option("--method", "-m", help="rtn (to nearest), search (searched scales); see docs/quantizing.md."),
+        typer.Option("--method", "-m", help="rtn, search, stochastic, hqq, gptq, awq, smooth, autoround, blockwise."),
     ] = "rtn",
     observer: Annotated[
         str, typer.Option("--observer", help="How rtn finds the range: minmax, percentile, mse.")
