@@ -15,7 +15,9 @@ UP, DOWN, DEAD = "block.up", "block.down", "block.dead"
 class ToyBlock:
     """A `strop.methods.Block`; remembers every set of weights that it was run with while nothing was recorded."""
 
-    def __init__(self, *, batches: int = 6, tokens: int = 32, width: int = 32, seed: int = 0) -> None:
+    def __init__(
+        self, *, batches: int = 6, tokens: int = 32, width: int = 32, seed: int = 0, correlated: bool = True
+    ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weights: Mapping[str, Tensor] = {
             UP: torch.randn(2 * width, width, generator=generator) / width**0.5,
@@ -27,6 +29,8 @@ class ToyBlock:
         self.others: Mapping[str, Tensor] = {}
         self.batches = batches
         mixing = torch.randn(width, width, generator=generator) * torch.rand(width, generator=generator)
+        if not correlated:
+            mixing = torch.eye(width)
         self.x = [torch.randn(tokens, width, generator=generator) @ mixing for _ in range(batches)]
         self.noise = [0.02 * torch.randn(tokens, width, generator=generator) for _ in range(batches)]
         self.measured: list[dict[str, Tensor]] = []
@@ -49,10 +53,17 @@ class ToyBlock:
     def statistics(
         self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
     ) -> dict[str, Statistics]:
-        inputs = self._inputs(changed)
+        seen = {layer: x for layer, x in self._inputs(changed).items() if layer in layers}
         return {
-            layer: Statistics(inputs[layer].square().mean(0), len(inputs[layer])) for layer in layers if layer in inputs
+            layer: Statistics(x.square().mean(0), len(x), hessian=x.t() @ x / len(x) if hessian else None)
+            for layer, x in seen.items()
         }
+
+    def stages(self, *, hessian: bool) -> Sequence[tuple[str, ...]]:
+        return self.shared
+
+    def is_expert(self, layer: str) -> bool:
+        return False
 
     def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:
         return self._inputs(changed)[layer][:most]

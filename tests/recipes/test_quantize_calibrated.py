@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from strop.calibrate.quantizing import layer_by_layer
 from strop.data.batches import eval_batches
 from strop.errors import DataError, GateError, UsageError
 from strop.files.saving import save_model
 from strop.files.shards import iter_tensors
 from strop.memory import PeakMemory, release_unused_memory
+from strop.methods.sequential import layer_by_layer
 from strop.models import load
 from strop.recipes.calibration import calibration_rows
 from strop.recipes.quantize import quantize

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from strop.calibrate.block import CalibrationBlock
-from strop.calibrate.quantizing import STARVED, layer_by_layer
 from strop.calibrate.stream import BlockStream
 from strop.data.batches import eval_batches
 from strop.errors import FormatError, UsageError
 from strop.layers.quant_experts import expert_names, expert_weights, quant_experts
 from strop.layers.surgery import experts, linear_modules
 from strop.methods import BlockResult, rtn, search
+from strop.methods.sequential import STARVED, layer_by_layer
 from strop.models import load
 from strop.models.blocks import BlockwiseModel
 from strop.numerics.qtensor import quantize_tensor

@@ -1,14 +1,9 @@
-"""Quantize a model block by block: a method over each block's inputs, its result in place before the next block runs.
-
-Methods of single weights (GPTQ, searched rounding) are given statistics gathered with everything before them already
-quantized, within the block too: layers that receive the same tensor are measured together, in the order of use.
-"""
+"""Quantize a model block by block: a method over a block's inputs, its result in place before the next block runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -16,13 +11,10 @@ from torch import Tensor
 from strop.calibrate.block import CalibrationBlock
 from strop.calibrate.results import Results
 from strop.calibrate.stream import BlockError, BlockStream
-from strop.methods import Block, BlockResult, Method, search
+from strop.methods import Block, BlockResult
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 from strop.progress import SILENT, Reporter
-
-STARVED: Final = 32
-"""Calibration tokens below which an expert's own statistics are not used."""
 
 BlockWork = Callable[[Block, Mapping[str, Scheme], Callable[[str], None]], BlockResult]
 """(block, scheme by layer, told what is being done) to what the block becomes."""
@@ -107,49 +99,6 @@ class _Run:
         for layer, quantized in self.result.weights.items():
             self.weigh(layer, block.weights[layer], quantized)
         return {layer: q.dequantize() for layer, q in self.result.weights.items()} | dict(self.result.others)
-
-
-def layer_by_layer(
-    block: Block, schemes: Mapping[str, Scheme], method: Method, *, hessian: bool = False
-) -> BlockResult:
-    """Quantize a block's weights one after the other.
-
-    A layer that no row reached has no statistics: it is rounded by searched scales without them, and named. So is an
-    expert of a mixture that is given fewer than `STARVED` tokens, whose statistics would be those of chance.
-
-    Args:
-        block: The block.
-        schemes: Layer to its scheme.
-        method: Rounds one weight.
-        hessian: Whether it needs the second moments of the inputs.
-    """
-    made: dict[str, QuantizedTensor] = {}
-    changed: dict[str, Tensor] = {}
-    notes: list[str] = []
-    for group in block.stages(hessian=hessian) if isinstance(block, CalibrationBlock) else block.shared:
-        layers = [layer for layer in group if layer in schemes]
-        starved: dict[str, int] = {}
-        statistics = block.statistics(layers, changed, hessian=hessian) if layers else {}
-        for layer in layers:
-            seen = statistics.get(layer)
-            if isinstance(block, CalibrationBlock) and block.is_expert(layer):
-                rows = 0 if seen is None else seen.rows
-                if rows < STARVED:
-                    starved[layer], seen = rows, None
-            elif seen is None:
-                notes.append(f"{layer}: no calibration row reaches it; its scales are searched without data")
-            if seen is None:
-                made[layer] = search(block.weights[layer], schemes[layer], where=layer)
-            else:
-                made[layer] = method(block.weights[layer], schemes[layer], seen, where=layer)
-            changed[layer] = made[layer].dequantize()
-        if starved:
-            named = ", ".join(f"{layer} ({rows:,})" for layer, rows in starved.items())
-            notes.append(
-                f"starved, fewer than {STARVED} calibration tokens (how many in brackets), scales searched without "
-                f"data: {named}"
-            )
-    return BlockResult({layer: made[layer] for layer in schemes}, {}, notes)
 
 
 def _shares(tokens: Mapping[str, int], count: int) -> list[str]:

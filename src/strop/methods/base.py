@@ -97,6 +97,18 @@ class Block(Protocol):
         """
         ...
 
+    def stages(self, *, hessian: bool) -> Sequence[tuple[str, ...]]:
+        """Layers that are measured in one pass, in the order of use: one tuple of `shared`, or experts of a parameter.
+
+        Args:
+            hessian: Whether second moments are gathered, of which memory bounds how many there are at a time.
+        """
+        ...
+
+    def is_expert(self, layer: str) -> bool:
+        """Whether a layer is an expert of a mixture, that sees only the tokens which the router gives it."""
+        ...
+
     def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:
         """At most `most` rows of a layer's inputs, float32 [rows, in], spread evenly over all batches."""
         ...

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from strop.methods.base import Block, BlockResult
-from strop.methods.reconstruction import evenly, searched_start, train
+from strop.methods.reconstruction import held_out, searched_start, train
 from strop.methods.rounding import round_through, settled, steps_between, stored_scale, whole
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import split, spread
@@ -37,7 +37,6 @@ _SCALE_RATE = 1e-2  # of the start's scale
 _ZERO_RATE = 2e-2  # steps of the grid
 _WEIGHT_RATE = 2e-2  # of the mean distance between two values of the layer's grid
 _LAST = 0.05  # the rates fall to this share along a cosine
-_LEAST_BATCHES = 4  # from here on one in eight is held out
 _FACTORS = (0.05, 20.0)
 
 
@@ -73,13 +72,7 @@ def blockwise(
     }
     if not layers or not iterations:
         return BlockResult(start.weights, notes=start.notes)
-    everything = list(range(block.batches))
-    measured, batches = everything, everything
-    if block.batches >= _LEAST_BATCHES:
-        measured = evenly(everything, max(1, block.batches // 8))
-        batches = [batch for batch in everything if batch not in measured]
-    else:
-        start.notes.append(f"{block.name}: {block.batches} batches are too few to hold one out; all of them measure")
+    batches, measured = held_out(block, start.notes)
     groups = [group for part in layers.values() for group in part.groups()]
     optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     rates = [float(group["lr"]) for group in optimizer.param_groups]

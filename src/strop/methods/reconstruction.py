@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -17,12 +18,16 @@ from torch import Tensor
 
 from strop.errors import DataError
 from strop.methods.base import Block
+from strop.methods.gptq import gptq
 from strop.methods.search import search
+from strop.methods.sequential import layer_by_layer
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 MEASUREMENTS = 10
 """How often a training looks at its error, the start left out."""
+
+_LEAST_BATCHES = 4  # from here on one in eight is held out
 
 
 class Trainable(Protocol):
@@ -42,7 +47,7 @@ class Start:
     """Where training starts from.
 
     Attributes:
-        weights: Searched rounding of every layer.
+        weights: Every layer, rounded.
         reached: The layers that calibration reached, in the block's order: those that can be trained.
         notes: What a user should know.
     """
@@ -68,6 +73,24 @@ def searched_start(block: Block, schemes: Mapping[str, Scheme]) -> Start:
         if layer not in statistics:
             notes.append(f"{layer}: no calibration token reached it; its scales were searched without data")
     return Start(weights, tuple(layer for layer in layers if layer in statistics), notes)
+
+
+def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[int]) -> Start:
+    """Round every weight by GPTQ, or with searched scales where that errs less in the block's output over `measured`.
+
+    Raises:
+        DataError: Inputs of a layer, or the block's output, are not finite.
+        FormatError: A weight does not fit its scheme, or is not finite.
+    """
+    searched = searched_start(block, schemes)
+    notes: list[str] = []
+    result = layer_by_layer(block, schemes, partial(gptq, note=notes.append), hessian=True)
+    notes += result.notes
+    if block_error(block, measured, searched.weights) < block_error(block, measured, result.weights):
+        return replace(
+            searched, notes=[*notes, f"{block.name}: started from searched scales, which err less than GPTQ"]
+        )
+    return Start(dict(result.weights), searched.reached, notes)
 
 
 @torch.no_grad()
@@ -134,7 +157,7 @@ def train(
             error = block_error(block, measured, found)
             if error < best:
                 best, kept = error, found
-            say(f"{done} of {iterations}, error {best / first if first else 1:.3f} of searched rounding's")
+            say(f"{done} of {iterations}, error {best / first if first else 1:.3f} of the start's")
     return kept
 
 
@@ -145,7 +168,12 @@ def _order(batches: Sequence[int], generator: torch.Generator) -> Iterator[int]:
             yield batches[int(place)]
 
 
-def evenly(batches: Sequence[int], most: int) -> list[int]:
-    """At most `most` of the batches, evenly spread."""
-    count = min(most, len(batches))
-    return [batches[place * len(batches) // count] for place in range(count)]
+def held_out(block: Block, notes: list[str]) -> tuple[list[int], list[int]]:
+    """Batches to train on, and one in eight, evenly spread, that measure; where there are too few, all do both."""
+    everything = list(range(block.batches))
+    if block.batches < _LEAST_BATCHES:
+        notes.append(f"{block.name}: {block.batches} batches are too few to hold one out; all of them measure")
+        return everything, everything
+    count = max(1, block.batches // 8)
+    measured = [everything[place * block.batches // count] for place in range(count)]
+    return [batch for batch in everything if batch not in measured], measured

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from strop.calibrate.quantizing import BlockWork, layer_by_layer
+from strop.calibrate.quantizing import BlockWork
 from strop.errors import FormatError, GateError, UsageError, nearest
 from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
@@ -39,6 +39,7 @@ from strop.layers.base import dense_weight, linear_shape
 from strop.layers.quant_experts import ExpertWeights, expert_weights
 from strop.layers.surgery import blocks, experts, linear_modules
 from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
+from strop.methods.sequential import layer_by_layer
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
 from strop.numerics import OBSERVERS
