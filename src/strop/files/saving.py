@@ -37,7 +37,7 @@ from strop.files.receipts import Receipt
 from strop.files.shards import MAX_SHARD_BYTES, Part, write_shards
 from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED, QuantizedLinear
 from strop.numerics.formats import CodebookFormat
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -169,8 +169,8 @@ def skeleton(model: PreTrainedModel) -> nn.Module:
         return type(model)(copy.deepcopy(model.config))
 
 
-def _quantized(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED)}
 
 
 def _parts(model: PreTrainedModel, scheme: Scheme | None) -> Iterator[Part]:
@@ -246,7 +246,7 @@ def _write_configs(model: PreTrainedModel, scheme: Scheme | None, folder: Path) 
         kept = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QuantLinear)
+            if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QUANTIZED)
         ]
         fields = read_json(folder / "config.json")
         fields["quantization_config"] = _quantization_config(model, scheme, kept)

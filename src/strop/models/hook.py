@@ -2,7 +2,7 @@
 
 transformers gives every quantizer (`HfQuantizer`) three moments. Before any tensor is read, the model stands on the
 meta device: the layers are chosen and every shape is checked against the scheme. Each tensor that arrives passes
-through a conversion operation: ours makes a `QuantizedTensor` of it, puts a `QuantLinear` where the dense layer stood,
+through a conversion operation: ours makes a `QuantizedTensor` of it, puts a layer over it where the dense one stood,
 and hands nothing on, so that no dense weight outlives its own conversion. Because this is transformers' own loader,
 its renamings and splittings of checkpoint names apply before ours.
 
@@ -36,7 +36,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from strop.errors import ModelError, StropError
 from strop.files.shards import read_header
 from strop.layers.base import is_linear, linear_bias, linear_shape
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import quantized_linear
 from strop.layers.surgery import plan_linears, replace, select
 from strop.models.containers import Container
 from strop.numerics.qtensor import QuantizedTensor
@@ -91,9 +91,10 @@ class Plan:
         module.get_parameter("weight")._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def install(self, model: nn.Module) -> None:
-        """Put a `QuantLinear` where each layer whose weight was kept stands."""
+        """Put a layer over its codes where each layer whose weight was kept stands."""
         for name in list(self._made):
-            replace(model, name, QuantLinear(self._made.pop(name), linear_bias(model.get_submodule(name))))
+            layer = quantized_linear(self._made.pop(name), linear_bias(model.get_submodule(name)))
+            replace(model, name, layer)
 
 
 class RoundingPlan(Plan):

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 from strop.errors import ConfigError, FormatError, ModelError, StropError, nearest
 from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_config
 from strop.files.shards import tensor_files
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED
 from strop.models.containers import container_for
 from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
@@ -170,6 +170,11 @@ def _open_model(
         plan, scheme = ReadingPlan(container, device), container.scheme
     elif scheme is not None:
         wanted = scheme
+        if rounding is None and wanted.activations is not None and wanted.activations.is_static:
+            raise FormatError(
+                f"{folder}: {wanted} has one scale for all activations of a layer, which calibration fixes; quantize "
+                f"with data first (strop quantize --format {wanted} --data FILE), or open as int8-a8"
+            )
         plan = RoundingPlan(
             wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device, keep=keep
         )
@@ -248,7 +253,7 @@ def _nearest(name: str, weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor
 
 def _true_scheme(model: nn.Module) -> Scheme | None:
     """The scheme of the first quantized layer: its tensors know the scales' dtype, a configuration may not say it."""
-    return next((module.scheme for module in model.modules() if isinstance(module, QuantLinear)), None)
+    return next((module.scheme for module in model.modules() if isinstance(module, QUANTIZED)), None)
 
 
 def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

@@ -4,6 +4,8 @@
     scale       the scheme's scale dtype, [1, 1], [out, 1], [out, groups] or [blocks]; None under double quantization
     zero_point  uint8  like scale, or None; stored as codes are: z - qmin
     nested      under double quantization, the block scales as 8-bit codes
+    activation_scale  float32 [1], the static scale of the layer's inputs; only in schemes with -a8-static, and there
+                None until calibration gives it
 
 Stored codes are unsigned: an integer's is q - qmin, packed by `packing`. Not a `torch.Tensor` subclass, and without
 gradient: what trains through a grid is `fake_quantize`.
@@ -11,6 +13,8 @@ gradient: what trains through a grid is `fake_quantize`.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -36,6 +40,7 @@ class QuantizedTensor:
     scheme: Scheme
     shape: tuple[int, int]
     nested: NestedScale | None = None
+    activation_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -76,6 +81,22 @@ class QuantizedTensor:
             result[rows] = grid.packed_values(packed[rows], groups, size, rows_of(scale, rows), zero, scheme.format)
         return restore(result, self.shape)
 
+    def with_activation_scale(self, scale: float | None) -> QuantizedTensor:
+        """The same with the static scale of the layer's inputs; the tensor itself where the scheme has none.
+
+        Raises:
+            FormatError: The scheme needs one, and there is none or it is not a positive number.
+        """
+        if self.scheme.activations is None or not self.scheme.activations.is_static:
+            return self
+        if scale is None or not (math.isfinite(scale) and scale > 0):
+            raise FormatError(
+                f"{self.scheme}: calibration must give a positive scale of the activations, got {scale}; a layer that "
+                "no row of the data reaches has none: use int8-a8, which finds it while it runs, or other data"
+            )
+        given = torch.tensor([scale], dtype=torch.float32, device=self.codes.device)
+        return dataclasses.replace(self, activation_scale=given)
+
     def _packed_rows(self) -> Tensor:
         """The packed codes, a row for each row of groups: [out, bytes], or [blocks, bytes], a short block filled."""
         if self.codes.ndim == 2 or self.scheme.group_size is None:
@@ -86,12 +107,15 @@ class QuantizedTensor:
         return codes.view(-1, block_bytes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts that there are, by name: codes, scale, zero_point, nested_codes, nested_scale, nested_offset."""
+        """The parts that there are, by name: codes, scale, zero_point, nested_codes, nested_scale, nested_offset,
+        activation_scale.
+        """
         parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
         if self.nested is not None:
             parts["nested_codes"] = self.nested.codes
             parts["nested_scale"] = self.nested.scale
             parts["nested_offset"] = self.nested.offset
+        parts["activation_scale"] = self.activation_scale
         return {name: part for name, part in parts.items() if part is not None}
 
     @classmethod
@@ -115,7 +139,8 @@ class QuantizedTensor:
         nested = None
         if scheme.double_quant:
             nested = NestedScale(tensors["nested_codes"], tensors["nested_scale"], tensors["nested_offset"])
-        return cls(tensors["codes"], tensors.get("scale"), tensors.get("zero_point"), scheme, shape, nested)
+        scale, zero_point = tensors.get("scale"), tensors.get("zero_point")
+        return cls(tensors["codes"], scale, zero_point, scheme, shape, nested, tensors.get("activation_scale"))
 
 
 def quantize_tensor(
@@ -185,4 +210,6 @@ def _expected_parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[t
         parts["scale"] = (size, scheme.scale_dtype)
     if scheme.mode is Mode.ASYMMETRIC:
         parts["zero_point"] = (size, torch.uint8)
+    if scheme.activations is not None and scheme.activations.is_static:
+        parts["activation_scale"] = ((1,), torch.float32)
     return parts

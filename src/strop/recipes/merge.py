@@ -42,7 +42,7 @@ from strop.files.peft_adapter import AdapterConfig, base_digest
 from strop.files.saving import check_expressible, skeleton, write_model
 from strop.layers.base import dense_weight, linear_bias, linear_shape
 from strop.layers.lora_linear import LoraLinear
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED, QuantizedLinear, quantized_linear
 from strop.layers.surgery import detach_lora, linear_modules, lora_modules, plan_linears, replace
 from strop.models import OpenedModel, load
 from strop.models.sources import find_folder
@@ -310,7 +310,7 @@ def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
 
     hooks = []
     for module in model.modules():
-        if module._parameters and not isinstance(module, QuantLinear):  # that computes in the dtype of its input
+        if module._parameters and not isinstance(module, QUANTIZED):  # that computes in the dtype of its input
             hooks.append(module.register_forward_pre_hook(widen))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
@@ -329,7 +329,7 @@ def _without_adapters(model: PreTrainedModel, probe: _Probe, scheme: Scheme | No
     try:
         if scheme is not None:
             for name, module in linear_modules(model).items():
-                if not (isinstance(module, QuantLinear) and module.scheme == scheme):
+                if not (isinstance(module, QUANTIZED) and module.scheme == scheme):
                     stood[name] = replace(model, name, _rounded(name, dense_weight(module), module, scheme))
         return probe.logits(model)
     finally:
@@ -337,8 +337,8 @@ def _without_adapters(model: PreTrainedModel, probe: _Probe, scheme: Scheme | No
             replace(model, name, module)
 
 
-def _rounded(name: str, weight: Tensor, module: nn.Module, scheme: Scheme) -> QuantLinear:
-    return QuantLinear(quantize_tensor(weight, scheme, where=name), linear_bias(module))
+def _rounded(name: str, weight: Tensor, module: nn.Module, scheme: Scheme) -> QuantizedLinear:
+    return quantized_linear(quantize_tensor(weight, scheme, where=name), linear_bias(module))
 
 
 class _Added(nn.Module):
@@ -372,9 +372,9 @@ def _store(model: PreTrainedModel, plain: nn.Module, scheme: Scheme | None) -> s
     dtype = _embedding(model).dtype
     for name, module in linear_modules(model).items():
         if scheme is not None:
-            if not (isinstance(module, QuantLinear) and module.scheme == scheme):
+            if not (isinstance(module, QUANTIZED) and module.scheme == scheme):
                 replace(model, name, _rounded(name, dense_weight(module), module, scheme))
-        elif isinstance(module, LoraLinear | QuantLinear):
+        elif isinstance(module, (LoraLinear, *QUANTIZED)):
             replace(model, name, _dense(dense_weight(module).to(dtype), module, like=plain.get_submodule(name)))
     return scheme.name if scheme is not None else str(dtype).removeprefix("torch.")
 
