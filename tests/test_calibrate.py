@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from strop.calibrate import gather_statistics
+from strop.calibrate import gather_activation_scales, gather_statistics
 from strop.data.batches import eval_batches
 from strop.data.templates import Sample
 from strop.errors import DataError
 from strop.layers.surgery import linear_modules
+from strop.numerics.activation_observers import ACTIVATION_OBSERVERS, MinMax
 from tests.tiny import tiny_input, tiny_model
 
 
@@ -56,3 +57,33 @@ def test_no_rows_and_inputs_that_overflow_are_errors() -> None:
     model.get_submodule("model.layers.0.input_layernorm").weight.data.fill_(float("inf"))
     with pytest.raises(DataError, match=r"not finite .*layers\.0\.self_attn\.q_proj"):
         gather_statistics(model, eval_batches(samples([4]), 1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "falcon", "mixtral"])
+def test_activation_scales_cover_the_real_tokens_alone(family: str) -> None:
+    model, rows = tiny_model(family), samples([12, 5, 9, 3])
+    found = gather_activation_scales(model, eval_batches(rows, 2), MinMax)
+    largest: dict[str, float] = {}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, x, name=name: largest.update({name: max(largest.get(name, 0.0), x[0].abs().max().item())})
+        )
+        for name, module in linear_modules(model).items()
+    ]
+    for row in rows:  # one at a time: no padding
+        with torch.no_grad():
+            model(torch.tensor([row.input_ids]))
+    for hook in hooks:
+        hook.remove()
+    assert found.keys() == largest.keys()
+    assert all(scale == pytest.approx(largest[name] / 127.5, rel=1e-3) for name, scale in found.items())
+
+
+def test_no_rows_and_inputs_that_overflow_fix_no_scale() -> None:
+    model = tiny_model("llama")
+    for make in ACTIVATION_OBSERVERS.values():
+        with pytest.raises(DataError, match="no rows"):
+            gather_activation_scales(model, [], make)
+    model.get_submodule("model.layers.0.input_layernorm").weight.data.fill_(float("inf"))
+    with pytest.raises(DataError, match=r"layers\.0\.self_attn\.q_proj: .*NaN or infinite"):
+        gather_activation_scales(model, eval_batches(samples([4]), 1), MinMax)

@@ -40,7 +40,6 @@ def oracle(module: Int8Linear, x: Tensor, *, static: float | None = None) -> Ten
         if module.scheme.name.endswith("asym"):
             low, high = token.min().clamp(max=0), token.max().clamp(min=0)
             step = (high - low) / 255
-            zero = (-128 - torch.round(low / step)).clamp(-128, 127)
             zero = torch.round(-128 - low / step).clamp(-128, 127)
         else:
             step = token.abs().max() / 127.5 if static is None else torch.tensor(static)
@@ -98,7 +97,7 @@ def test_what_is_not_finite_stays_so_and_in_its_token(text: str, value: float) -
     x[1, 4] = value
     y = quantized_linear(qtensor)(x)
     assert not y[1].isfinite().any()
-    assert y[0].isfinite().all() and y[2].isfinite().all()
+    assert y[[0, 2]].isfinite().all()
     assert (y[0] - clean[0]).abs().max() < 0.1 * clean.abs().max()
 
 
@@ -112,7 +111,8 @@ def test_the_gradient_of_the_input_passes_straight_through() -> None:
 def test_an_adapter_trains_on_top() -> None:
     adapted = LoraLinear(layer("int8-a8"), 2, 4, generator=torch.Generator().manual_seed(0))
     adapted(draw(3, 96)).sum().backward()
-    assert adapted.lora_B.grad is not None and adapted.lora_B.grad.abs().max() > 0
+    assert adapted.lora_B.grad is not None
+    assert adapted.lora_B.grad.abs().max() > 0
     assert all(parameter.grad is None for parameter in adapted.base.parameters())
 
 
@@ -121,11 +121,12 @@ def test_casting_the_model_leaves_codes_and_scales_as_they_are(text: str) -> Non
     qtensor = quantize_tensor(draw(8, 96, seed=1), parse_scheme(text)).with_activation_scale(0.0123)
     module = quantized_linear(qtensor, draw(8))
     module.to(torch.bfloat16)
-    assert module.bias is not None and module.bias.dtype == torch.bfloat16
+    assert module.bias is not None
+    assert module.bias.dtype == torch.bfloat16
     kept = module.qtensor.tensors()
-    assert all(
-        kept[name].equal(tensor) and kept[name].dtype == tensor.dtype for name, tensor in qtensor.tensors().items()
-    )
+    for name, tensor in qtensor.tensors().items():
+        assert kept[name].dtype == tensor.dtype
+        assert kept[name].equal(tensor)
     assert module(draw(2, 96).bfloat16()).dtype == torch.bfloat16
 
 
@@ -133,7 +134,8 @@ def test_autocast_changes_the_dtype_of_the_output_and_no_sum() -> None:
     module, x = layer("int8-a8"), draw(3, 96)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = module(x)
-    assert y.dtype == torch.bfloat16 and y.equal(module(x).bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert y.equal(module(x).bfloat16())
 
 
 # --- outliers
@@ -180,14 +182,14 @@ def test_the_split_equals_the_formula_of_llm_int8() -> None:
 
 def test_the_split_is_close_to_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes").functional
-    x = planted(columns=64)
+    x = planted(columns=64).half().float()
     codes, absmax, _ = functional.int8_vectorwise_quant(draw(16, 64, seed=1, scale=0.1).half())
     scheme = parse_scheme("llm.int8")
     ours = QuantizedTensor(codes.view(torch.uint8) ^ 0x80, absmax.float()[:, None] / 127, None, scheme, (16, 64))
     x16, x_absmax, outliers = functional.int8_vectorwise_quant(x.half(), threshold=6.0)
     theirs, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(x, x16, codes, x_absmax, absmax.float(), outliers, None)
     assert outliers.tolist() == [3, 50]
-    assert torch.allclose(OutlierInt8Linear(ours)(x), theirs.float(), rtol=2e-3, atol=2e-3)
+    assert (OutlierInt8Linear(ours)(x) - theirs.float()).norm() < 1e-4 * theirs.float().norm()
 
 
 def test_the_threshold_decides_what_is_split_off() -> None:

@@ -14,8 +14,8 @@ written. W = scale * (q - z); the scale of a full-range grid may be negative, wh
 
 `int-quantized` holds int8 weights whose activations are int8 too (`int8-a8`): `NAME.weight` int8 [out, in],
 `NAME.weight_scale`, and with a static scale of the activations `NAME.input_scale` [1]; `input_activations` in the
-configuration says which. LLM.int8's outlier threshold has no field there: `int8-a8-over6` is written with none, so that
-other readers leave the activations as they are, and the group's name brings the threshold back.
+configuration says which. LLM.int8's outlier threshold has no field there: `int8-a8-over6` is written as int8 weights
+alone, packed, whose activations other readers leave as they are, and the group's name brings the threshold back.
 
 What transformers 5.23 with compressed-tensors 0.20 does with such a folder (found by experiment, tests/files):
 - symmetric grids open with `from_pretrained(folder, dtype=torch.float32)` and give the same weights bit for bit; in a
@@ -91,6 +91,7 @@ def config_for(scheme: Scheme, ignore: Sequence[str], *, packed: bool | None = N
     """
     check_scheme(scheme)
     is_float = isinstance(scheme.format, FloatFormat)
+    activations = _activation_fields(scheme.activations)
     weights = {
         "num_bits": scheme.bits,
         "type": "float" if is_float else "int",
@@ -102,19 +103,19 @@ def config_for(scheme: Scheme, ignore: Sequence[str], *, packed: bool | None = N
     group = {
         "targets": ["Linear"],
         "weights": weights,
-        "input_activations": _activation_fields(scheme.activations),
+        "input_activations": activations,
         "output_activations": None,
     }
     config: dict[str, Any] = {
         "quant_method": METHOD,
-        "format": "float-quantized" if is_float else _PACKED if scheme.activations is None else "int-quantized",
+        "format": "float-quantized" if is_float else "int-quantized" if activations else _PACKED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "config_groups": {scheme.name: group},
         "ignore": list(ignore),
     }
-    if scheme.activations is None and not (opens_packed(scheme) if packed is None else packed):
+    if activations is None and not (opens_packed(scheme) if packed is None else packed):
         config["dequantize"] = True
     return config
 
@@ -183,7 +184,7 @@ def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -
     assert qtensor.scale is not None  # only codebooks nest their scales
     rows, columns = qtensor.shape
     scale = qtensor.scale.reshape(-1) if scheme.granularity is Granularity.TENSOR else qtensor.scale
-    if scheme.activations is not None:
+    if _activation_fields(scheme.activations):
         tensors = {f"{name}.weight": (qtensor.codes ^ 0x80).view(torch.int8), f"{name}.weight_scale": scale}
         if qtensor.activation_scale is not None:
             tensors[f"{name}.input_scale"] = qtensor.activation_scale

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from strop.calibrate import gather_statistics
+from strop.calibrate import gather_activation_scales, gather_statistics
 from strop.data.batches import eval_batches
 from strop.data.records import Record, read_data
 from strop.data.samples import prepare
@@ -40,6 +40,8 @@ from strop.methods import METHODS, Statistics, rtn
 from strop.models import OpenedModel, load
 from strop.models.sources import find_folder, is_adapter, read_config
 from strop.numerics import OBSERVERS
+from strop.numerics.activation_observers import ActivationObserver
+from strop.numerics.activation_observers import activation_observer as activation_observer_of
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
@@ -97,6 +99,7 @@ def quantize(
     output: str | os.PathLike[str],
     method: str = "rtn",
     observer: str = "minmax",
+    activation_observer: str = "minmax",
     data: Rows | None = None,
     max_rows: int = 128,
     chat_template: str | os.PathLike[str] | None = None,
@@ -113,6 +116,8 @@ def quantize(
         method: "rtn" rounds to nearest; "search" searches each scale for the least squared error, weighted by what
             `data` says of the inputs.
         observer: How rtn finds the range: minmax, percentile or mse.
+        activation_observer: How the range of the activations is found for a format with a static one
+            (`int8-a8-static`, which needs data): minmax, average, percentile or entropy.
         data: Rows to calibrate with, of the kind that the model will see.
         max_rows: Rows of `data` that are used; a quarter of them is held out for the receipt.
         chat_template: For models that have none, as `tune` takes it.
@@ -129,6 +134,7 @@ def quantize(
     """
     scheme = _scheme(format)
     _check_method(method, observer)
+    observing = _activation_observer(scheme, activation_observer, data)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
     plain = _skeleton(source, scheme)
@@ -145,7 +151,9 @@ def quantize(
             f"{len(receipt.left_alone)} tensors of experts stay in their dtype; the layers that are rounded hold "
             f"{coverage(plain, names):.0%} of the weights"
         )
-    statistics, reference = _run_source(source, data, max_rows, chat_template, receipt, reporter)
+    if observing is not None:
+        receipt.settings["activation_observer"] = activation_observer
+    statistics, scales, reference = _run_source(source, data, max_rows, chat_template, observing, receipt, reporter)
     made: dict[str, TensorReceipt] = {}
 
     def round_one(name: str, weight: Tensor) -> QuantizedTensor:
@@ -153,6 +161,10 @@ def quantize(
             quantized = rtn(weight, scheme, observer=observer, where=name)
         else:
             quantized = METHODS[method](weight, scheme, statistics.get(name), where=name)
+        try:
+            quantized = quantized.with_activation_scale(scales.get(name))
+        except FormatError as error:
+            raise FormatError(f"{name}: {error}") from None
         made[name] = TensorReceipt.of(name, weight, quantized, scheme.name)
         reporter.advance(len(made), layer=name)
         return quantized
@@ -195,6 +207,24 @@ def _check_method(method: str, observer: str) -> None:
         )
     if observer != "minmax" and method != "rtn":
         raise UsageError(f"observer {observer}: method {method} finds its scales itself; leave the observer out")
+
+
+def _activation_observer(scheme: Scheme, name: str, data: Rows | None) -> Callable[[], ActivationObserver] | None:
+    """What observes the activations of each layer; None where the format fixes no scale for them."""
+    make = activation_observer_of(name)
+    if scheme.activations is None or not scheme.activations.is_static:
+        if name != "minmax":
+            raise UsageError(
+                f"activation observer {name}: {scheme} fixes no scale for activations; leave it out, or use "
+                "int8-a8-static"
+            )
+        return None
+    if data is None:
+        raise UsageError(
+            f"{scheme}: the scale of the activations is fixed from data; give rows of the kind that the model will see "
+            "(--data FILE), or use int8-a8, which needs none"
+        )
+    return make
 
 
 def _skeleton(source: Path, scheme: Scheme) -> nn.Module:
@@ -282,12 +312,15 @@ def _run_source(
     data: Rows | None,
     max_rows: int,
     chat_template: str | os.PathLike[str] | None,
+    observing: Callable[[], ActivationObserver] | None,
     receipt: Receipt,
     reporter: Reporter,
-) -> tuple[Mapping[str, Statistics], _Reference | None]:
-    """Run the source over the rows: statistics from some, logits on others; the source is closed again."""
+) -> tuple[Mapping[str, Statistics], Mapping[str, float], _Reference | None]:
+    """Run the source over the rows: statistics and scales of activations from some, logits on others; the source is
+    closed again.
+    """
     if data is None:
-        return {}, None
+        return {}, {}, None
     calibrating_rows, held_out_rows = _rows(data, max_rows)
     opened = load(source)
     context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
@@ -309,12 +342,15 @@ def _run_source(
     reporter.start("calibrate", len(calibrating), "rows")
     try:
         statistics = gather_statistics(opened.model, eval_batches(calibrating, BATCH_SIZE), reporter=reporter)
+        scales = {}
+        if observing is not None:
+            scales = gather_activation_scales(opened.model, eval_batches(calibrating, BATCH_SIZE), observing)
     finally:
         reporter.finish()
     if not held_out:
         reporter.note(f"{rows_name(data)}: a single row; it calibrates, and nothing is left to compare on")
-        return statistics, None
-    return statistics, _Reference(opened, held_out)
+        return statistics, scales, None
+    return statistics, scales, _Reference(opened, held_out)
 
 
 def _rows(data: Rows, max_rows: int) -> tuple[list[Record], list[Record]]:
