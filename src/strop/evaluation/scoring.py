@@ -5,6 +5,9 @@ token is supervised where its label is not -100; label t is predicted by the log
 a row never counts. Likelihood, divergence and exact match are `Measure`s and share one pass. Pieces come in the same
 order for the same samples and batch size, whatever the model.
 
+With a rounded cache of keys and values the text is read in strides (`kv_cache`), so that every token meets the keys and
+values that it would meet if the text were written token by token.
+
 Nothing is sampled and no gradient is kept. Only the logits that are needed are computed where the model can leave out
 the rest, and at most `PIECE_NUMBERS` of them are worked on at once.
 """
@@ -15,7 +18,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from transformers import PreTrainedModel
 from strop.data.batches import Batch, eval_batches
 from strop.data.templates import Sample
 from strop.errors import DataError, ModelError
+from strop.evaluation.kv_cache import STRIDE, KVFormat, new_cache
 from strop.progress import SILENT, Reporter
 
 PIECE_NUMBERS: Final = 1 << 18
@@ -70,6 +74,7 @@ def score(
     measures: Sequence[Measure],
     *,
     batch_size: int = 8,
+    kv_cache: KVFormat | None = None,
     reporter: Reporter = SILENT,
 ) -> None:
     """Run `model` once over `samples` and give every measure all supervised logits, sample after sample.
@@ -79,6 +84,7 @@ def score(
         samples: Token ids and labels (-100: not supervised) per row.
         measures: What listens.
         batch_size: Rows per forward pass.
+        kv_cache: How keys and values are rounded that attention looks back at; None leaves them as they are.
         reporter: Told the rows done; the caller starts and ends the step.
 
     Raises:
@@ -91,7 +97,7 @@ def score(
         with torch.inference_mode():
             done = 0
             for batch in eval_batches(samples, batch_size):
-                for piece in _pieces(model, batch):
+                for piece in _pieces(model, batch, kv_cache):
                     for measure in measures:
                         measure.add(piece)
                 done += len(batch.rows)
@@ -117,13 +123,15 @@ def supervised_counts(samples: Sequence[Sample]) -> Tensor:
     return counts
 
 
-def _pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
+def _pieces(model: PreTrainedModel, batch: Batch, kv_cache: KVFormat | None) -> Iterator[Piece]:
     labels = batch.labels  # [rows, length]
     supervised = torch.zeros_like(labels, dtype=torch.bool)
     supervised[:, :-1] = labels[:, 1:] != -100
     positions = supervised.any(dim=0).nonzero().flatten()  # every position that some row needs
     inputs = batch.to(model.device).inputs()
-    if _keeps_chosen_positions(model):
+    if kv_cache is not None:
+        logits = _in_strides(model, inputs, positions.to(model.device), kv_cache)
+    elif _keeps_chosen_positions(model):
         logits = model(**inputs, logits_to_keep=positions.to(model.device)).logits  # [rows, positions, vocabulary]
     else:
         logits = model(**inputs).logits[:, positions.to(model.device)]
@@ -140,6 +148,19 @@ def _pieces(model: PreTrainedModel, batch: Batch) -> Iterator[Piece]:
                 "or scales are broken, or its dtype overflows; check the file, or open it in float32"
             )
         yield Piece(taken, targets[part], samples[part])
+
+
+def _in_strides(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor, kv_cache: KVFormat) -> Tensor:
+    """The logits of some positions [rows, positions, vocabulary], `STRIDE` tokens being read at a time."""
+    cache = new_cache(model, kv_cache)
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    found: list[Tensor] = []
+    for start in range(0, ids.shape[1], STRIDE):
+        end = start + STRIDE
+        output = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
+        inside = positions[(positions >= start) & (positions < end)]
+        found.append(output.logits[:, inside - start])
+    return torch.cat(found, dim=1)
 
 
 def _keeps_chosen_positions(model: PreTrainedModel) -> bool:
