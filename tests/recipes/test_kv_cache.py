@@ -44,7 +44,7 @@ def test_compare_rounds_the_cache_of_all_but_the_first(tmp_path: Path) -> None:
     assert four.kl is not None
     assert eight.kl.estimate < 0.1 * four.kl.estimate
     assert [model.kv_bytes_per_token for model in (*found["int8"].models, four)] == [512, 160, 88]
-    assert found["int4"].rows()[1][4] == "88.0000"[: len(found["int4"].rows()[1][4])]
+    assert [row[4] for row in found["int4"].rows()] == ["512", "88"]
     assert found["int8"].to_dict()["models"][1]["kv_bytes_per_token"] == 160
     plain = compare([folder, folder], data, speed=False)
     assert "KV bytes/token" not in plain.headers()

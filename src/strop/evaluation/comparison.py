@@ -223,7 +223,7 @@ class Comparison:
     def _cells(self, model: ModelResult) -> list[str]:
         cells = [model.name, model.format, mebibytes(model.weights_bytes), mebibytes(model.peak_bytes)]
         if self._has_kv:
-            cells.append(significant(model.kv_bytes_per_token, 6))
+            cells.append("-" if model.kv_bytes_per_token is None else f"{model.kv_bytes_per_token:,.0f}")
         if self._has_speed:
             speed = model.speed
             cells += [f"{speed.prefill.median:,.0f}", f"{speed.decode.median:,.0f}"] if speed else ["-", "-"]
