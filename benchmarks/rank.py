@@ -1,11 +1,11 @@
 """Does `rank: auto` choose well? `python -m benchmarks.rank --material MATERIAL -o runs/rank`
 
-Four tasks, three seeds each. For the bundled model: ten intents of banking77 (easy) and the demo's requests (hard). For
-stories260K, a teller of children's stories: the same kind of story in lower case (lower) and Shakespeare (plays). A
-full sweep trains every rank for the whole run and measures it on the same test rows; the sweep's choice is the smallest
-rank within one standard error of the best. Beside it: what `rank: auto` chooses from its race on the training rows, and
-what the spectrum of the whole weights' gradient at the base would advise. One line of JSON a result, so that a study
-that was stopped goes on where it was.
+Four tasks, three seeds each (others by `--seeds`: what is chosen on some is judged on others). For the bundled model:
+ten intents of banking77 (easy) and the demo's requests (hard). For stories260K, a teller of children's stories: the
+same kind of story in lower case (lower) and Shakespeare (plays). A full sweep trains every rank for the whole run and
+measures it on the same test rows; the sweep's choice is the smallest rank within one standard error of the best. Beside
+it: what `rank: auto` chooses from its race on the training rows, and what the spectrum of the whole weights' gradient
+at the base would advise. One line of JSON a result, so that a study that was stopped goes on where it was.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from strop.data.mixing import open_mixture
 from strop.data.samples import prepare
 from strop.errors import ConfigError, MissingInputError
 from strop.recipes.tune import tune, tune_from_config
-from tests.recipes.test_tune import Killed, Notes
+from tests.recipes.helpers import Killed, Notes
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 

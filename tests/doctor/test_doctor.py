@@ -22,7 +22,7 @@ from strop.recipes.doctor import doctor, pieces
 from strop.training.trial import trial
 from tests.doctor.rows import chat_file, examined, seen_of, session_of
 from tests.doctor.test_planted import collate_with
-from tests.recipes.test_tune import Notes, same, short, tensors
+from tests.recipes.helpers import Notes, same, short, tensors
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ from strop.errors import TargetError
 from strop.layers.surgery import lora_modules
 from strop.recipes.checks import disk, learning
 from strop.recipes.checks.collated import check_collated
-from strop.recipes.checks.disk import check_disk
+from strop.recipes.checks.disk import cached_bytes, check_disk
 from strop.recipes.checks.learning import check_coverage, check_learning, check_packing
 from strop.recipes.checks.serving import check_template
 from strop.training import loop, losses
@@ -404,7 +404,7 @@ def test_rows_held_out_that_are_trained_on_are_counted(base, tmp_path):
 def test_too_little_disk_is_refused_with_the_bytes_that_are_missing(base, data, tmp_path, monkeypatch):
     session = session_of(base, data)
     needed = check_disk(session, tmp_path / "run").figures["needed_bytes"]
-    assert needed == (3 * 4 + 3 * 12) * session.trained.parameters
+    assert needed == (3 * 4 + 3 * 12) * session.trained.parameters + cached_bytes(session)
     usage = namedtuple("usage", "total used free")
     for free, level in ((needed - 4096, "refuse"), (needed + 1, "warn"), (2 * needed, "fine")):
         monkeypatch.setattr(shutil, "disk_usage", lambda folder, free=free: usage(0, 0, free))

@@ -8,7 +8,7 @@ import torch
 from strop.errors import ModelError
 from strop.evaluation.divergence import Divergence, ReferenceLogits, percentile_99
 from strop.evaluation.scoring import score
-from strop.evaluation.scratch import Scratch
+from strop.scratch import Scratch
 from tests.evaluation.common import random_samples
 from tests.tiny import tiny_model
 

@@ -15,8 +15,8 @@ from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.generation import generate_answers
 from strop.evaluation.kv_cache import STRIDE, KVFormat, RoundedLayer, kv_bytes_per_token, new_cache
 from strop.evaluation.scoring import score
-from strop.evaluation.scratch import Scratch
 from strop.evaluation.speed import measure_speed
+from strop.scratch import Scratch
 from tests.tiny import FAMILIES, tiny_input, tiny_model, tiny_tokenizer
 
 INT8, INT4 = KVFormat("int8"), KVFormat("int4")

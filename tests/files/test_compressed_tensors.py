@@ -15,12 +15,12 @@ from torch import Tensor
 from strop.errors import FileFormatError, FormatError
 from strop.files.compressed_tensors import config_for, decode, encode, scheme_from_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
-from strop.numerics.scheme import Mode, parse_scheme
+from strop.numerics.scheme import Mode, parse_format, parse_scheme
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GRIDS = [
     f"int{bits}{share}{mode}" for bits in BITS for share in ("", "-g32", "-tensor") for mode in ("", "-full", "-asym")
-] + ["fp8", "fp8-tensor", "fp8-g32", "int4-g32-sbf16", "int4-sf16", "int4-g32-sf32", "int4-g32-asym-sbf16"]
+] + ["fp8", "fp8-tensor", "fp8-g32", "mxfp4", "int4-g32-sbf16", "int4-sf16", "int4-g32-sf32", "int4-g32-asym-sbf16"]
 
 
 def weight(rows: int = 33, columns: int = 96, *, seed: int = 0) -> Tensor:
@@ -38,7 +38,9 @@ def same(one: QuantizedTensor, other: QuantizedTensor) -> bool:
         one.scheme == other.scheme
         and one.shape == other.shape
         and mine.keys() == theirs.keys()
-        and all(mine[name].dtype == theirs[name].dtype and mine[name].equal(theirs[name]) for name in mine)
+        and all(
+            mine[name].dtype == theirs[name].dtype and mine[name].float().equal(theirs[name].float()) for name in mine
+        )
     )
 
 
@@ -100,7 +102,8 @@ def test_the_library_decompresses_ours_to_the_same_weight_bit_for_bit(grid: str)
     config = QuantizationConfig.model_validate(config_for(scheme, ["lm_head"]))
     (group,) = config.config_groups.values()
     tensors = local(encode(qtensor, "a.b"))
-    tensors["weight_scale"] = tensors["weight_scale"].float()  # as a float32 model holds it
+    if grid != "mxfp4":
+        tensors["weight_scale"] = tensors["weight_scale"].float()  # as a float32 model holds it
     restored = BaseCompressor.get_value_from_registry(config.format).decompress(tensors, group)["weight"]
     assert restored.equal(qtensor.dequantize())
 
@@ -153,11 +156,56 @@ def test_a_group_with_another_name_is_described_by_its_fields() -> None:
     assert scheme_from_config(config | {"config_groups": {"group_0": group}}).name == "int4-g32"
 
 
+def test_the_bytes_of_mxfp4() -> None:
+    values = torch.tensor([[0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.5, -1, -1.5, -2, -3, -4, -6, 0.0] * 2]) / 4
+    tensors = encode(quantize_tensor(values, parse_scheme("mxfp4")), "layer")
+    assert list(tensors) == ["layer.weight_packed", "layer.weight_scale"]
+    assert bytes(tensors["layer.weight_packed"][0].tolist()).hex() == "10325476a9cbed0f" * 2
+    assert tensors["layer.weight_scale"].tolist() == [[125]]  # 2^-2
+    assert tensors["layer.weight_scale"].dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("weight_scale", None, "are needed for mxfp4"),
+        ("weight_scale", torch.ones(33, 3), "weight_scale is torch.float32"),
+        ("weight_scale", torch.ones(33, 2, dtype=torch.uint8), r"scale is \[33, 2\]"),
+        ("weight_scale", torch.full((33, 3), 255, dtype=torch.uint8), "NaN"),
+        ("weight_packed", torch.ones(33, 47, dtype=torch.uint8), "in_features 94 is not divisible"),
+        ("weight_packed", torch.ones(33, 48, dtype=torch.int32), "weight_packed is torch.int32"),
+        ("weight_shape", torch.tensor([33, 96]), "weight_shape"),
+    ],
+)
+def test_malformed_mxfp4_is_refused_with_layer_and_field(field: str, value: Tensor | None, words: str) -> None:
+    scheme = parse_scheme("mxfp4")
+    tensors: dict[str, Any] = local(encode(quantize_tensor(weight(), scheme), "a.b")) | {field: value}
+    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    with pytest.raises(FileFormatError, match=words) as caught:
+        decode(present, config_for(scheme, []), where="a.b")
+    assert str(caught.value).startswith("a.b: ")
+
+
+def test_mxfp4_of_other_blocks_is_refused() -> None:
+    config = config_for(parse_scheme("mxfp4"), [])
+    (group,) = config["config_groups"].values()
+    group["weights"]["group_size"] = 16
+    with pytest.raises(FormatError, match="'group_size': 16"):
+        scheme_from_config(config)
+
+
 @pytest.mark.parametrize("grid", ["nf4", "nf4-dq", "fp4", "fp8_e5m2"])
 def test_what_the_format_cannot_express_is_refused_with_the_nearest(grid: str) -> None:
     scheme = parse_scheme(grid)
     for attempt in (lambda: config_for(scheme, []), lambda: encode(quantize_tensor(weight(64, 64), scheme), "a")):
         with pytest.raises(FormatError, match=r"int4-g32|nearest is fp8"):
+            attempt()
+
+
+def test_grids_of_gguf_files_are_refused_with_the_nearest() -> None:
+    scheme = parse_format("gguf:q4_k").scheme
+    for attempt in (lambda: config_for(scheme, []), lambda: encode(quantize_tensor(weight(2, 256), scheme), "a")):
+        with pytest.raises(FormatError, match=r"q4_k: is a grid of GGUF files.*int4-g32-asym"):
             attempt()
 
 

@@ -98,8 +98,8 @@ def test_a_rename_that_fails_puts_the_old_folder_back(tmp_path: Path, monkeypatc
 
 def test_every_file_and_directory_is_flushed_before_the_rename(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    sync, give_name = folders._sync, folders._give_name
-    monkeypatch.setattr(folders, "_sync", lambda path: (seen.append(Path(path).name), sync(path)))
+    sync, give_name = folders.sync, folders._give_name
+    monkeypatch.setattr(folders, "sync", lambda path: (seen.append(Path(path).name), sync(path)))
     monkeypatch.setattr(folders, "_give_name", lambda one, other: (seen.append("rename"), give_name(one, other)))
     with atomic_folder(tmp_path / "out") as folder:
         (folder / "a").write_text("")

@@ -29,7 +29,7 @@ def codebook_format(name: str) -> CodebookFormat:
 
 def test_the_formats_that_were_asked_for_are_there() -> None:
     integers = {f"{sign}int{bits}" for sign in ("", "u") for bits in range(2, 9)}
-    assert set(FORMATS) == integers | {"fp32", "fp16", "bf16", "fp8", "fp8_e4m3", "fp8_e5m2", "nf4", "fp4"}
+    assert set(FORMATS) == integers | {"fp32", "fp16", "bf16", "fp8", "fp8_e4m3", "fp8_e5m2", "mxfp4", "nf4", "fp4"}
     assert FORMATS["fp8"] is FORMATS["fp8_e4m3"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -127,6 +128,31 @@ def test_targets_rank_rows_and_length_change_the_plan(folder: Path) -> None:
     assert larger.methods[2].memory.activations_bytes > 3 * smaller.methods[2].memory.activations_bytes
     kept = plan_model(folder, batch_size=4, max_length=256, checkpointing=True, device="H200")
     assert kept.methods[2].memory.activations_bytes < larger.methods[2].memory.activations_bytes
+
+
+def test_the_optimizer_changes_its_state_and_nothing_else(folder: Path) -> None:
+    plain, small = (plan_model(folder, optimizer=name, device="H200") for name in ("adamw", "adamw-8bit"))
+    for one, other in zip(plain.methods, small.methods, strict=True):
+        if one.label == "full-bf16":  # for comparison: both its moments are in bf16
+            assert one.memory.optimizer_bytes == other.memory.optimizer_bytes
+            continue
+        assert one.memory.optimizer_bytes == 8 * one.memory.trainable_parameters
+        assert other.memory.optimizer_bytes == math.ceil((2 + 8 / 256) * other.memory.trainable_parameters)
+        saved = one.memory.optimizer_bytes - other.memory.optimizer_bytes
+        assert one.memory.peak_bytes - other.memory.peak_bytes == saved
+    assert "adamw-8bit" in "\n".join(small.lines())
+    assert small.to_dict()["step"]["optimizer"] == "adamw-8bit"
+    with pytest.raises(UsageError, match=r"'adam-8bit'.*did you mean 'adamw-8bit'"):
+        plan_model(folder, optimizer="adam-8bit", device="H200")  # type: ignore[arg-type]  # as a command line gives it
+
+
+def test_the_command_line_takes_the_optimizer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from strop.app.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["plan", str(folder), "--optimizer", "adamw-8bit", "--json"])
+    step = json.loads(capsys.readouterr().out)["step"]
+    assert step["optimizer"] == "adamw-8bit"
 
 
 def test_data_are_counted_with_the_models_own_tokenizer(folder: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from strop.app.cli import app
 from strop.config import Lora, TuneConfig
 from strop.errors import ConfigError, UsageError
-from strop.evaluation.smallest import best_of, decided, smallest_good, standings
+from strop.evaluation.smallest import best_of, decided, smallest_good, smallest_possible, standings
 from strop.layers.surgery import linear_modules
 from strop.recipes.rank import choose_rank, hold_out, race_ranks, race_steps
 from strop.recipes.tune import tune
@@ -83,7 +83,10 @@ def test_the_choice_is_the_smallest_within_one_standard_error_of_the_best(losses
     assert chosen.loss <= best.loss + best.error
     assert chosen.size <= best.size
     assert all(each.loss > best.loss + best.error for each in board if each.size < chosen.size)
-    sure = decided(board)
+    possible, sure = smallest_possible(board), decided(board)
+    assert possible.size <= chosen.size
+    assert all(each.place == "out" for each in board if each.size < possible.size)
+    assert sure == (None if possible.place == "open" else possible.size)
     if sure is not None:
         assert sure == chosen.size
 
@@ -105,11 +108,12 @@ def test_ranks_and_steps_of_the_race():
 
 def test_rows_that_judge_the_race_are_not_trained_on():
     samples = ragged_samples(60)
-    kept, held = hold_out(samples, wanted=10, seed=3, where="rows")
-    assert {sample.index for sample in kept}.isdisjoint(sample.index for sample in held)
-    assert len(held) == 10
-    assert hold_out(samples, wanted=10, seed=3, where="rows") == (kept, held)
-    assert hold_out(samples, wanted=10, seed=4, where="rows") != (kept, held)
+    first, again, other = (hold_out(samples, wanted=10, seed=seed, where="rows") for seed in (3, 3, 4))
+    assert {sample.index for sample in first.kept}.isdisjoint(sample.index for sample in first.held)
+    assert len(first.held) == 10
+    assert len(first.kept) == 50
+    assert (list(first.kept), first.held) == (list(again.kept), again.held)
+    assert first.held != other.held
 
 
 def test_too_few_rows_are_refused():

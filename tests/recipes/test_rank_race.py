@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,16 @@ import pytest
 import torch
 
 from strop.config import TuneConfig
+from strop.data import records
+from strop.data.mixing import open_mixture
 from strop.errors import ConfigError, TrainingError, UsageError
 from strop.evaluation.likelihood import Likelihood
 from strop.files.folders import write_json
 from strop.layers.surgery import lora_modules
 from strop.progress import SILENT
+from strop.recipes import doctor
 from strop.recipes import rank as rank_recipe
+from strop.recipes.checks.finding import Finding
 from strop.recipes.doctor import examine
 from strop.recipes.rank import choose_rank, documents, hold_out
 from strop.recipes.tune import tune
@@ -61,26 +66,28 @@ def test_windows_of_one_text_are_never_on_both_sides():
     samples = [
         type(sample)(sample.input_ids, sample.labels, place // 4) for place, sample in enumerate(ragged_samples(200))
     ]
-    assert documents(samples) == [sample.index for sample in samples]
-    kept, held = hold_out(samples, wanted=20, seed=0, where="text")
-    assert {sample.index for sample in kept}.isdisjoint(sample.index for sample in held)
-    assert len(held) == 20
-    assert len({sample.index for sample in held}) == 10  # a fifth of the texts, two windows of each
+    assert documents(samples).tolist() == [sample.index for sample in samples]
+    split = hold_out(samples, wanted=20, seed=0, where="text")
+    assert {sample.index for sample in split.kept}.isdisjoint(sample.index for sample in split.held)
+    assert split.documents == [sample.index for sample in split.held]
+    assert len(split.held) == 20
+    assert len(set(split.documents)) == 10  # a fifth of the texts, two windows of each
 
 
 def test_a_single_text_is_counted_by_its_windows():
     samples = [type(sample)(sample.input_ids, sample.labels, 0) for sample in ragged_samples(60)]
-    kept, held = hold_out(samples, wanted=10, seed=0, where="text")
-    assert len(held) == 10
-    assert len(kept) == 50
+    split = hold_out(samples, wanted=10, seed=0, where="text")
+    assert len(split.held) == len(set(split.documents)) == 10
+    assert len(split.kept) == 50
 
 
 def test_copies_of_a_held_out_row_are_not_trained_on():
     samples = [
         type(sample)(sample.input_ids, sample.labels, place) for place, sample in enumerate(ragged_samples(20) * 3)
     ]
-    kept, held = hold_out(samples, wanted=8, seed=0, where="rows")
-    assert {tuple(sample.input_ids) for sample in kept}.isdisjoint(tuple(sample.input_ids) for sample in held)
+    split = hold_out(samples, wanted=8, seed=0, where="rows")
+    held = {tuple(sample.input_ids) for sample in split.held}
+    assert held.isdisjoint(tuple(sample.input_ids) for sample in split.kept)
     with pytest.raises(UsageError, match="only one text in all its rows"):
         hold_out([samples[0]] * 40, wanted=8, seed=0, where="rows")
 
@@ -105,6 +112,34 @@ def test_the_runs_own_validation_rows_have_no_part_in_the_choice(base, tmp_path,
     assert session.valid_set.samples[0].input_ids not in [sample.input_ids for sample in seen]
 
 
+def test_rows_that_lie_on_the_disk_race_as_those_in_memory_do(base, data, monkeypatch):
+    held = choose_rank(config(base, data, max_steps=8))
+    monkeypatch.setattr(records, "KEPT_BYTES", 0)
+    streamed = choose_rank(config(base, data, max_steps=8))
+    assert streamed.row_losses == held.row_losses
+    assert streamed.tokens == held.tokens
+
+
+def test_a_mixture_races_in_its_weights_and_is_judged_by_rows_of_all_its_sets(base, data, tmp_path, monkeypatch):
+    more = tiny_chat_file(tmp_path / "more.jsonl", rows=40)
+    splits: list[rank_recipe.HeldOut] = []
+    real = rank_recipe.hold_out
+
+    def watched(*rows: Any, **given: Any) -> rank_recipe.HeldOut:
+        splits.append(real(*rows, **given))
+        return splits[0]
+
+    monkeypatch.setattr(rank_recipe, "hold_out", watched)
+    settings = config(base, data).replace(data=[{"path": str(data)}, {"path": str(more), "weight": 3}], max_steps=2)
+    choose_rank(settings)
+    (split,), first = splits, len(open_mixture(settings.data).sets[0].train)
+    counts = Counter(sample.index for sample in split.kept)
+    assert {times for index, times in counts.items() if index < first} == {1}
+    assert {times for index, times in counts.items() if index >= first} == {3}
+    assert set(counts).isdisjoint(split.documents)
+    assert min(split.documents) < first <= max(split.documents)
+
+
 # --- who leaves, and when it ends -------------------------------------------------------------------------------------
 
 
@@ -124,7 +159,21 @@ def test_a_rank_that_is_worse_twice_leaves_and_the_others_go_on(base, data, monk
     assert choice.left == {1: "decidedly worse at two measurements, the last at step 8"}
     assert choice.steps_used == 3 * 8 + 2 * 8
     assert (choice.verdict, [each.size for each in choice.rounds[-1].board]) == ("undecided", [4, 16])
-    assert any("not decided: rank" in line or "too wide" in line for line in choice.lines())
+
+
+def test_an_undecided_race_takes_the_smallest_rank_that_is_not_ruled_out(base, data, monkeypatch):
+    rows, apart = np.linspace(1.0, 1.2, 12), np.tile([-0.2, 0.35], 6)  # far apart by row, so that chance is large
+    monkeypatch.setattr(rank_recipe, "likelihood", planned({1: rows + 1, 4: rows + apart, 16: rows}))
+    choice = choose_rank(config(base, data), candidates=(1, 4, 16))
+    open_one, best = choice.rounds[-1].board
+    assert (choice.verdict, choice.rank, open_one.place) == ("undecided", 4, "open")
+    assert open_one.loss > best.loss + best.error  # by the losses alone it would be the largest
+    said = "\n".join(choice.lines())
+    assert "rank 4: the smallest that is not ruled out; whether it lies within one standard error" in said
+    gap = open_one.difference
+    assert f"not decided: rank 4 lies {gap.estimate:+.4f} from the best, 95% interval {gap.low:+.4f} to" in said
+    assert "the smaller rank has the benefit of the doubt" in said
+    assert "by the losses alone it would be rank 16" in said
 
 
 def test_a_smaller_rank_that_catches_up_keeps_the_race_going(base, data, monkeypatch):
@@ -170,6 +219,42 @@ def test_the_same_stories_in_lower_case_take_a_smaller_rank_than_another_languag
         chosen[name] = choose_rank(config(model, text, max_length=64, batch_size=8, max_steps=160))
         assert chosen[name].candidates == (2, 8, 32)
     assert chosen["tinystories_4M_lowercase"].rank < chosen["tinyshakespeare"].rank
+
+
+# --- what is refused for any rank is refused before it ----------------------------------------------------------------
+
+
+def test_a_run_that_would_be_refused_is_refused_before_the_race_and_leaves_nothing(base, data, tmp_path, monkeypatch):
+    def race(*args: object) -> None:
+        raise AssertionError("raced")
+
+    def full(session: Any, run_dir: Path) -> Finding:
+        return Finding("refuse", "disk", "the run writes up to 2 GB; 1 GB are free", "free 1 GB more")
+
+    monkeypatch.setattr(rank_recipe, "_Race", race)
+    monkeypatch.setattr(doctor, "check_disk", full)
+    with pytest.raises(TrainingError, match=r"the run was not begun:\n  disk: the run writes up to 2 GB"):
+        tune(base, data, output=tmp_path / "run", **SHORT)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_race_that_fails_leaves_nothing_and_the_checks_before_it_change_nothing_of_it(
+    base, data, tmp_path, monkeypatch
+):
+    alone = choose_rank(config(base, data, max_steps=8))
+    run = tune(base, data, output=tmp_path / "run", **(SHORT | {"max_steps": 8}))
+    told = json.loads((run.path / "rank.json").read_text())
+    assert told["row_losses"] == {str(rank): sums for rank, sums in alone.row_losses.items()}
+    assert not (run.path / "cache").exists()
+
+    def stop(*args: object, **given: object) -> None:
+        assert (tmp_path / "stopped" / "cache").is_dir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Candidate, "train", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tune(base, data, output=tmp_path / "stopped", **SHORT)
+    assert not (tmp_path / "stopped").exists()
 
 
 # --- settings ---------------------------------------------------------------------------------------------------------

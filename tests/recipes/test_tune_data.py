@@ -10,7 +10,7 @@ from strop.data import records
 from strop.errors import StropError, TargetError
 from strop.recipes import tune as tune_module
 from strop.recipes.tune import tune
-from tests.recipes.test_tune import Notes
+from tests.recipes.helpers import Notes
 from tests.tiny import tiny_chat_file, tiny_folder
 
 SETTINGS = {"max_steps": 3, "batch_size": 4, "dtype": "float32"}

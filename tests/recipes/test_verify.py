@@ -227,7 +227,8 @@ def test_the_predicted_memory_knows_the_optimizer(tmp_path):
     predicted = []
     for optimizer in ("adamw", "adamw-8bit"):
         config = TuneConfig.from_flat({"model": base, "data": data, "method": "full", "optimizer": optimizer})
-        plan = predicted_memory(open_session(config))
+        session = open_session(config)
+        plan = predicted_memory(session, session.train_settings())
         assert plan is not None
         predicted.append(plan.optimizer_bytes)
     assert predicted[1] < 0.5 * predicted[0]

@@ -1,4 +1,4 @@
-"""Random samples, a stream over them, and a run of the loop in a folder, for the tests of training."""
+"""Random samples, a stream over them, models as each method trains them, and a run of the loop in a folder."""
 
 from __future__ import annotations
 
@@ -15,8 +15,17 @@ from strop.data.batches import BatchStream
 from strop.data.packing import packed_attention
 from strop.data.templates import IGNORED, Sample
 from strop.files.shards import Part, read_file, write_file
+from strop.layers.surgery import attach_fake_quant, attach_lora, quantize_linears
+from strop.numerics.scheme import parse_scheme
 from strop.training.loop import train
 from strop.training.settings import TrainResult, TrainSettings
+from tests.tiny import tiny_model
+
+KINDS = ["full", "lora", "qlora", "qat"]
+
+
+class Killed(BaseException):
+    """Stands for the end of the process: nothing catches it."""
 
 
 class Notes:
@@ -102,3 +111,25 @@ def run_loop(
 
 def exported(folder: Path) -> dict[str, torch.Tensor]:
     return read_file(folder / "weights.safetensors")
+
+
+def prepared(kind: str, *, dropout: float = 0.0, rank: int = 4) -> nn.Module:
+    """A tiny model as each method trains it."""
+    model = tiny_model("llama")
+    generator = torch.Generator().manual_seed(3)
+    if kind == "full":
+        model.requires_grad_(True)
+    elif kind == "qat":
+        model.requires_grad_(True)
+        attach_fake_quant(model, parse_scheme("int3-g32"))
+    else:
+        if kind == "qlora":
+            quantize_linears(model, parse_scheme("nf4-dq"))
+        attach_lora(model, "all-linear", rank=rank, alpha=8, dropout=dropout, generator=generator)
+    return model
+
+
+def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different

@@ -22,10 +22,9 @@ from strop.layers.surgery import attach_lora
 from strop.training import checkpoints
 from strop.training.checkpoints import Checkpoint, load_checkpoint, newest_checkpoint, save_checkpoint
 from tests.tiny import tiny_model
-from tests.training.helpers import Notes, exported, ragged_samples, run_loop, trained_tensors
+from tests.training.helpers import Notes, assert_equal, exported, prepared, ragged_samples, run_loop, trained_tensors
 from tests.training.killing import kill_until_done
 from tests.training.test_crash_points import is_whole, small
-from tests.training.test_loop import assert_equal, prepared
 
 # --- SIGKILL ----------------------------------------------------------------------------------------------------------
 

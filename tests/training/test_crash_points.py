@@ -102,8 +102,8 @@ def test_without_its_flushes_the_save_fails_the_replay(tmp_path, monkeypatch, sk
     if skipped == "files":
         monkeypatch.setattr(folders, "_flush", lambda folder: None)
     else:
-        real = folders._sync
-        monkeypatch.setattr(folders, "_sync", lambda path: None if str(path).endswith("checkpoints") else real(path))
+        real = folders.sync
+        monkeypatch.setattr(folders, "sync", lambda path: None if str(path).endswith("checkpoints") else real(path))
     before, new = SAVES["the only one again"]
     with pytest.raises(AssertionError):
         crash_everywhere(tmp_path, before, new, exchange=True)

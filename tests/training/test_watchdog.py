@@ -15,8 +15,17 @@ from strop.training import watchdog
 from strop.training.metrics import read_metrics
 from strop.training.settings import Progress
 from tests.tiny import tiny_model
-from tests.training.helpers import Notes, exported, ragged_samples, run_loop, stream_of, trained_tensors
-from tests.training.test_loop import Killed, assert_equal, prepared
+from tests.training.helpers import (
+    Killed,
+    Notes,
+    assert_equal,
+    exported,
+    prepared,
+    ragged_samples,
+    run_loop,
+    stream_of,
+    trained_tensors,
+)
 
 
 class Thrown:

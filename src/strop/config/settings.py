@@ -54,9 +54,16 @@ _UNITS: Final = {"": 1, "b": 1} | {
 
 
 def _size(value: object) -> object:
-    """Read `2GB` (10^9), `1.5GiB` (2^30) or plain bytes as a number of bytes."""
-    if not isinstance(value, str):
-        return value
+    """As `size_in_bytes`; numbers stay as they are."""
+    return size_in_bytes(value) if isinstance(value, str) else value
+
+
+def size_in_bytes(value: str) -> int:
+    """Read `2GB` (10^9), `1.5GiB` (2^30) or plain bytes as a number of bytes.
+
+    Raises:
+        ValueError: it is none of them.
+    """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", value.strip().lower())
     if found is None or found[2] not in _UNITS:
         raise ValueError("needs a size: 2GB, 1.5GiB, 800MB, or bytes")

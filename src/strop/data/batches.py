@@ -250,6 +250,11 @@ class BatchStream:
                 positions += len(lengths) * width(max(lengths))
         return used / positions
 
+    def shapes(self, steps: int | None = None) -> list[tuple[int, int]]:
+        """Rows and width of the micro-batches of the epoch that the stream stands in, or of its first `steps` steps."""
+        parts = [part for step in self._steps[:steps] for part in self._micro_batches(step)]
+        return [(len(part), max(self._row_length(row) for row in part)) for part in parts]
+
     def _row_length(self, row: Sequence[int]) -> int:
         return sum(self.lengths[index] for index in row)
 

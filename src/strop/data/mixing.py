@@ -21,7 +21,7 @@ import torch
 
 from strop.config.settings import DataPart
 from strop.data.records import OpenedData, Record, open_data
-from strop.data.store import TokenStore, sample_lengths, samples_digest
+from strop.data.store import sample_lengths, sample_records, samples_digest
 from strop.data.templates import Sample
 
 _SEED_STEP: Final = 1_000_003
@@ -62,6 +62,7 @@ class Drawn(Sequence[Sample]):
         self._samples, self._positions = samples, positions
         lengths = sample_lengths(samples)
         self.lengths = array("i", (lengths[position] for position in positions))
+        self.records = sample_records(samples)[positions]
         self.digest = hashlib.sha256(samples_digest(samples).encode() + positions.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -126,8 +127,7 @@ class Mixture:
 
     def _rows_of_sets(self, samples: Sequence[Sample]) -> list[range]:
         """Which samples come from which set."""
-        known = samples.records if isinstance(samples, TokenStore) else [sample.index for sample in samples]
-        records = torch.as_tensor(known)
+        records = torch.as_tensor(sample_records(samples))
         ends = torch.tensor([len(one.train) for one in self.sets]).cumsum(0)
         places = [0, *torch.searchsorted(records.contiguous(), ends).tolist()]
         return [range(begin, end) for begin, end in pairwise(places)]

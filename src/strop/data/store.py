@@ -27,6 +27,7 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
+from numpy.typing import NDArray
 
 from strop.data.records import Record
 from strop.data.samples import DataReport, SampleSet, prepare, sample_chunks
@@ -63,6 +64,21 @@ def sample_lengths(samples: Sequence[Sample]) -> array[int]:
     return known if isinstance(known, array) else array("i", (len(sample) for sample in samples))
 
 
+def sample_records(samples: Sequence[Sample]) -> NDArray[np.int64]:
+    """The position of the record that each sample came from [N]."""
+    known = getattr(samples, "records", None)
+    return known if isinstance(known, np.ndarray) else np.array([sample.index for sample in samples], dtype=np.int64)
+
+
+def store_bytes(samples: Sequence[Sample]) -> int:
+    """The bytes that samples take in a folder of this module: four a token, and the places where they end."""
+    known = getattr(samples, "stored_bytes", None)
+    if isinstance(known, int):
+        return known
+    answers = sum(len(sample.answers) for sample in samples)
+    return 4 * sum(sample_lengths(samples)) + 24 * len(samples) + 16 * answers
+
+
 class TokenStore(Sequence[Sample]):
     """The samples of one split in a folder that `write_store` made.
 
@@ -80,13 +96,22 @@ class TokenStore(Sequence[Sample]):
     def __init__(self, folder: Path, name: str, digest: str) -> None:
         tables = {key: value.numpy() for key, value in read_file(folder / f"{name}.safetensors").items()}
         self.digest = digest
-        self.records: np.ndarray = tables["index"]
+        self.records: NDArray[np.int64] = tables["index"]
         self._ends, self._answers, self._answer_ends = (tables[key] for key in ("ends", "answers", "answer_ends"))
         size = int(self._ends[-1]) if len(self._ends) else 0
         self._tokens = (
             np.memmap(folder / f"{name}.tokens", dtype="<i4", mode="r", shape=(size,)) if size else np.empty(0, "<i4")
         )
         self.lengths = array("i", np.diff(self._ends, prepend=0).astype(np.int32).tobytes())
+
+    @property
+    def stored_bytes(self) -> int:
+        """What the samples take on the disk; see `store_bytes`."""
+        return (
+            self._tokens.nbytes
+            + sum(part.nbytes for part in (self._ends, self._answers, self._answer_ends))
+            + (self.records.nbytes)
+        )
 
     def __len__(self) -> int:
         return len(self._ends)

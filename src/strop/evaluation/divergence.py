@@ -17,7 +17,7 @@ from torch import Tensor
 
 from strop.errors import ModelError
 from strop.evaluation.scoring import Piece
-from strop.evaluation.scratch import Scratch, Stored
+from strop.scratch import Scratch, Stored
 
 
 class ReferenceLogits:

@@ -15,7 +15,7 @@ the rest, and at most `PIECE_NUMBERS` of them are worked on at once.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, Protocol
@@ -23,6 +23,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from strop.data.batches import Batch, eval_batches
 from strop.data.templates import Sample
@@ -93,11 +94,12 @@ def score(
     """
     training = model.training
     model.eval()
+    run = None if kv_cache is None else _in_strides(model, kv_cache)
     try:
         with torch.inference_mode():
             done = 0
             for batch in eval_batches(samples, batch_size):
-                for piece in _pieces(model, batch, kv_cache):
+                for piece in pieces(model, batch, run):
                     for measure in measures:
                         measure.add(piece)
                 done += len(batch.rows)
@@ -123,18 +125,27 @@ def supervised_counts(samples: Sequence[Sample]) -> Tensor:
     return counts
 
 
-def _pieces(model: PreTrainedModel, batch: Batch, kv_cache: KVFormat | None) -> Iterator[Piece]:
+def pieces(model: PreTrainedModel, batch: Batch, run: Callable[..., Any] | None = None) -> Iterator[Piece]:
+    """The supervised logits of one batch.
+
+    Args:
+        model: The model.
+        batch: Padded rows.
+        run: Takes the place of the model's own call, with the same arguments and output.
+
+    Raises:
+        ModelError: The logits are not finite.
+    """
+    run = run or model
     labels = batch.labels  # [rows, length]
     supervised = torch.zeros_like(labels, dtype=torch.bool)
     supervised[:, :-1] = labels[:, 1:] != -100
     positions = supervised.any(dim=0).nonzero().flatten()  # every position that some row needs
     inputs = batch.to(model.device).inputs()
-    if kv_cache is not None:
-        logits = _in_strides(model, inputs, positions.to(model.device), kv_cache)
-    elif _keeps_chosen_positions(model):
-        logits = model(**inputs, logits_to_keep=positions.to(model.device)).logits  # [rows, positions, vocabulary]
+    if _keeps_chosen_positions(model):
+        logits = run(**inputs, logits_to_keep=positions.to(model.device)).logits  # [rows, positions, vocabulary]
     else:
-        logits = model(**inputs).logits[:, positions.to(model.device)]
+        logits = run(**inputs).logits[:, positions.to(model.device)]
     row, column = supervised[:, positions].nonzero(as_tuple=True)  # row after row, left to right
     targets = labels[row, positions[column] + 1]
     samples = torch.tensor([places[0] for places in batch.rows])[row]
@@ -150,17 +161,25 @@ def _pieces(model: PreTrainedModel, batch: Batch, kv_cache: KVFormat | None) -> 
         yield Piece(taken, targets[part], samples[part])
 
 
-def _in_strides(model: PreTrainedModel, inputs: dict[str, Any], positions: Tensor, kv_cache: KVFormat) -> Tensor:
-    """The logits of some positions [rows, positions, vocabulary], `STRIDE` tokens being read at a time."""
-    cache = new_cache(model, kv_cache)
-    ids, mask = inputs["input_ids"], inputs["attention_mask"]
-    found: list[Tensor] = []
-    for start in range(0, ids.shape[1], STRIDE):
-        end = start + STRIDE
-        output = model(input_ids=ids[:, start:end], attention_mask=mask[:, :end], past_key_values=cache, use_cache=True)
-        inside = positions[(positions >= start) & (positions < end)]
-        found.append(output.logits[:, inside - start])
-    return torch.cat(found, dim=1)
+def _in_strides(model: PreTrainedModel, kv_cache: KVFormat) -> Callable[..., CausalLMOutput]:
+    """The model's call, `STRIDE` tokens being read at a time through a rounded cache."""
+
+    def run(
+        input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
+        cache = new_cache(model, kv_cache)
+        length = input_ids.shape[1]
+        positions = torch.arange(length, device=input_ids.device) if logits_to_keep is None else logits_to_keep
+        found: list[Tensor] = []
+        for start in range(0, length, STRIDE):
+            end = start + STRIDE
+            ids, mask = input_ids[:, start:end], attention_mask[:, :end]
+            output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            inside = positions[(positions >= start) & (positions < end)]
+            found.append(output.logits[:, inside - start])
+        return CausalLMOutput(logits=torch.cat(found, dim=1))  # type: ignore[arg-type]  # any float tensor
+
+    return run
 
 
 def _keeps_chosen_positions(model: PreTrainedModel) -> bool:

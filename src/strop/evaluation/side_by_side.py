@@ -27,13 +27,13 @@ from strop.evaluation.generation import context_length, generate_answers
 from strop.evaluation.kv_cache import KVFormat, kv_bytes_per_token
 from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import Measure, score, supervised_counts
-from strop.evaluation.scratch import Scratch, Stored
 from strop.evaluation.speed import measure_speed
 from strop.evaluation.statistics import LEVEL, bootstrap_mean, compare_proportions, paired_bootstrap, wilson_interval
 from strop.evaluation.tasks import ExactMatch
 from strop.evaluation.weights import keep_weights, weight_errors
 from strop.memory import PeakMemory, release_unused_memory, steady_allocation
 from strop.models import OpenedModel, load
+from strop.scratch import Scratch, Stored
 
 MOST_CONTEXT: Final = 4096
 """Tokens of a row that are scored where nothing else is said and the model could take more."""
@@ -349,6 +349,5 @@ def _single_answer(record: Record) -> bool:
 
 
 def _format(opened: OpenedModel, kv_cache: KVFormat | None) -> str:
-    base = opened.scheme.name if opened.scheme else str(opened.model.dtype).removeprefix("torch.")
-    base = f"{base} + lora r{opened.adapter.rank}" if opened.adapter else base
+    base = f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format
     return f"{base} + kv {kv_cache.name}" if kv_cache else base

@@ -7,6 +7,9 @@ the standard error by row of the best one's own mean loss. Whether the data alre
 difference, whose spread is far smaller than that of the losses: all sizes answer the same rows. A size is "in" or "out"
 where the 95% interval of its difference to the best lies on one side of se(best), and "open" where it holds it.
 
+Where the smallest size that is not "out" is "open", the data do not decide. A caller that must choose takes that one
+(`smallest_possible`): what is too small costs a little loss, what is too large may break a whole run.
+
 Losses are nats per token, rows are documents (`strop.evaluation.statistics`). Nothing here corrects for looking several
 times; the caller asks for the same answer twice.
 """
@@ -79,20 +82,21 @@ def best_of(board: Sequence[Standing]) -> Standing:
 
 
 def smallest_good(board: Sequence[Standing]) -> Standing:
-    """The smallest whose loss is at most that of the best plus the best's standard error."""
+    """The smallest whose loss, as it was measured, is at most that of the best plus the best's standard error."""
     best = best_of(board)
     good = [standing for standing in board if standing.loss <= best.loss + best.error]
     return min(good, key=lambda standing: standing.size)
 
 
+def smallest_possible(board: Sequence[Standing]) -> Standing:
+    """The smallest that its interval does not rule out; never larger than the smallest good one."""
+    return min((standing for standing in board if standing.place != "out"), key=lambda standing: standing.size)
+
+
 def decided(board: Sequence[Standing]) -> int | None:
     """The size that the intervals decide for: it is in, and every smaller one out; None while they do not."""
-    for standing in sorted(board, key=lambda standing: standing.size):
-        if standing.place == "in":
-            return standing.size
-        if standing.place == "open":
-            return None
-    return None
+    first = smallest_possible(board)
+    return first.size if first.place == "in" else None
 
 
 def _place(difference: Difference, margin: float) -> Place:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from torch import float64
 from transformers import PreTrainedModel
 
-from strop.evaluation.scratch import Scratch, Stored
 from strop.layers.base import dense_weight
 from strop.layers.surgery import linear_modules
+from strop.scratch import Scratch, Stored
 
 
 def keep_weights(model: PreTrainedModel, scratch: Scratch) -> dict[str, Stored] | None:

@@ -9,8 +9,10 @@
                             per tensor int8 [1], not packed
 
 A row of ours, padded with zero bytes to a multiple of four, is a row of `weight_packed`. `float-quantized` (fp8) holds
-`NAME.weight` in float8_e4m3 and `NAME.weight_scale`; `naive-quantized` (either kind, one number each) is read, not
-written. W = scale * (q - z); the scale of a full-range grid may be negative, which the format and its readers carry.
+`NAME.weight` in float8_e4m3 and `NAME.weight_scale`; `mxfp4-pack-quantized` holds `NAME.weight_packed` uint8
+[out, in / 2], the first code in the low nibble, and `NAME.weight_scale` uint8 [out, in / 32], E8M0; `naive-quantized`
+(integers or floats, one number each) is read, not written. W = scale * (q - z); the scale of a full-range grid may be
+negative, which the format and its readers carry.
 
 `int-quantized` holds int8 weights whose activations are int8 too (`int8-a8`): `NAME.weight` int8 [out, in],
 `NAME.weight_scale`, and with a static scale of the activations `NAME.input_scale` [1]; `input_activations` in the
@@ -23,9 +25,11 @@ What transformers 5.23 with compressed-tensors 0.20 does with such a folder (fou
 - asymmetric grids per channel or group open only dequantized while loading (else the library expects zero points that
   are not packed), and are then computed in the scale's dtype. So those folders carry `"dequantize": true` in their
   configuration and scales in float32 (of the same values), and open as plainly and as exactly.
+- MXFP4 opens packed in a bfloat16 model only (the library's weights are bfloat16 whatever the model is), so it is
+  dequantized while loading too, which is exact: its levels have two significant bits.
 
 Not here: GPT-2's Conv1D, which the library cannot hold packed (`saving` refuses it); quantized caches, groups of
-layers with different grids, and activation order, which are refused by name on reading.
+layers with different grids (`mixed` takes them apart), and activation order, which are refused by name on reading.
 """
 
 from __future__ import annotations
@@ -50,6 +54,7 @@ METHOD = "compressed-tensors"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
 """What the tensors of a layer end in, besides `weight` itself where nothing is packed."""
 
+_MXFP4 = "mxfp4-pack-quantized"
 _ONE_EACH = {"int-quantized": torch.int8, "naive-quantized": None, "float-quantized": torch.float8_e4m3fn}
 _PACKED = "pack-quantized"
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -65,12 +70,19 @@ def check_scheme(scheme: Scheme) -> None:
         raise FormatError(
             f"{scheme}: compressed-tensors holds no codebooks; it is saved as bitsandbytes, or use int4-g32"
         )
-    if isinstance(scheme.format, FloatFormat) and scheme.format != FORMATS["fp8_e4m3"]:
+    if scheme.super_size is not None:
+        raise FormatError(
+            f"{scheme}: is a grid of GGUF files, which no model folder holds; the nearest that one does is "
+            "int4-g32-asym"
+        )
+    if isinstance(scheme.format, FloatFormat) and scheme.format not in (FORMATS["fp8_e4m3"], FORMATS["mxfp4"]):
         raise FormatError(f"{scheme}: of 8-bit floats compressed-tensors holds e4m3 alone; the nearest is fp8")
 
 
 def opens_packed(scheme: Scheme) -> bool:
     """Whether the library opens the scheme's packed weights as they are, into layers that are plain `nn.Linear`."""
+    if scheme.has_power_scale:
+        return False
     return scheme.mode is not Mode.ASYMMETRIC or scheme.granularity is Granularity.TENSOR
 
 
@@ -100,15 +112,12 @@ def config_for(scheme: Scheme, ignore: Sequence[str], *, packed: bool | None = N
         "group_size": scheme.group_size,
         "dynamic": False,
     }
-    group = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": activations,
-        "output_activations": None,
-    }
+    if scheme.has_power_scale:
+        weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     config: dict[str, Any] = {
         "quant_method": METHOD,
-        "format": "float-quantized" if is_float else "int-quantized" if activations else _PACKED,
+        "format": _form(scheme),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -139,8 +148,8 @@ def scheme_from_config(config: Mapping[str, Any]) -> Scheme:
     if config.get("kv_cache_scheme"):
         problems.append("a quantized key-value cache")
     form = config.get("format")
-    if form != _PACKED and form not in _ONE_EACH:
-        problems.append(f"format {form!r}; {', '.join(['pack-quantized', *_ONE_EACH])} are read")
+    if form not in (_PACKED, _MXFP4) and form not in _ONE_EACH:
+        problems.append(f"format {form!r}; {', '.join([_PACKED, _MXFP4, *_ONE_EACH])} are read")
     if config.get("quantization_status", "compressed") != "compressed":
         problems.append(f"quantization_status {config['quantization_status']!r}; the weights must be 'compressed'")
     name, group = next(iter(groups.items()))
@@ -164,7 +173,18 @@ def scheme_from_config(config: Mapping[str, Any]) -> Scheme:
         problems.append("activation order by group (weight_g_idx)")
     if problems:
         raise FormatError("compressed-tensors: this model has what strop does not read: " + "; ".join(problems))
+    if form == _MXFP4:
+        return _mxfp4_scheme(weights, activations)
     return _scheme(name, weights, activations)
+
+
+def _form(scheme: Scheme) -> str:
+    """The configuration's `format`: how weights are packed."""
+    if scheme.has_power_scale:
+        return _MXFP4
+    if isinstance(scheme.format, FloatFormat):
+        return "float-quantized"
+    return "int-quantized" if _activation_fields(scheme.activations) else _PACKED
 
 
 def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -> dict[str, Tensor]:
@@ -182,6 +202,8 @@ def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -
     scheme = qtensor.scheme
     check_scheme(scheme)
     assert qtensor.scale is not None  # only codebooks nest their scales
+    if scheme.has_power_scale:
+        return {f"{name}.weight_packed": qtensor.codes, f"{name}.weight_scale": qtensor.scale.view(torch.uint8)}
     rows, columns = qtensor.shape
     scale = qtensor.scale.reshape(-1) if scheme.granularity is Granularity.TENSOR else qtensor.scale
     if _activation_fields(scheme.activations):
@@ -192,7 +214,7 @@ def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -
     if not (opens_packed(scheme) if packed is None else packed):
         scale = scale.float()
     if isinstance(scheme.format, FloatFormat):
-        weight = qtensor.codes.view(scheme.format.dtype)
+        weight = qtensor.codes.view(torch.float8_e4m3fn)
         return {f"{name}.weight": weight, f"{name}.weight_scale": scale}
     tensors = {
         f"{name}.weight_packed": _to_words(qtensor.codes),
@@ -223,6 +245,8 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: s
         FileFormatError: tensors are missing or too many, or have another shape or dtype than the format demands.
     """
     scheme = scheme_from_config(config)
+    if scheme.has_power_scale:
+        return _decode_mxfp4(tensors, scheme, where)
     packed = config.get("format") == _PACKED
     needed = {"weight_packed", "weight_scale", "weight_shape"} if packed else {"weight", "weight_scale"}
     if scheme.mode is Mode.ASYMMETRIC:
@@ -321,6 +345,37 @@ def _scheme(name: str, weights: Mapping[str, Any], activations: Activations | No
     base = format_name + (f"-g{group_size}" if granularity is Granularity.GROUP else "")
     text = base + ("-tensor" if granularity is Granularity.TENSOR else "") + ("" if symmetric else "-asym")
     return parse_scheme(text if activations is None else f"{text}-{activations.name}")
+
+
+def _mxfp4_scheme(weights: Mapping[str, Any], activations: Activations | None) -> Scheme:
+    """MXFP4, if the weights are described as that, and nothing else is rounded."""
+    if activations is not None:
+        raise FormatError(f"compressed-tensors: {_MXFP4} with input activations of 8 bits; strop reads it without them")
+    needed = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
+    found = {"strategy": "group", "symmetric": True} | {key: weights[key] for key in needed if key in weights}
+    if found != needed:
+        raise FormatError(f"compressed-tensors: {_MXFP4} with weights of {found}; {needed} is what it means")
+    return parse_scheme("mxfp4")
+
+
+def _decode_mxfp4(tensors: Mapping[str, Tensor], scheme: Scheme, where: str) -> QuantizedTensor:
+    needed = {"weight_packed", "weight_scale"}
+    if tensors.keys() != needed:
+        raise FileFormatError(f"{where}: tensors {_listed(tensors)} found, {_listed(needed)} are needed for {scheme}")
+    packed, scale = tensors["weight_packed"], tensors["weight_scale"]
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.uint8 or tensor.ndim != 2 or 0 in tensor.shape:
+            raise FileFormatError(
+                f"{where}: {name} is {tensor.dtype} {list(tensor.shape)}; uint8 of two sizes is needed"
+            )
+    if (scale == 255).any():
+        raise FileFormatError(f"{where}: weight_scale holds NaN (the byte 255); the file is damaged")
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    parts = {"codes": packed.contiguous(), "scale": scale.contiguous().view(scheme.scale_dtype)}
+    try:
+        return QuantizedTensor.from_tensors(parts, scheme, (rows, columns))
+    except FormatError as error:
+        raise FileFormatError(f"{where}: {error}") from error
 
 
 def _narrow(scheme: Scheme, scale: Tensor, *, widened: bool) -> tuple[Scheme, Tensor]:

@@ -80,7 +80,7 @@ def clear_leftovers(parent: Path) -> None:
         aside, target = path / match["name"], parent / match["name"]
         if match["kind"] == "old" and aside.is_dir() and not target.exists():
             os.rename(aside, target)
-            _sync(parent)
+            sync(parent)
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -214,8 +214,8 @@ def _umask() -> int:
 def _flush(folder: Path) -> None:
     for directory, _, names in os.walk(folder):
         for name in names:
-            _sync(os.path.join(directory, name))
-        _sync(directory)
+            sync(os.path.join(directory, name))
+        sync(directory)
 
 
 def _make_parents(folder: Path) -> None:
@@ -223,10 +223,11 @@ def _make_parents(folder: Path) -> None:
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
-        _sync(path.parent)
+        sync(path.parent)
 
 
-def _sync(path: str | os.PathLike[str]) -> None:
+def sync(path: str | os.PathLike[str]) -> None:
+    """Flush a file or a folder to the disk."""
     if sys.platform == "win32" and os.path.isdir(path):
         return  # directories cannot be opened there
     handle = os.open(path, os.O_RDONLY if sys.platform != "win32" else os.O_RDWR)
@@ -240,22 +241,22 @@ def _give_name(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
     elif _exchange(temporary, target):
-        _sync(target.parent)  # before the old folder goes: else a power cut could leave the old name with its remains
+        sync(target.parent)  # before the old folder goes: else a power cut could leave the old name with its remains
         shutil.rmtree(temporary, ignore_errors=True)  # it holds the old folder now
     else:
         aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".old", dir=target.parent))
-        _sync(target.parent)
+        sync(target.parent)
         os.rename(target, aside / target.name)
-        _sync(aside)
+        sync(aside)
         try:
             os.rename(temporary, target)
         except BaseException:
             os.rename(aside / target.name, target)
             aside.rmdir()
             raise
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(aside, ignore_errors=True)
-    _sync(target.parent)
+    sync(target.parent)
 
 
 def _exchange(one: Path, other: Path) -> bool:

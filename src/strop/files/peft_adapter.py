@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.errors import FileFormatError, FormatError, MissingInputError, ModelError
 from strop.files.folders import atomic_folder, read_json, sha256_files, write_json
+from strop.files.peft_fields import by_pattern, not_plain, targeted
 from strop.files.shards import Header, Part, read_header, read_tensor, write_file
 from strop.layers.base import linear_shape
 from strop.layers.lora_linear import LoraLinear
@@ -43,39 +44,6 @@ WEIGHTS = "adapter_model.safetensors"
 RECORD = "strop_base.json"
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
-
-_READ = {
-    "base_model_name_or_path",
-    "lora_alpha",
-    "lora_dropout",
-    "peft_type",
-    "r",
-    "rank_pattern",
-    "alpha_pattern",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "use_rslora",
-}
-"""Settings that are read."""
-
-_WITHOUT_EFFECT = {
-    "auto_mapping",
-    "fan_in_fan_out",  # follows from the layer's own type
-    "inference_mode",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",  # of use_qalora
-    "revision",
-    "runtime_config",
-    "task_type",
-    "eva_config",  # how the adapter began
-}
-"""Settings that say nothing about what a trained adapter computes."""
-
-_PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base as it is."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +90,11 @@ class AdapterConfig:
 
     def rank_of(self, layer: str) -> int:
         """Rank of one layer, by its full name."""
-        return int(_by_pattern(self.fields.get("rank_pattern") or {}, layer, self.rank))
+        return int(by_pattern(self.fields.get("rank_pattern") or {}, layer, self.rank))
 
     def alpha_of(self, layer: str) -> float:
         """Numerator of one layer's scaling, by its full name."""
-        return float(_by_pattern(self.fields.get("alpha_pattern") or {}, layer, self.alpha))
+        return float(by_pattern(self.fields.get("alpha_pattern") or {}, layer, self.alpha))
 
 
 def base_digest(folder: str | os.PathLike[str]) -> str:
@@ -213,7 +181,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     folder = Path(folder)
     path = folder / CONFIG
     fields = read_json(path)
-    reasons = _not_plain(fields)
+    reasons = not_plain(fields)
     if reasons:
         raise FormatError(
             f"{path}: this adapter is more than W + scaling * B @ A: {'; '.join(reasons)}. strop reads plain LoRA"
@@ -350,58 +318,13 @@ def _misfits(config: AdapterConfig, header: Header, linears: Mapping[str, nn.Mod
                 problems.append(f"{_key(layer, half)}: shape {list(entry.shape)}, the layer and r need {list(needed)}")
             if entry is not None and not entry.dtype.is_floating_point:
                 problems.append(f"{_key(layer, half)}: dtype {entry.dtype}, a float is needed")
-    wanted = _targeted(config, linears)
+    wanted = targeted(config.targets, config.fields, linears)
     problems += [
         f"{layer}: target_modules asks for it, the file holds nothing for it" for layer in wanted if layer not in layers
     ]
     if not layers and not problems:
         problems.append("the file holds no tensors")
     return problems
-
-
-def _targeted(config: AdapterConfig, linears: Iterable[str]) -> list[str]:
-    """The linear layers that `target_modules` asks for, by PEFT's rules."""
-    matches = _matcher(config.targets)
-    excluded = config.fields.get("exclude_modules")
-    excludes = _matcher(tuple(excluded) if isinstance(excluded, list) else excluded) if excluded else None
-    indices = config.fields.get("layers_to_transform")
-    if isinstance(indices, int):
-        indices = [indices]
-    patterns = config.fields.get("layers_pattern") or [r"[^.]*"]
-    patterns = [patterns] if isinstance(patterns, str) else patterns
-    chosen = []
-    for name in linears:
-        if not matches(name) or (excludes is not None and excludes(name)):
-            continue
-        if indices and not isinstance(config.targets, str):
-            found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name) for pattern in patterns)
-            index = next((int(match[1]) for match in found if match), None)
-            if index not in indices:
-                continue
-        chosen.append(name)
-    return chosen
-
-
-def _matcher(targets: str | tuple[str, ...]) -> Callable[[str], bool]:
-    if targets == "all-linear":
-        return lambda name: True
-    if isinstance(targets, str):
-        try:
-            pattern = re.compile(targets)
-        except re.error as error:
-            raise FileFormatError(f"{CONFIG}: {targets!r} is not a regular expression ({error})") from None
-        return lambda name: pattern.fullmatch(name) is not None
-    return lambda name: any(name == target or name.endswith(f".{target}") for target in targets)
-
-
-def _by_pattern(patterns: Mapping[str, float], layer: str, default: float) -> float:
-    for pattern, value in patterns.items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                return value
-        except re.error as error:
-            raise FileFormatError(f"{CONFIG}: {pattern!r} is not a regular expression ({error})") from None
-    return default
 
 
 def _config(model: nn.Module, adapters: Mapping[str, LoraLinear], base: BaseRecord) -> dict[str, Any]:
@@ -445,21 +368,6 @@ def _target_modules(model: nn.Module, names: list[str]) -> list[str]:
     own = {name + inner for name in names for inner in ("", ".base")}  # what a LoraLinear holds is not another module
     reached = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in last}
     return last if reached <= own else sorted(names)
-
-
-def _not_plain(fields: Mapping[str, Any]) -> list[str]:
-    """Why an adapter is not plain LoRA over the untouched base."""
-    reasons = []
-    if fields.get("peft_type") != "LORA":
-        reasons.append(f"peft_type {fields.get('peft_type')!r}")
-    start = fields.get("init_lora_weights", True)
-    if start not in _PLAIN_STARTS:
-        reasons.append(f"init_lora_weights {start!r} changes the base; save it as a difference on the untouched base")
-    if fields.get("bias", "none") != "none":
-        reasons.append(f"bias {fields['bias']!r}")
-    known = _READ | _WITHOUT_EFFECT | {"peft_type", "init_lora_weights", "bias"}
-    reasons += [f"{name} {value!r}" for name, value in fields.items() if name not in known and value]
-    return reasons
 
 
 def _read_record(folder: Path) -> tuple[BaseRecord | None, bool]:

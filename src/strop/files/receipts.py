@@ -82,6 +82,7 @@ class Receipt:
         tensors: one entry per linear layer inside the blocks.
         held_out: figures measured against the source on rows that calibrated nothing; empty where no data were given.
         left_alone: weights that no format reaches (experts in one tensor).
+        blocks: how far each block's output is from full precision, where rows calibrated.
     """
 
     source: str
@@ -90,6 +91,7 @@ class Receipt:
     tensors: list[TensorReceipt] = field(default_factory=list)
     held_out: dict[str, Any] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def fallbacks(self) -> list[TensorReceipt]:
@@ -113,6 +115,7 @@ class Receipt:
             "fallbacks": [tensor.name for tensor in self.fallbacks],
             "left_alone": self.left_alone,
             "held_out": self.held_out,
+            "blocks": self.blocks,
             "tensors": [dataclasses.asdict(tensor) | {"shape": list(tensor.shape)} for tensor in self.tensors],
         }
 

@@ -10,8 +10,8 @@ and FP4 to bitsandbytes, none at all makes a dense model. A model is written lay
 memory. Names are those of the original checkpoint (transformers' own conversions are undone), and a head tied to the
 embedding is written once.
 
-Refused by name: layers in several formats, adapters not merged, layers still trained through their rounding, and what a
-format cannot hold: Conv1D (GPT-2) in compressed-tensors, rows that bitsandbytes misreads.
+Refused by name: formats that no file holds beside each other, adapters not merged, layers still trained through their
+rounding, and what a format cannot hold: Conv1D (GPT-2) in compressed-tensors, rows that bitsandbytes misreads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from strop.errors import FormatError, ModelError
-from strop.files import bnb4, compressed_tensors
+from strop.files import bnb4, compressed_tensors, mixed
 from strop.files.folders import atomic_folder, read_json, write_json
 from strop.files.receipts import Receipt
 from strop.files.shards import MAX_SHARD_BYTES, Part, write_shards
@@ -89,17 +88,17 @@ def write_model(
 
     Raises:
         ModelError: adapters that are not merged, or layers that are still trained through their rounding.
-        FormatError: layers in several formats, or of a kind that the format cannot hold; all are named.
+        FormatError: formats that no file holds together, or layers that their format cannot hold; all are named.
     """
-    scheme = check_savable(model)
-    write_shards(folder, _parts(model, scheme), max_shard_bytes=max_shard_bytes)
-    _write_configs(model, scheme, folder)
+    schemes = check_savable(model)
+    write_shards(folder, _parts(model, schemes), max_shard_bytes=max_shard_bytes)
+    _write_configs(model, schemes, folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def check_savable(model: PreTrainedModel) -> Scheme | None:
-    """Refuse, before anything is written, a model that no format of ours can hold; return the scheme of its layers.
+def check_savable(model: PreTrainedModel) -> dict[str, Scheme]:
+    """Refuse, before anything is written, a model that no format of ours can hold; return its layers' schemes.
 
     Raises:
         ModelError, FormatError: as `write_model`.
@@ -114,15 +113,13 @@ def check_savable(model: PreTrainedModel) -> Scheme | None:
                 f"{names[0]} and {len(names) - 1} more are {kind.__name__}; {advice} (nothing was written)"
             )
     quantized = _quantized(model)
-    schemes = Counter(module.scheme for module in quantized.values())
-    if len(schemes) > 1:
-        counts = ", ".join(f"{scheme} on {count} layers" for scheme, count in schemes.items())
-        raise FormatError(f"the model mixes formats ({counts}); a file holds one. Quantize all its layers to the same")
-    if not schemes:
-        return None
-    (scheme,) = schemes
-    check_expressible(scheme, {name: module.qtensor.shape for name, module in quantized.items()}, skeleton(model))
-    return scheme
+    schemes = {name: module.scheme for name, module in quantized.items()}
+    mixed.check_together(list(schemes.values()))
+    plain = skeleton(model) if schemes else model
+    for scheme in dict.fromkeys(schemes.values()):
+        shapes = {name: quantized[name].qtensor.shape for name, own in schemes.items() if own == scheme}
+        check_expressible(scheme, shapes, plain)
+    return schemes
 
 
 def check_expressible(scheme: Scheme, shapes: Mapping[str, tuple[int, int]], plain: nn.Module) -> None:
@@ -173,7 +170,7 @@ def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED)}
 
 
-def _parts(model: PreTrainedModel, scheme: Scheme | None) -> Iterator[Part]:
+def _parts(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> Iterator[Part]:
     """The model's tensors under the names of its checkpoint, one block's dense ones or one quantized layer at a
     time.
     """
@@ -183,10 +180,10 @@ def _parts(model: PreTrainedModel, scheme: Scheme | None) -> Iterator[Part]:
         block = _BLOCK.match(name)
         blocks.setdefault(block[1] if block else name, {})[name] = tensor
     for tensors in blocks.values():
-        yield from _reverted(model, tensors, scheme)
-    if scheme is None:
+        yield from _reverted(model, tensors, whole=_in_words(schemes))
+    if not schemes:
         return
-    encode = _encoder(model, scheme)
+    encode = _encoder(model, schemes)
     for name, module in quantized.items():
         layer = _checkpoint_name(model, name)
         made = encode(module.qtensor, layer)
@@ -209,13 +206,12 @@ def _dense_state(model: PreTrainedModel, quantized: Iterable[str]) -> dict[str, 
     return state
 
 
-def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor], scheme: Scheme | None) -> Iterator[Part]:
+def _reverted(model: PreTrainedModel, tensors: dict[str, Tensor], *, whole: bool) -> Iterator[Part]:
     """Parts that undo transformers' conversions (renamed keys, fused experts) when they are written.
 
-    Beside weights in compressed-tensors, experts stay fused in one tensor: its loader would take them apart for packed
-    ones, and lose those that are not.
+    Beside weights in compressed-tensors (`whole`), experts stay fused in one tensor: its loader would take them apart
+    for packed ones, and lose those that are not.
     """
-    whole = scheme is not None and not isinstance(scheme.format, CodebookFormat)
     together = dict(tensors)
     for name, tensor in tensors.items():
         if whole and len(revert_weight_conversion(model, {name: torch.empty_like(tensor, device="meta")})) > 1:
@@ -232,7 +228,7 @@ def _checkpoint_name(model: PreTrainedModel, layer: str) -> str:
     return name.removesuffix(".weight")
 
 
-def _write_configs(model: PreTrainedModel, scheme: Scheme | None, folder: Path) -> None:
+def _write_configs(model: PreTrainedModel, schemes: Mapping[str, Scheme], folder: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = _dtype(model)
@@ -242,14 +238,14 @@ def _write_configs(model: PreTrainedModel, scheme: Scheme | None, folder: Path) 
             config.tie_word_embeddings = False  # else they would be tied again on opening
     vars(config).pop("quantization_config", None)
     config.save_pretrained(folder)
-    if scheme is not None:
+    if schemes:
         kept = [
             name
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QUANTIZED)
         ]
         fields = read_json(folder / "config.json")
-        fields["quantization_config"] = _quantization_config(model, scheme, kept)
+        fields["quantization_config"] = _quantization_config(model, schemes, kept)
         write_json(folder / "config.json", fields)
     if model.can_generate() and model.generation_config is not None:
         # not its save_pretrained, which refuses settings that many published models carry
@@ -258,24 +254,31 @@ def _write_configs(model: PreTrainedModel, scheme: Scheme | None, folder: Path) 
         )
 
 
-def _encoder(model: PreTrainedModel, scheme: Scheme) -> Callable[[QuantizedTensor, str], dict[str, Tensor]]:
-    if isinstance(scheme.format, CodebookFormat):
+def _encoder(
+    model: PreTrainedModel, schemes: Mapping[str, Scheme]
+) -> Callable[[QuantizedTensor, str], dict[str, Tensor]]:
+    if not _in_words(schemes):
         return bnb4.encode
-    packed = _stays_packed(model, scheme)
+    packed = _stays_packed(model, schemes)
     return lambda qtensor, name: compressed_tensors.encode(qtensor, name, packed=packed)
 
 
-def _quantization_config(model: PreTrainedModel, scheme: Scheme, kept: Sequence[str]) -> dict[str, Any]:
-    if isinstance(scheme.format, CodebookFormat):
-        return bnb4.config_for(scheme, kept)
-    return compressed_tensors.config_for(scheme, kept, packed=_stays_packed(model, scheme))
+def _quantization_config(model: PreTrainedModel, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
+    if not _in_words(schemes):
+        return bnb4.config_for(next(iter(schemes.values())), kept)
+    return mixed.config_for(schemes, kept, packed=_stays_packed(model, schemes))
 
 
-def _stays_packed(model: PreTrainedModel, scheme: Scheme) -> bool:
+def _in_words(schemes: Mapping[str, Scheme]) -> bool:
+    """Whether the quantized layers go to compressed-tensors; codebooks go to bitsandbytes."""
+    return any(not isinstance(scheme.format, CodebookFormat) for scheme in schemes.values())
+
+
+def _stays_packed(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> bool:
     """Whether compressed-tensors can keep all layers packed when it opens them."""
     plain = skeleton(model)
-    return compressed_tensors.opens_packed(scheme) and all(
-        type(plain.get_submodule(name)) is nn.Linear for name in _quantized(model)
+    return all(compressed_tensors.opens_packed(scheme) for scheme in set(schemes.values())) and all(
+        type(plain.get_submodule(name)) is nn.Linear for name in schemes
     )
 
 

@@ -5,4 +5,5 @@ quant_linear.py       `QuantLinear`: over a frozen `QuantizedTensor`
 fake_quant_linear.py  `FakeQuantLinear`: a trainable weight, rounded on every call
 lora_linear.py        `LoraLinear`: any of them frozen, plus a trainable change of low rank
 surgery.py            find, choose, replace, undo
+rotation.py           the same model with a rotated residual stream
 """

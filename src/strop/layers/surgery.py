@@ -226,16 +226,17 @@ def quantize_linears(
     return names
 
 
-def plan_linears(model: nn.Module, scheme: Scheme, names: Sequence[str]) -> None:
-    """Check, before any work, that the shape of every named layer fits the scheme.
+def plan_linears(model: nn.Module, scheme: Scheme | Mapping[str, Scheme], names: Sequence[str]) -> None:
+    """Check, before any work, that the shape of every named layer fits the scheme (or its own, where they differ).
 
     Raises:
         FormatError: one line for each layer that does not fit.
     """
     problems = []
     for name in names:
+        own = scheme if isinstance(scheme, Scheme) else scheme[name]
         try:
-            plan_shape(linear_shape(model.get_submodule(name)), scheme, where=name)
+            plan_shape(linear_shape(model.get_submodule(name)), own, where=name)
         except FormatError as error:
             problems.append(str(error))
     if problems:
@@ -291,6 +292,12 @@ def _heads_and_embeddings(model: nn.Module) -> set[int]:
         if hasattr(model, getter):
             ends.append(getattr(model, getter)())
     return {id(module) for module in ends if module is not None}
+
+
+def blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """The repeated blocks by their full names, in the model's order; empty for a model that has none."""
+    lists = [(name, module) for name, module in _blocks(model) if isinstance(module, nn.ModuleList)]
+    return {f"{name}.{index}": block for name, module in lists for index, block in enumerate(module)}
 
 
 def block_lists(model: nn.Module) -> list[nn.ModuleList]:

@@ -3,6 +3,7 @@
 Scales around the one that covers the group's range are tried, and the one kept has the least sum of
 mean_square[in] * (weight - rounded)^2, as llama.cpp's importance matrix and AutoRound's starting point have it. Nothing
 but the scale (and the zero point that follows from it) moves, so the result is an ordinary tensor of the same scheme.
+MXFP4's scales are tried a power of two apart; Q4_K's, two to a group, have a search of their own, `superblocks`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from strop.methods.base import Statistics, check_statistics, weighted_error
-from strop.numerics.formats import CodebookFormat, FloatFormat
+from strop.methods.superblocks import search_super_scale
+from strop.numerics.formats import CodebookFormat, FloatFormat, IntFormat
 from strop.numerics.groups import split
 from strop.numerics.observers import search_range
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
@@ -37,8 +39,29 @@ def search(
         DataError: The statistics do not fit the weight.
     """
     plain = quantize_tensor(weight, scheme, where=where)  # refuses what cannot be quantized, before the search
-    groups = split(weight.detach(), scheme)
     mean_square = None if statistics is None else check_statistics(statistics, weight, where=where)
+    if scheme.super_size is not None and isinstance(scheme.format, IntFormat):
+        weights = None if mean_square is None else _importance(mean_square, weight.shape[0], scheme)
+        super_scale = search_super_scale(split(weight.detach(), scheme), scheme.format, weights)
+        found = quantize_tensor(weight, scheme, super_scale=super_scale, where=where)
+        return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))
+    scale, zero_point = searched_scale(weight, scheme, mean_square, where=where)
+    found = quantize_tensor(weight, scheme, scale=scale, zero_point=zero_point, where=where)
+    return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))
+
+
+def searched_scale(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None = None, *, where: str = "weight"
+) -> tuple[Tensor, Tensor | None]:
+    """The scales (and zero points, in the format's own codes) of least sum of importance[in] * (weight - rounded)^2.
+
+    Args:
+        weight: [out, in], any float dtype, finite.
+        scheme: The grid.
+        importance: float32 [in], not negative; None weighs all columns the same.
+        where: The weight's name, for messages.
+    """
+    groups = split(weight.detach(), scheme)
     low, high = search_range(
         groups,
         scheme.format,
@@ -46,15 +69,15 @@ def search(
         factors=_factors(scheme),
         scale_dtype=scheme.scale_dtype,
         shared=scheme.granularity is Granularity.TENSOR,
-        importance=None if mean_square is None else _importance(mean_square, weight.shape[0], scheme),
+        importance=None if importance is None else _importance(importance, weight.shape[0], scheme),
     )
-    scale, zero_point = scale_of_range(low, high, scheme, where=where)
-    found = quantize_tensor(weight, scheme, scale=scale, zero_point=zero_point, where=where)
-    return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))
+    return scale_of_range(low, high, scheme, where=where)
 
 
 def _factors(scheme: Scheme) -> list[float]:
     """Multiples of the plain range to try: the fewer the bits, the further down, for there clipping pays."""
+    if scheme.has_power_scale:
+        return [0.25, 0.5, 2.0]  # 2 leaves none of the largest values out
     if isinstance(scheme.format, CodebookFormat | FloatFormat):
         return [percent / 100 for percent in range(72, 109, 3)]
     lowest = {2: 30, 3: 40, 4: 60}.get(scheme.bits, 80)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from strop.errors import FormatError, ModelError
-from strop.files import bnb4, compressed_tensors
+from strop.files import bnb4, compressed_tensors, mixed
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
@@ -44,12 +44,13 @@ class Container:
     Attributes:
         format: who reads them.
         config: the folder's `quantization_config`.
-        scheme: what the configuration says of all layers; a single layer's tensors may say it more precisely.
+        scheme: what the configuration says of all layers; None where they differ. A single layer's tensors may say it
+            more precisely.
     """
 
     format: FileFormat
     config: Mapping[str, Any]
-    scheme: Scheme
+    scheme: Scheme | None
 
     @property
     def name(self) -> str:
@@ -75,7 +76,7 @@ class Container:
 
     def decode(self, layer: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
         """The quantized weight of `layer`, codes and scales bit for bit, from its tensors by their endings."""
-        return self.format.decode(tensors, self.config, where=layer)
+        return self.format.decode(tensors, mixed.config_of(self.config, layer), where=layer)
 
 
 def container_for(folder: Path, config: Mapping[str, Any]) -> Container:
@@ -90,7 +91,8 @@ def container_for(folder: Path, config: Mapping[str, Any]) -> Container:
     for known in _FORMATS:
         if method == known.METHOD:
             try:
-                return Container(known, config, known.scheme_from_config(config))
+                schemes = [known.scheme_from_config(group) for group in mixed.groups_of(config)]
+                return Container(known, config, schemes[0] if len(schemes) == 1 else None)
             except FormatError as error:
                 raise ModelError(f"{folder}: {error}; open the model that it was quantized from") from error
     names = ", ".join(known.METHOD for known in _FORMATS)

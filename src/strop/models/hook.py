@@ -6,9 +6,9 @@ through a conversion operation: ours makes a `QuantizedTensor` of it, puts a lay
 and hands nothing on, so that no dense weight outlives its own conversion. Because this is transformers' own loader,
 its renamings and splittings of checkpoint names apply before ours.
 
-`RoundingPlan` rounds full-precision weights; `ReadingPlan` takes the codes of a folder that is quantized already, bit
-for bit: codes are repacked, never dequantized. A problem with one tensor does not stop the others: all of them are
-collected in `plan.problems` and raised at the end by `opening.load`.
+`RoundingPlan` rounds full-precision weights; `SkeletonPlan` leaves those of the blocks out; `ReadingPlan` takes the
+codes of a folder that is quantized already, bit for bit: codes are repacked, never dequantized. A problem with one
+tensor does not stop the others: all of them are collected in `plan.problems` and raised at the end by `opening.load`.
 
 Registration with transformers is explicit (`register`) and happens once per process, when a model is first opened.
 """
@@ -37,7 +37,7 @@ from strop.errors import ModelError, StropError
 from strop.files.shards import read_header
 from strop.layers.base import is_linear, linear_bias, linear_shape
 from strop.layers.quantized import quantized_linear
-from strop.layers.surgery import plan_linears, replace, select
+from strop.layers.surgery import blocks, plan_linears, replace, select
 from strop.models.containers import Container
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -102,19 +102,50 @@ class RoundingPlan(Plan):
 
     reads_codes = False
 
-    def __init__(self, scheme: Scheme, rounding: Rounding, device: torch.device, *, keep: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        scheme: Scheme | Mapping[str, Scheme],
+        rounding: Rounding,
+        device: torch.device,
+        *,
+        keep: Collection[str] = (),
+    ) -> None:
         super().__init__(device)
         self.scheme, self.rounding, self.kept = scheme, rounding, frozenset(keep)
 
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
-        """Choose every linear layer inside the blocks; FormatError if a shape does not fit, before anything is read."""
+        """Choose the layers; FormatError if a shape does not fit, before anything is read.
+
+        They are those that a mapping names, or every linear layer inside the blocks.
+        """
         names = [name for name in select(model, "all-linear") if name not in self.kept]
+        if not isinstance(self.scheme, Scheme):
+            names = [name for name in names if name in self.scheme]
         plan_linears(model, self.scheme, names)
         self.weights = {f"{name}.weight" for name in names}
 
     def operation(self) -> _Round:
         """The operation that transformers applies to each weight of `self.weights`."""
         return _Round(self)
+
+
+class SkeletonPlan(Plan):
+    """Leave the big weights of the blocks where they are, on the meta device; all else is loaded."""
+
+    reads_codes = False
+
+    def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
+        """Choose every parameter of a block that has two dimensions or more, those of experts too."""
+        self.weights = {
+            f"{name}.{part}"
+            for name, block in blocks(model).items()
+            for part, parameter in block.named_parameters()
+            if parameter.dim() > 1
+        }
+
+    def operation(self) -> _Drop:
+        """The operation that transformers applies to each weight of `self.weights`."""
+        return _Drop(self)
 
 
 class ReadingPlan(Plan):
@@ -211,6 +242,33 @@ class _Round(_PlannedOperation):
         return self.plan.rounding(name, tensor.to(self.plan.device).contiguous())
 
 
+class _Drop(_PlannedOperation):
+    """{weight name: [tensor]} -> {}; the weight stays on the meta device."""
+
+    def __init__(self, plan: SkeletonPlan) -> None:
+        self.plan = plan
+
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        missing_keys: set[str] | None = None,
+        **_: object,
+    ) -> dict[str, Any]:
+        """Drop the tensors that the plan chose, pass the others on."""
+        passed = {}
+        for key, value in input_dict.items():
+            if key not in self.plan.weights:
+                passed[key] = value
+                continue
+            model.get_parameter(key)._is_hf_initialized = True  # type: ignore[attr-defined]
+            if missing_keys is not None:
+                missing_keys.discard(key)
+        input_dict.clear()
+        return passed
+
+
 class _Read(_PlannedOperation):
     """{pattern: [tensor]} of one layer -> {}; the plan keeps the quantized weight."""
 
@@ -276,8 +334,8 @@ class StropQuantizer(HfQuantizer):
         return param_name in self.plan.weights
 
     def get_quantize_ops(self) -> ConversionOps:
-        """The rounding operation."""
-        assert isinstance(self.plan, RoundingPlan)
+        """The operation on each weight that the plan chose."""
+        assert isinstance(self.plan, RoundingPlan | SkeletonPlan)
         return self.plan.operation()
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

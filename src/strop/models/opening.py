@@ -31,7 +31,7 @@ from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_c
 from strop.files.shards import tensor_files
 from strop.layers.quantized import QUANTIZED
 from strop.models.containers import container_for
-from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, StropConfig, detach, register
+from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
@@ -54,7 +54,7 @@ class OpenedModel:
         model: transformers' model in evaluation mode; quantized layers are `QuantLinear`, adapted ones `LoraLinear`.
         tokenizer: None where the folder brings none, or none was asked for.
         source: the folder that was opened (for a hub id, the one in the local cache).
-        scheme: how the linear layers are quantized; None in full precision.
+        scheme: how the linear layers are quantized; None in full precision, and where they differ.
         adapter: the adapter's configuration; None without an adapter.
     """
 
@@ -63,6 +63,14 @@ class OpenedModel:
     source: str
     scheme: Scheme | None
     adapter: AdapterConfig | None
+
+    @property
+    def format(self) -> str:
+        """What the linear layers are held in: a scheme, several ("mixed: ..."), or the dtype."""
+        names = sorted({module.scheme.name for module in self.model.modules() if isinstance(module, QUANTIZED)})
+        if not names:
+            return str(self.model.dtype).removeprefix("torch.")
+        return names[0] if len(names) == 1 else f"mixed: {', '.join(names)}"
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -79,7 +87,7 @@ class OpenedModel:
 
 def load(
     path_or_id: str | os.PathLike[str],
-    format: str | Scheme | None = None,
+    format: str | Scheme | Mapping[str, Scheme] | None = None,
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device = "cpu",
@@ -94,7 +102,8 @@ def load(
         path_or_id: a folder (model, adapter or run), or a hub id.
         format: round the linear layers to this while loading (`int4-g32`, `nf4-dq`, ...). Over an adapter it says how
         its
-            base is rounded, instead of how it was in training.
+            base is rounded, instead of how it was in training. A scheme for each layer, by full name, rounds those
+            layers and no others.
         dtype: of the weights that stay dense, and of the activations; `"auto"` is the checkpoint's own. A weight that
         is to
             be rounded is cast to it first, so that loading with a format is loading and then rounding, bit for bit.
@@ -126,8 +135,23 @@ def load(
         opened.source = str(folder)
         homes = [folder, base]
     if tokenizer:
-        opened.tokenizer = next((_open_tokenizer(home) for home in homes if has_tokenizer(home)), None)
+        opened.tokenizer = next((open_tokenizer(home) for home in homes if has_tokenizer(home)), None)
     return opened
+
+
+def open_skeleton(folder: Path) -> PreTrainedModel:
+    """The model in float32 with the big weights of its blocks left on the meta device; see `models.blocks`.
+
+    Raises:
+        As `load`; ModelError too where the folder is an adapter, FormatError where it is quantized.
+    """
+    if is_adapter(folder):
+        raise ModelError(f"{folder}: is an adapter; merge it first (strop merge)")
+    config, quantization = read_config(folder)
+    if quantization is not None:
+        raise FormatError(f"{folder}: is quantized already ({quantization.get('quant_method')})")
+    tensor_files(folder)
+    return _through_transformers(folder, config, SkeletonPlan(torch.device("cpu")), torch.float32).eval()
 
 
 def _find_base(folder: Path, adapter: AdapterConfig) -> Path:
@@ -150,7 +174,7 @@ def _find_base(folder: Path, adapter: AdapterConfig) -> Path:
 
 def _open_model(
     folder: Path,
-    scheme: Scheme | None,
+    scheme: Scheme | Mapping[str, Scheme] | None,
     dtype: torch.dtype | str,
     device: torch.device,
     rounding: Rounding | None,
@@ -162,26 +186,22 @@ def _open_model(
     if quantization is not None:
         container = container_for(folder, quantization)
         if scheme is not None and scheme != container.scheme:
+            held = container.scheme or "several formats"
             raise FormatError(
-                f"{folder}: is quantized already, as {container.scheme}; it cannot be rounded to {scheme} on top. Open "
+                f"{folder}: is quantized already, as {held}; it cannot be rounded to {scheme} on top. Open "
                 "it "
                 "without a format, or round the model that it came from"
             )
-        plan, scheme = ReadingPlan(container, device), container.scheme
+        plan = ReadingPlan(container, device)
     elif scheme is not None:
         wanted = scheme
-        if rounding is None and wanted.activations is not None and wanted.activations.is_static:
-            raise FormatError(
-                f"{folder}: {wanted} has one scale for all activations of a layer, which calibration fixes; quantize "
-                f"with data first (strop quantize --format {wanted} --data FILE), or open as int8-a8"
-            )
+        if rounding is None:
+            _check_no_static(folder, wanted)
         plan = RoundingPlan(
             wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device, keep=keep
         )
     model = _through_transformers(folder, config, plan, dtype)
-    if plan is not None:
-        scheme = _true_scheme(model)
-    return OpenedModel(model.to(device), None, str(folder), scheme, None)  # type: ignore[arg-type]
+    return OpenedModel(model.to(device), None, str(folder), _true_scheme(model), None)  # type: ignore[arg-type]
 
 
 def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: torch.dtype | str) -> PreTrainedModel:
@@ -191,7 +211,7 @@ def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: t
         options["quantization_config"] = StropConfig(plan)
     problems = [] if plan is None else plan.problems
     try:
-        with _quiet():
+        with quiet():
             opened: Any = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -212,13 +232,13 @@ def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: t
         raise ModelError(f"{folder}: transformers cannot open it: {first_line(error)}") from error
     if problems:
         raise _collected(folder, problems)
-    _check_keys(folder, model, info)
+    _check_keys(folder, model, info, plan)
     if plan is not None:
         detach(model)
     return model
 
 
-def _check_keys(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+def _check_keys(folder: Path, model: PreTrainedModel, info: Mapping[str, Any], plan: Plan | None) -> None:
     kinds = {
         "missing (the model needs them, the files do not hold them)": sorted(info["missing_keys"]),
         "unexpected (the files hold them, the model has no place for them)": sorted(info["unexpected_keys"]),
@@ -228,7 +248,8 @@ def _check_keys(folder: Path, model: PreTrainedModel, info: Mapping[str, Any]) -
     }
     lines = [f"  {len(names)} {kind}: {_listed(names)}" for kind, names in kinds.items() if names]
     if not lines:
-        lost = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+        left_out = plan.weights if isinstance(plan, SkeletonPlan) else set[str]()
+        lost = [name for name, part in model.named_parameters() if part.is_meta and name not in left_out]
         lines = [f"  {len(lost)} never arrived: {_listed(lost)}"] if lost else []
     if lines:
         raise ModelError(
@@ -247,18 +268,33 @@ def _collected(folder: Path, problems: list[StropError]) -> StropError:
     return type(problems[0])("\n".join([f"{folder}: {texts[0]}", *texts[1:]]))
 
 
-def _nearest(name: str, weight: torch.Tensor, scheme: Scheme) -> QuantizedTensor:
-    return quantize_tensor(weight, scheme, where=name)
+def _check_no_static(folder: Path, scheme: Scheme | Mapping[str, Scheme]) -> None:
+    for wanted in [scheme] if isinstance(scheme, Scheme) else scheme.values():
+        if wanted.activations is not None and wanted.activations.is_static:
+            raise FormatError(
+                f"{folder}: {wanted} has one scale for all activations of a layer, which calibration fixes; quantize "
+                f"with data first (strop quantize --format {wanted} --data FILE), or open as int8-a8"
+            )
+
+
+def _nearest(name: str, weight: torch.Tensor, scheme: Scheme | Mapping[str, Scheme]) -> QuantizedTensor:
+    return quantize_tensor(weight, scheme if isinstance(scheme, Scheme) else scheme[name], where=name)
 
 
 def _true_scheme(model: nn.Module) -> Scheme | None:
-    """The scheme of the first quantized layer: its tensors know the scales' dtype, a configuration may not say it."""
-    return next((module.scheme for module in model.modules() if isinstance(module, QUANTIZED)), None)
+    """The scheme of the quantized layers: their tensors know the scales' dtype, a configuration may not say it."""
+    schemes = {module.scheme for module in model.modules() if isinstance(module, QUANTIZED)}
+    return schemes.pop() if len(schemes) == 1 else None
 
 
-def _open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a model's folder.
+
+    Raises:
+        ModelError: it cannot be opened.
+    """
     try:
-        with _quiet():
+        with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         raise ModelError(f"{folder}: its tokenizer cannot be opened: {first_line(error)}") from error
@@ -284,7 +320,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Set transformers' bars and reports aside: what matters of them is raised as an error here."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity(logging.CRITICAL)

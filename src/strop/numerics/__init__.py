@@ -8,6 +8,8 @@ affine.py     quantize, dequantize, and fake_quantize, which is both with a grad
 codebook.py   NF4, FP4: nearest level, double quantization
 grid.py       the same three questions to any format: codes, values, rounded
 packing.py    codes of 2 to 8 bits to bytes
+superblock.py GGUF's Q4_K: scales and minimums of 6 bits under a float16 of their superblock
+laid.py       a scheme's grid laid over one weight: what rounding, real and fake, goes through
 observers.py  which range a grid should cover
 qtensor.py    QuantizedTensor: codes, scales, zero points; quantize_tensor makes one
 """
@@ -20,6 +22,7 @@ from strop.numerics.observers import OBSERVERS, Observer
 from strop.numerics.packing import pack, packed_size, unpack
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import FormatSpec, Granularity, Mode, Scheme, parse_format, parse_scheme
+from strop.numerics.superblock import SuperScale
 
 __all__ = [
     "FORMATS",
@@ -36,6 +39,7 @@ __all__ = [
     "Observer",
     "QuantizedTensor",
     "Scheme",
+    "SuperScale",
     "choose_scale",
     "dequantize",
     "fake_quantize",

@@ -155,6 +155,34 @@ def vector_codes(x: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
     return _codes(kept, scale), scale, outlier.nonzero().flatten()
 
 
+def rounded(x: Tensor, activations: Activations, scale: Tensor | None = None) -> Tensor:
+    """What the codes of x [..., in] stand for, float32: the inputs that an `Int8Linear` computes with.
+
+    Args:
+        x: Any float dtype.
+        activations: How they are rounded; with an outlier threshold the outlier columns stay as they are.
+        scale: The static scale [1]; where there is none, one that covers x.
+    """
+    tokens = x.reshape(-1, x.shape[-1]).float()  # [..., in] -> [tokens, in]
+    if activations.threshold is not None:
+        codes, token_scale, outliers = vector_codes(tokens, activations.threshold)
+        values = codes.float() * token_scale
+        values[:, outliers] = tokens[:, outliers]
+    elif activations.range is ActivationRange.TOKEN_ASYMMETRIC:
+        codes, token_scale, zero_point = token_codes_asymmetric(tokens)
+        values = (codes.int() - zero_point).float() * token_scale
+    elif activations.is_static:
+        if scale is None:
+            low, high = (float(end) for end in torch.aminmax(tokens))
+            scale = torch.tensor([tensor_scale(low, high)], device=x.device)
+        codes, token_scale = tensor_codes(tokens, scale)
+        values = codes.float() * token_scale
+    else:
+        codes, token_scale = token_codes(tokens)
+        values = codes.float() * token_scale
+    return values.view(x.shape)
+
+
 def _positive(scale: Tensor) -> Tensor:
     """A scale that can be divided by: 1 for nothing but zeros; NaN where it is not finite."""
     scale = torch.where(scale > 0, scale.clamp(min=_SMALLEST), torch.where(scale == 0, 1.0, torch.nan))

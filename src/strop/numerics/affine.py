@@ -16,12 +16,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from strop.numerics import grid
-from strop.numerics.codebook import nest
 from strop.numerics.formats import IntFormat
-from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
-from strop.numerics.scales import choose_scale, settle_scale, stored_zero_point
-from strop.numerics.scheme import Mode, Scheme
+from strop.numerics.groups import plan_shape, restore, row_chunks, split
+from strop.numerics.laid import lay_grid
+from strop.numerics.scales import choose_scale
+from strop.numerics.scheme import Scheme
 
 __all__ = ["choose_scale", "dequantize", "fake_quantize", "quantize"]
 
@@ -63,7 +62,8 @@ def fake_quantize(
     The values are bitwise those of `quantize_tensor(weight, ...).dequantize(weight.dtype)`. The gradient passes
     straight through (Bengio, Leonard and Courville, 2013), and is zero where the grid clips: more than half a step
     beyond an integer's outermost codes, beyond the largest level of a float or codebook. A grid that covers the
-    weight's own range clips nothing, so there every gradient passes; only the full-range grid is short on one side.
+    weight's own range clips nothing, so there every gradient passes; only the full-range grid is short on one side, and
+    grids whose scales are coarse (MXFP4, Q4_K) may be short anywhere.
 
     Args:
         weight: [out, in], any float dtype; worked on in float32.
@@ -89,20 +89,14 @@ class _FakeQuantize(torch.autograd.Function):
         plan_shape(tuple(weight.shape), scheme)
         shape = (weight.shape[0], weight.shape[1])
         groups = split(weight, scheme)
-        clips = scale is not None or scheme.mode is Mode.SYMMETRIC_FULL
-        scale, zero_point = settle_scale(groups, scheme, shape, scale, zero_point, where="weight")
-        code_scale = spread(scale.float())
-        value_scale = spread(nest(scale).dequantize()) if scheme.double_quant else code_scale
-        zeros = None if zero_point is None else spread(stored_zero_point(zero_point, scheme.format))
+        laid = lay_grid(groups, scheme, shape, scale=scale, zero_point=zero_point)
         result = torch.empty(groups.shape, dtype=weight.dtype, device=weight.device)
-        inside = torch.empty(groups.shape, dtype=torch.bool, device=weight.device) if clips else None
+        inside = torch.empty(groups.shape, dtype=torch.bool, device=weight.device) if laid.clips else None
         for rows in row_chunks(groups.shape[0], groups[0].numel()):
             x = groups[rows].float()
-            zero = None if zeros is None else rows_of(zeros, rows)
-            own_scale = rows_of(code_scale, rows)
             if inside is not None:
-                inside[rows] = grid.inside(x, own_scale, zero, scheme.format)
-            result[rows] = grid.rounded(x, own_scale, rows_of(value_scale, rows), zero, scheme.format)
+                inside[rows] = laid.inside(x, rows)
+            result[rows] = laid.rounded(x, rows)
         ctx.save_for_backward(None if inside is None else restore(inside, shape))
         return restore(result, shape)
 

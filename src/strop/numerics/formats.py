@@ -133,7 +133,8 @@ class FloatFormat:
     """A binary float: 1 sign bit, `exponent_bits`, `mantissa_bits`, bias 2^(exponent_bits - 1) - 1 (IEEE 754).
 
     `has_infinity=False` is the `fn` kind of OCP's 8-bit float specification (e4m3): the top exponent holds ordinary
-    numbers, and only the code of all ones is NaN. `dtype` is torch's name for the same format.
+    numbers, and only the code of all ones is NaN; with `has_nan=False` (e2m1, the element of MXFP4) that code is a
+    number too. `dtype` is torch's name for the same format, None where torch has none for a single number.
 
     >>> FORMATS["fp16"].decompose(7.32).fields
     ('0', '10001', '1101010010')
@@ -142,8 +143,9 @@ class FloatFormat:
     name: str
     exponent_bits: int
     mantissa_bits: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     has_infinity: bool = True
+    has_nan: bool = True
 
     @property
     def bits(self) -> int:
@@ -158,9 +160,7 @@ class FloatFormat:
     @property
     def max_value(self) -> float:
         """The largest finite value."""
-        top = (1 << self.exponent_bits) - 1
-        ones = (1 << self.mantissa_bits) - 1
-        return self.value_of(0, top - 1, ones) if self.has_infinity else self.value_of(0, top, ones - 1)
+        return self.value_of(0, *self._largest)
 
     @property
     def min_normal(self) -> float:
@@ -194,7 +194,7 @@ class FloatFormat:
         ones = (1 << self.mantissa_bits) - 1
         if exponent == top and self.has_infinity:
             magnitude = math.nan if significand else math.inf
-        elif exponent == top and significand == ones:
+        elif exponent == top and significand == ones and self.has_nan:
             magnitude = math.nan
         else:
             whole = significand + ((1 << self.mantissa_bits) if exponent else 0)
@@ -206,12 +206,17 @@ class FloatFormat:
 
         A magnitude that rounds beyond `max_value` becomes infinity; in a format without infinity it stays `max_value`
         (OCP's saturating conversion).
+
+        Raises:
+            ValueError: `x` is NaN and the format has none.
         """
         sign = int(math.copysign(1.0, x) < 0)
         top = (1 << self.exponent_bits) - 1
         ones = (1 << self.mantissa_bits) - 1
-        overflow = (top, 0) if self.has_infinity else (top, ones - 1)
+        overflow = (top, 0) if self.has_infinity else self._largest
         if math.isnan(x):
+            if not self.has_nan:
+                raise ValueError(f"{self.name} has no NaN")
             return FloatBits(self, x, sign, top, 1 << (self.mantissa_bits - 1) if self.has_infinity else ones)
         if math.isinf(x):
             return FloatBits(self, x, sign, *overflow)
@@ -222,9 +227,18 @@ class FloatFormat:
             whole, power = whole >> 1, power + 1
         exponent = power + self.bias if whole >> self.mantissa_bits else 0
         significand = whole & ones
-        if exponent > top or (exponent == top and (self.has_infinity or significand == ones)):
+        if exponent > top or not math.isfinite(self.value_of(0, exponent, significand)):
             exponent, significand = overflow
         return FloatBits(self, x, sign, exponent, significand)
+
+    @property
+    def _largest(self) -> tuple[int, int]:
+        """Exponent and significand of `max_value`."""
+        top = (1 << self.exponent_bits) - 1
+        ones = (1 << self.mantissa_bits) - 1
+        if self.has_infinity:
+            return top - 1, ones
+        return top, ones - 1 if self.has_nan else ones
 
 
 Format = IntFormat | FloatFormat | CodebookFormat
@@ -259,6 +273,7 @@ def _all_formats() -> dict[str, Format]:
         "fp8": e4m3,
         "fp8_e4m3": e4m3,
         "fp8_e5m2": FloatFormat("fp8_e5m2", 5, 2, torch.float8_e5m2),
+        "mxfp4": FloatFormat("mxfp4", 2, 1, None, has_infinity=False, has_nan=False),
     }
     for bits in range(2, 9):
         formats[f"int{bits}"] = IntFormat(f"int{bits}", bits, signed=True)
@@ -270,4 +285,4 @@ def _all_formats() -> dict[str, Format]:
 
 
 FORMATS: Mapping[str, Format] = MappingProxyType(_all_formats())
-"""Every number format by name; `fp8` and `fp8_e4m3` are one."""
+"""Every number format by name; `fp8` and `fp8_e4m3` are one, and `mxfp4` is the element of MXFP4, e2m1."""

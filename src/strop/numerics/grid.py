@@ -8,6 +8,8 @@ Inputs are left as they are.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -22,8 +24,42 @@ def codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: Format) -> 
         places = _integer_places(x, scale, zero_point, form)
         return places.add_(-form.qmin if zero_point is None else zero_point).to(torch.uint8)
     if isinstance(form, FloatFormat):
-        return _float_places(x, scale, form).to(form.dtype).view(torch.uint8)
+        return _float_codes(_float_places(x, scale, form), form)
     return codebook.nearest_codes(x, scale, form)
+
+
+def noisy_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: Format, noise: Tensor) -> Tensor:
+    """Stored codes of one of the two neighbours of x, the upper one with the share of the way that x has gone to it.
+
+    Over many draws the mean of the values is x, wherever the grid does not clip it; a value on the grid keeps its code.
+
+    Args:
+        x: float32 [rows, groups, size].
+        scale: Broadcasts with x.
+        zero_point: Stored codes, or None.
+        form: The number format of the codes.
+        noise: Uniform in [0, 1), the shape of x.
+    """
+    places = x / scale
+    if isinstance(form, IntFormat):
+        below = places.floor()
+        below += noise < places.sub_(below)
+        below += -form.qmin if zero_point is None else zero_point
+        return below.clamp_(0, form.steps).to(torch.uint8)
+    levels, level_codes = _ascending(form, x.device)
+    places.nan_to_num_(0.0).clamp_(levels[0], levels[-1])  # a block of zeros has a scale of zero
+    below = torch.bucketize(places, levels, right=True).sub_(1).clamp_(max=levels.numel() - 2)
+    low, high = levels[below], levels[below + 1]
+    below += noise < (places - low) / (high - low)
+    return level_codes[below]
+
+
+@functools.cache
+def _ascending(form: FloatFormat | CodebookFormat, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The finite values of a format, ascending, each once, float32, and the codes that they have, uint8."""
+    levels = torch.tensor(sorted(set(form.values())), dtype=torch.float32, device=device)
+    one = torch.ones(1, 1, 1, device=device)
+    return levels, codes(levels.view(1, 1, -1), one, None, form).view(-1)
 
 
 def values(stored: Tensor, scale: Tensor, zero_point: Tensor | None, form: Format) -> Tensor:
@@ -97,8 +133,15 @@ def _float_places(x: Tensor, scale: Tensor, form: FloatFormat) -> Tensor:
     return places.div_(steps).round_().mul_(steps)
 
 
+def _float_codes(places: Tensor, form: FloatFormat) -> Tensor:
+    """Codes of values of the float format, uint8: the bits of a float16 of the same exponent field, its low end cut."""
+    bits = places.mul(2.0 ** (form.bias - 15)).half().view(torch.int16)
+    codes = (bits >> (10 - form.mantissa_bits)) & ((1 << (form.bits - 1)) - 1)
+    return (codes | (bits >> (16 - form.bits)) & (1 << (form.bits - 1))).to(torch.uint8)
+
+
 def _floats_of(stored: Tensor, form: FloatFormat) -> Tensor:
-    """The values of 8-bit float codes, float32: their bits moved into a float16, whose bias is the larger."""
-    bits = stored.to(torch.int16)
-    halves = (bits & 0x7F) << (10 - form.mantissa_bits) | (bits & 0x80) << 8
+    """The values of float codes, float32: their bits moved into a float16, whose bias is the larger."""
+    bits, sign = stored.to(torch.int16), 1 << (form.bits - 1)
+    halves = (bits & (sign - 1)) << (10 - form.mantissa_bits) | (bits & sign) << (16 - form.bits)
     return halves.view(torch.float16).float().mul_(2.0 ** (15 - form.bias))

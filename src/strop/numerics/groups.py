@@ -39,9 +39,15 @@ def plan_shape(shape: tuple[int, ...], scheme: Scheme, *, where: str = "weight")
     rows, columns = shape
     size = scheme.group_size
     if scheme.granularity is Granularity.GROUP and size is not None and columns % size:
+        fixed = scheme.super_size is not None or scheme.has_power_scale
         raise FormatError(
             f"{where}: in_features {columns} is not divisible by group size {size} ({scheme.name}); "
-            f"{_advice(columns, size)}"
+            f"{_smaller(columns) if fixed else _advice(columns, size)}"
+        )
+    if scheme.super_size is not None and columns % scheme.super_size:
+        raise FormatError(
+            f"{where}: in_features {columns} is not divisible by the superblock of {scheme.super_size} that "
+            f"{scheme.name} has; {_smaller(columns)}"
         )
     return scheme.scale_shape((rows, columns))
 
@@ -93,6 +99,11 @@ def row_chunks(rows: int, values_per_row: int, *, values: int = CHUNK_VALUES) ->
 def rows_of(spread_scale: Tensor, rows: slice) -> Tensor:
     """The part of `spread` scales that belongs to a slice of rows; one scale for all rows belongs to each."""
     return spread_scale if spread_scale.shape[0] == 1 else spread_scale[rows]
+
+
+def _smaller(columns: int) -> str:
+    """What a width takes that a format with fixed groups does not fit."""
+    return "use gguf:q4_0 or int4-g32" if columns % 32 == 0 else f"with int4, {_advice(columns, 32)}"
 
 
 def _advice(columns: int, size: int) -> str:

@@ -4,6 +4,8 @@
     scale       the scheme's scale dtype, [1, 1], [out, 1], [out, groups] or [blocks]; None under double quantization
     zero_point  uint8  like scale, or None; stored as codes are: z - qmin
     nested      under double quantization, the block scales as 8-bit codes
+    super_scale in superblocks (Q4_K), scales and minimums of the groups as 6-bit codes: super_scale and super_minimum
+                float16 [out, in / 256], sub_scale and sub_minimum uint8 [out, in / 256 * 6]
     activation_scale  float32 [1], the static scale of the layer's inputs; only in schemes with -a8-static, and there
                 None until calibration gives it
 
@@ -23,11 +25,12 @@ from torch import Tensor
 
 from strop.errors import FormatError
 from strop.numerics import grid
-from strop.numerics.codebook import NestedScale, nest
+from strop.numerics.codebook import NestedScale
 from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
+from strop.numerics.laid import lay_grid
 from strop.numerics.packing import pack, packed_size, unpack
-from strop.numerics.scales import settle_scale, stored_zero_point
-from strop.numerics.scheme import NESTED_BLOCK, Granularity, Mode, Scheme
+from strop.numerics.scheme import NESTED_BLOCK, Granularity, Scheme
+from strop.numerics.superblock import SuperScale, super_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +43,7 @@ class QuantizedTensor:
     scheme: Scheme
     shape: tuple[int, int]
     nested: NestedScale | None = None
+    super_scale: SuperScale | None = None
     activation_scale: Tensor | None = None
 
     @property
@@ -53,12 +57,18 @@ class QuantizedTensor:
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
     def scales(self) -> Tensor:
-        """The scales in float32, in their stored shape, double quantization undone."""
+        """The scales in float32, in the shape that `plan_shape` gives, double quantization and superblocks undone."""
+        if self.super_scale is not None:
+            return self.super_scale.scales()
         if self.nested is not None:
             return self.nested.dequantize()
         if self.scale is None:
             raise ValueError(f"{self.scheme.name}: neither scales nor nested scales")
         return self.scale.float()
+
+    def minimums(self) -> Tensor | None:
+        """What superblocks subtract from the values of their groups, float32 like scales; None without them."""
+        return None if self.super_scale is None else self.super_scale.minimums()
 
     def stored_codes(self) -> Tensor:
         """The codes unpacked, uint8 [out, in]."""
@@ -72,13 +82,16 @@ class QuantizedTensor:
         scheme = self.scheme
         scale = spread(self.scales())
         zero_point = None if self.zero_point is None else spread(self.zero_point)
+        minimum = self.minimums()
+        minimum = None if minimum is None else spread(minimum)
         packed = self._packed_rows()
         size = scheme.group_size or self.shape[1]
         groups = self.shape[1] // size if scheme.granularity is Granularity.GROUP else 1
         result = torch.empty((packed.shape[0], groups, size), dtype=dtype, device=packed.device)
         for rows in row_chunks(packed.shape[0], groups * size):
             zero = None if zero_point is None else rows_of(zero_point, rows)
-            result[rows] = grid.packed_values(packed[rows], groups, size, rows_of(scale, rows), zero, scheme.format)
+            values = grid.packed_values(packed[rows], groups, size, rows_of(scale, rows), zero, scheme.format)
+            result[rows] = values if minimum is None else values.sub_(rows_of(minimum, rows))
         return restore(result, self.shape)
 
     def with_activation_scale(self, scale: float | None) -> QuantizedTensor:
@@ -107,14 +120,21 @@ class QuantizedTensor:
         return codes.view(-1, block_bytes)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The parts that there are, by name: codes, scale, zero_point, nested_codes, nested_scale, nested_offset,
-        activation_scale.
+        """The parts that there are, by name.
+
+        codes, scale, zero_point; nested_codes, nested_scale, nested_offset; super_scale, super_minimum, sub_scale,
+        sub_minimum; activation_scale.
         """
         parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
         if self.nested is not None:
             parts["nested_codes"] = self.nested.codes
             parts["nested_scale"] = self.nested.scale
             parts["nested_offset"] = self.nested.offset
+        if self.super_scale is not None:
+            parts["super_scale"] = self.super_scale.scale
+            parts["super_minimum"] = self.super_scale.minimum
+            parts["sub_scale"] = self.super_scale.sub_scale
+            parts["sub_minimum"] = self.super_scale.sub_minimum
         parts["activation_scale"] = self.activation_scale
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -139,8 +159,19 @@ class QuantizedTensor:
         nested = None
         if scheme.double_quant:
             nested = NestedScale(tensors["nested_codes"], tensors["nested_scale"], tensors["nested_offset"])
-        scale, zero_point = tensors.get("scale"), tensors.get("zero_point")
-        return cls(tensors["codes"], scale, zero_point, scheme, shape, nested, tensors.get("activation_scale"))
+        super_scale = None
+        if scheme.super_size is not None:
+            super_scale = SuperScale(*(tensors[name] for name in super_parts(scheme, shape)))
+        return cls(
+            tensors["codes"],
+            tensors.get("scale"),
+            tensors.get("zero_point"),
+            scheme,
+            shape,
+            nested,
+            super_scale,
+            tensors.get("activation_scale"),
+        )
 
 
 def quantize_tensor(
@@ -149,16 +180,22 @@ def quantize_tensor(
     *,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
+    super_scale: SuperScale | None = None,
+    generator: torch.Generator | None = None,
     where: str = "weight",
 ) -> QuantizedTensor:
-    """Round a weight to a scheme's grid.
+    """Round a weight to a scheme's grid: each value to the nearest there is, ties to even, or by chance.
 
     Args:
         weight: [out, in], any float dtype; worked on in float32, a bounded piece at a time.
         scheme: The grid.
         scale: Scales to use, of the shape `plan_shape` gives, instead of those that cover the weight's own range.
         zero_point: Zero points that go with them, as `choose_scale` returns them; needed exactly where the scheme is
-            asymmetric and `scale` is given.
+            asymmetric and `scale` is given. In superblocks (Q4_K) both are rounded once more, to the nearest that
+            6 bits hold, and zero points may be any number that is not negative.
+        super_scale: The superblocks to use, of another weight of the same scheme and shape or of `super_scale_of`.
+        generator: Round stochastically with its draws: to one of the two neighbours, the nearer the likelier, so that
+            the mean of many roundings is the weight itself, wherever the grid reaches.
         where: The weight's name, for messages.
 
     Raises:
@@ -167,20 +204,19 @@ def quantize_tensor(
     weight = weight.detach()
     shape = _two_sizes(weight, scheme, where)
     groups = split(weight, scheme)
-    scale, zero_point = settle_scale(groups, scheme, shape, scale, zero_point, where=where)
-    scale_rows = spread(scale.float())
-    stored_zero = None if zero_point is None else stored_zero_point(zero_point, scheme.format)
-    zero_rows = None if stored_zero is None else spread(stored_zero)
+    laid = lay_grid(groups, scheme, shape, scale=scale, zero_point=zero_point, super_scale=super_scale, where=where)
     stored = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)
     for rows in row_chunks(groups.shape[0], groups[0].numel()):
-        zero = None if zero_rows is None else rows_of(zero_rows, rows)
-        stored[rows] = grid.codes(groups[rows].float(), rows_of(scale_rows, rows), zero, scheme.format)
+        x = groups[rows].float()
+        noise = None
+        if generator is not None:
+            noise = torch.rand(x.shape, generator=generator, device=generator.device).to(x.device)
+        stored[rows] = laid.codes(x, rows, noise=noise)
     codes = restore(stored, shape)
     if scheme.granularity is Granularity.BLOCK:
         codes = codes.reshape(-1)
-    nested = nest(scale) if scheme.double_quant else None
-    kept_scale = None if scheme.double_quant else scale
-    return QuantizedTensor(pack(codes, scheme.bits), kept_scale, stored_zero, scheme, shape, nested)
+    packed = pack(codes, scheme.bits)
+    return QuantizedTensor(packed, laid.scale, laid.zero_point, scheme, shape, laid.nested, laid.super_scale)
 
 
 def _two_sizes(weight: Tensor, scheme: Scheme, where: str) -> tuple[int, int]:
@@ -206,9 +242,11 @@ def _expected_parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[t
         parts["nested_codes"] = (size, torch.uint8)
         parts["nested_scale"] = ((nested_blocks,), torch.float32)
         parts["nested_offset"] = ((), torch.float32)
+    elif scheme.super_size is not None:
+        parts |= super_parts(scheme, shape)
     else:
         parts["scale"] = (size, scheme.scale_dtype)
-    if scheme.mode is Mode.ASYMMETRIC:
+    if scheme.has_zero_point:
         parts["zero_point"] = (size, torch.uint8)
     if scheme.activations is not None and scheme.activations.is_static:
         parts["activation_scale"] = ((1,), torch.float32)

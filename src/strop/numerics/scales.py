@@ -6,13 +6,15 @@ points go with them in the format's own codes (`qmin` to `qmax`); `stored_zero_p
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from strop.errors import FormatError
 from strop.numerics.formats import CodebookFormat, FloatFormat, Format, IntFormat
 from strop.numerics.groups import group_range, plan_shape
-from strop.numerics.scheme import Granularity, Mode, Scheme
+from strop.numerics.scheme import E8M0, Granularity, Mode, Scheme
 
 
 def choose_scale(
@@ -31,6 +33,7 @@ def choose_scale(
         full-range symmetric  s = (xmin or xmax, the larger in magnitude) / -2^(b-1), negative where xmax is the larger
         asymmetric            s = (xmax - xmin) / (2^b - 1),  z = clamp(round(qmin - xmin / s))
         8-bit float           s = max(-xmin, xmax) / the format's largest value
+        MXFP4 (E8M0 scales)   s = 2^(floor(log2(max(-xmin, xmax))) - 2)
         codebook              s = max(-xmin, xmax)
 
     Args:
@@ -69,7 +72,9 @@ def fit_scale(
     magnitude = torch.maximum(-low, high)
     if isinstance(form, CodebookFormat):
         return magnitude, None
-    if isinstance(form, FloatFormat):
+    if scale_dtype == E8M0:
+        ideal = _power_of_two(magnitude, form)
+    elif isinstance(form, FloatFormat):
         ideal = magnitude / form.max_value
     elif mode is Mode.ASYMMETRIC:
         ideal = (high - low) / form.steps
@@ -87,6 +92,17 @@ def fit_scale(
         return torch.where(high > -low, -scale, scale), None
     zero_point = torch.round(form.qmin - low / scale.float()).clamp_(form.qmin, form.qmax)
     return scale, zero_point.to(torch.int8 if form.signed else torch.uint8)
+
+
+def _power_of_two(magnitude: Tensor, form: Format) -> Tensor:
+    """2^(floor(log2(magnitude)) - the power of the format's largest value), at most 2^127, exactly.
+
+    OCP Microscaling Formats (MX) v1.0, section 6.3. What lies between the format's largest value and the next power of
+    two (6 and 8 in MXFP4) is clipped.
+    """
+    power = (magnitude.view(torch.int32) & 0x7F800000).view(torch.float32)  # 0 for float32's subnormals
+    largest = form.max_value if isinstance(form, FloatFormat) else 1.0
+    return power.mul_(0.5 ** math.floor(math.log2(largest))).clamp_(max=2.0**127)
 
 
 def settle_scale(
@@ -160,7 +176,7 @@ def _float32(x: Tensor | float) -> Tensor:
 
 def _check_overflow(scale: Tensor, where: str) -> None:
     """Refuse scales that their dtype cannot hold."""
-    if torch.isfinite(scale.min()) and torch.isfinite(scale.max()):  # torch.stack would fail on fp16 under autocast
+    if torch.isfinite(scale.float()).all():
         return
     limit = torch.finfo(scale.dtype).max
     advice = "scale the weights down"
@@ -194,8 +210,11 @@ def _check_scale(
         raise FormatError(f"{where}: {scheme.name} has scales of shape {list(size)}, got {list(scale.shape)}")
     stored = scale.detach().to(scheme.scale_dtype)
     is_codebook = scheme.granularity is Granularity.BLOCK
-    if not torch.isfinite(stored).all() or (not is_codebook and (stored == 0).any()):
+    values = stored.float()  # E8M0 has no comparisons of its own
+    if not torch.isfinite(values).all() or (not is_codebook and (values == 0).any()):
         raise FormatError(f"{where}: scales must be finite and not zero in {scheme.scale_dtype}")
+    if scheme.has_power_scale and (scale.float() <= 0).any():
+        raise FormatError(f"{where}: the scales of {scheme.name} are powers of two, and so positive")
     if (zero_point is None) == (scheme.mode is Mode.ASYMMETRIC):
         needed = "a zero point beside its scale" if zero_point is None else "no zero point"
         raise FormatError(f"{where}: {scheme.name} takes {needed}")

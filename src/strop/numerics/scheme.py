@@ -9,7 +9,9 @@
     nf4, fp4        codebooks, blocks of 64 over the flattened weight, float32 scales; -dq quantizes those scales again
     fp8, fp8_e5m2   8-bit floats, one float32 scale per output channel
     int8-a8         int8 weights and int8 activations, multiplied as integers (`activations` has what follows -a8)
+    mxfp4           OCP's MXFP4: 4-bit floats (e2m1), one power of two (E8M0, 8 bits) per 32 inputs
     gguf:q4_0       the file container GGUF and its type q4_0, which is int4-g32-full
+    gguf:q4_k       its type Q4_K: 4 bits with a scale and a minimum of 6 bits each per 32 inputs, in superblocks of 256
 
 `-sf16`, `-sbf16` and `-sf32` set the dtype in which scales are stored, where the default is not wanted.
 """
@@ -29,6 +31,15 @@ from strop.numerics.formats import FORMATS, CodebookFormat, FloatFormat, Format,
 
 NESTED_BLOCK = 256
 """Block scales that share one float32 scale of their own under double quantization."""
+
+SUPER_SIZE = 256
+"""Inputs in a superblock of Q4_K, whose groups' scales (and minimums) share one float16 scale."""
+
+SUB_BITS = 6
+"""Bits of a group's scale, and of its minimum, within a superblock."""
+
+E8M0 = torch.float8_e8m0fnu
+"""The powers of two from 2^-127 to 2^127 in 8 bits: the scales of MXFP4."""
 
 
 class Mode(enum.Enum):
@@ -55,11 +66,18 @@ class Granularity(enum.Enum):
 _SCALE_SUFFIX: Mapping[torch.dtype, str] = {torch.float16: "sf16", torch.bfloat16: "sbf16", torch.float32: "sf32"}
 _SCALE_DTYPE = {suffix: dtype for dtype, suffix in _SCALE_SUFFIX.items()}
 _ALIASES: Mapping[str, str] = dict.fromkeys(("llm.int8", "llm-int8", "llm_int8"), f"int8-a8-over{OUTLIER_THRESHOLD:g}")
+_GROUP_SIZES = {"nf4": 64, "fp4": 64, "mxfp4": 32}
+"""Sizes that need no -gN, because the format is hardly used with another or has no other."""
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-def default_scale_dtype(granularity: Granularity) -> torch.dtype:
-    """Float16 where a scale serves a group, float32 where it serves a channel, a tensor or a codebook's block."""
+def default_scale_dtype(granularity: Granularity, form: Format | None = None) -> torch.dtype:
+    """Float16 where a scale serves a group, float32 where it serves a channel, a tensor or a codebook's block.
+
+    MXFP4 has its own, E8M0.
+    """
+    if form == FORMATS["mxfp4"]:
+        return E8M0
     return torch.float16 if granularity is Granularity.GROUP else torch.float32
 
 
@@ -68,12 +86,14 @@ class Scheme:
     """How a weight [out, in] is quantized.
 
     Attributes:
-        format: What a code is: an `IntFormat`, an 8-bit `FloatFormat` or a `CodebookFormat`.
+        format: What a code is: an `IntFormat`, a `FloatFormat` of 8 bits or MXFP4's, or a `CodebookFormat`.
         mode: Where an integer grid lies; codebooks and floats are symmetric.
         granularity: Which values share a scale; BLOCK for codebooks and for them alone.
         group_size: Values that share a scale (GROUP, BLOCK), else None.
         scale_dtype: The dtype in which scales are stored; codes are chosen against the stored scale.
         double_quant: Codebooks only: the block scales are stored as 8-bit codes (QLoRA, section 3).
+        super_size: Q4_K only: inputs whose groups' scales and minimums are 6-bit multiples of two float16 numbers, so
+            that value = super_scale * sub_scale * code - super_minimum * sub_minimum. There is no zero point then.
         activations: How the layer's inputs are rounded to int8; None where they are not.
 
     Raises:
@@ -86,6 +106,7 @@ class Scheme:
     group_size: int | None = None
     scale_dtype: torch.dtype = torch.float32
     double_quant: bool = False
+    super_size: int | None = None
     activations: Activations | None = None
 
     def __post_init__(self) -> None:
@@ -100,16 +121,18 @@ class Scheme:
     @property
     def name(self) -> str:
         """The canonical text; `parse_scheme(scheme.name) == scheme`."""
+        if self.super_size is not None:
+            return "q4_k"
         parts = [self.format.name]
         if self.granularity is Granularity.TENSOR:
             parts.append("tensor")
-        elif self.group_size is not None and not (self.granularity is Granularity.BLOCK and self.group_size == 64):
+        elif self.group_size is not None and self.group_size != _GROUP_SIZES.get(self.format.name):
             parts.append(f"g{self.group_size}")
         if self.mode is not Mode.SYMMETRIC:
             parts.append("asym" if self.mode is Mode.ASYMMETRIC else "full")
         if self.double_quant:
             parts.append("dq")
-        if self.scale_dtype != default_scale_dtype(self.granularity):
+        if self.scale_dtype != default_scale_dtype(self.granularity, self.format):
             parts.append(_SCALE_SUFFIX[self.scale_dtype])
         if self.activations is not None:
             parts.append(self.activations.name)
@@ -117,6 +140,16 @@ class Scheme:
 
     def __str__(self) -> str:
         return self.name
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether a stored integer says where zero lies; a superblock has minimums instead."""
+        return self.mode is Mode.ASYMMETRIC and self.super_size is None
+
+    @property
+    def has_power_scale(self) -> bool:
+        """Whether scales are powers of two (MXFP4)."""
+        return self.scale_dtype == E8M0
 
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the scales of a weight of `shape` (out, in): [1, 1], [out, 1], [out, groups] or [blocks]."""
@@ -147,14 +180,17 @@ class Scheme:
             code_bytes = rows * -(-columns * self.bits // 8)
         if self.double_quant:
             scale_bytes = scales + 4 * -(-scales // NESTED_BLOCK) + 4  # codes, their scales, the offset
+        elif self.super_size is not None:  # two float16 numbers a superblock, two 6-bit codes a group
+            scale_bytes = 4 * rows * (columns // self.super_size) + 2 * scales * SUB_BITS // 8
         else:
             scale_bytes = scales * self.scale_dtype.itemsize
-        zero_bytes = scales if self.mode is Mode.ASYMMETRIC else 0
+        zero_bytes = scales if self.has_zero_point else 0
         return 8 * (code_bytes + scale_bytes + zero_bytes) / (rows * columns)
 
     def _problems(self) -> Iterable[str]:
         is_codebook = isinstance(self.format, CodebookFormat)
-        if isinstance(self.format, FloatFormat) and self.format.bits != 8:
+        is_mx = self.format == FORMATS["mxfp4"]
+        if isinstance(self.format, FloatFormat) and self.format.bits != 8 and not is_mx:
             yield "a 16- or 32-bit float stores weights as they are; quantize to fp8, nf4 or an integer"
         if is_codebook != (self.granularity is Granularity.BLOCK):
             yield "codebooks (nf4, fp4) are scaled by blocks of the flattened weight, and nothing else is"
@@ -169,7 +205,9 @@ class Scheme:
             yield f"a group holds at least 2 values, got {self.group_size}"
         if is_codebook and self.group_size not in _BLOCK_SIZES:
             yield f"blocks hold a power of two from 32 to 4096 values, got {self.group_size}"
-        if self.scale_dtype not in _SCALE_SUFFIX:
+        if is_mx and (self.group_size != 32 or self.granularity is not Granularity.GROUP or self.scale_dtype != E8M0):
+            yield "a block of MXFP4 is 32 inputs, and its scale a power of two (E8M0); there is no other kind"
+        elif not is_mx and self.scale_dtype not in _SCALE_SUFFIX:
             yield f"scales are stored in float16, bfloat16 or float32, got {self.scale_dtype}"
         elif is_codebook and self.scale_dtype != torch.float32:
             yield "block scales are stored in float32 (-dq makes them smaller)"
@@ -177,6 +215,11 @@ class Scheme:
             yield "double quantization is for nf4 and fp4; use larger groups to store fewer scales"
         if self.activations is not None and not self._multiplies_integers():
             yield "8-bit activations (-a8) go with int8 weights, symmetric, per channel or tensor: int8-a8"
+        if self.super_size is not None and (
+            (self.super_size, self.group_size, self.scale_dtype) != (SUPER_SIZE, 32, torch.float16)
+            or self.format != FORMATS["uint4"]
+        ):
+            yield "superblocks are those of Q4_K: 4 bits, 8 groups of 32 inputs, float16"
 
     def _multiplies_integers(self) -> bool:
         """Whether products with int8 activations can be summed as integers."""
@@ -219,6 +262,8 @@ def parse_scheme(text: str) -> Scheme:
     if ":" in words:
         container = words.partition(":")[0]
         raise FormatError(f"{text!r}: no container fits here, got {container!r}; give a scheme alone, such as int4-g32")
+    if words == "q4_k":
+        return _Q4_K
     base, *suffixes = _ALIASES.get(words, words).split("-")
     activations: Activations | None = None
     if "a8" in suffixes:
@@ -228,7 +273,6 @@ def parse_scheme(text: str) -> Scheme:
     number = FORMATS.get(base)
     if number is None:
         raise FormatError(f"{text!r}: {_unknown_base(base)}")
-    group_size: int | None = None
     chosen: dict[str, str] = {}
     for suffix in suffixes:
         kind = _kind_of(suffix)
@@ -242,17 +286,15 @@ def parse_scheme(text: str) -> Scheme:
             raise FormatError(f"{text!r}: both -{chosen[kind]} and -{suffix} set the {kind}; keep one")
         chosen[kind] = suffix
     sharing = chosen.get("granularity", "")
-    if sharing.startswith("g"):
-        group_size = int(sharing[1:])
+    group_size = int(sharing[1:]) if sharing.startswith("g") else None if sharing else _GROUP_SIZES.get(number.name)
     if isinstance(number, CodebookFormat):
         granularity = Granularity.TENSOR if sharing == "tensor" else Granularity.BLOCK
-        group_size = 64 if not sharing else group_size
     elif sharing == "tensor":
         granularity = Granularity.TENSOR
     else:
         granularity = Granularity.CHANNEL if group_size is None else Granularity.GROUP
     modes = {"asym": Mode.ASYMMETRIC, "full": Mode.SYMMETRIC_FULL}
-    scale_dtype = _SCALE_DTYPE.get(chosen.get("scale dtype", ""), default_scale_dtype(granularity))
+    scale_dtype = _SCALE_DTYPE.get(chosen.get("scale dtype", ""), default_scale_dtype(granularity, number))
     try:
         return Scheme(
             format=number,
@@ -287,7 +329,7 @@ def _unknown_base(base: str) -> str:
     if base.rstrip("0123456789") == "int" and digits:
         bits = min(max(int(digits), 2), 8)
         return f"integers have 2 to 8 bits, got {digits}; the nearest is int{bits}"
-    return f"unknown format {base!r}{nearest(base, quantized)}; there are int2 to int8, fp8, fp8_e5m2, nf4, fp4"
+    return f"unknown format {base!r}{nearest(base, quantized)}; there are int2 to int8, fp8, fp8_e5m2, mxfp4, nf4, fp4"
 
 
 def _first_digit(name: str) -> int:
@@ -295,10 +337,18 @@ def _first_digit(name: str) -> int:
     return next((int(character) for character in name if character.isdecimal()), 4)
 
 
+_Q4_K = Scheme(FORMATS["uint4"], Mode.ASYMMETRIC, Granularity.GROUP, 32, torch.float16, super_size=SUPER_SIZE)
+
+
+def _alike(one: str, other: str) -> int:
+    """Characters that two names begin with in common."""
+    return next((place for place, pair in enumerate(zip(one, other, strict=False)) if pair[0] != pair[1]), len(one))
+
+
 GGUF_TYPES: Mapping[str, Scheme] = MappingProxyType(
-    {"q4_0": parse_scheme("int4-g32-full"), "q8_0": parse_scheme("int8-g32")}
+    {"q4_0": parse_scheme("int4-g32-full"), "q8_0": parse_scheme("int8-g32"), "q4_k": _Q4_K}
 )
-"""GGUF's types whose grid is one of our schemes; their scales are float16."""
+"""GGUF's types whose grid is one of our schemes; their scales are float16. `q4_k` is a scheme of its own."""
 
 _OTHER_CONTAINERS = ("mlx", "onnx")
 
@@ -316,11 +366,13 @@ def parse_format(text: str) -> FormatSpec:
     """
     container, colon, rest = text.strip().lower().partition(":")
     if not colon:
+        if container in GGUF_TYPES:  # a scheme's own name, but no file format of its own
+            raise FormatError(f"{text!r}: {_unknown_base(container)}")
         return FormatSpec(None, parse_scheme(text))
     if container == "gguf":
         if rest in GGUF_TYPES:
             return FormatSpec(container, GGUF_TYPES[rest], rest)
-        near = min(GGUF_TYPES, key=lambda name: abs(_first_digit(name) - _first_digit(rest)))
+        near = min(GGUF_TYPES, key=lambda name: (abs(_first_digit(name) - _first_digit(rest)), -_alike(name, rest)))
         raise FormatError(f"{text!r}: the gguf types there are: {', '.join(GGUF_TYPES)}; the nearest is gguf:{near}")
     if container in _OTHER_CONTAINERS:
         try:

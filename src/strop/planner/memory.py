@@ -11,15 +11,16 @@ For a model of N parameters, P of them in its linear layers, in products of b by
 | lora | b a frozen parameter; 16 a trained one |
 | qlora | the same, with the linear layers' weights in the bits of their format |
 | copies | in bf16, 2 for every fp32 weight that enters a product (linear, adapter, head); qat in fp32: 4 P |
-| activations | `activations.Block.kept_bytes` a token and block; with checkpointing each block's input only |
-| backward of one block | the gradients at its widest point; with checkpointing also what it computes again |
+| activations | `activations.Block.kept_bytes` a token and block; of a recomputed block its input only |
+| backward of one block | the gradients at its widest point; where it is recomputed also what it computes again |
 | logits | `LOGIT_BYTES` a logit, for those computed at once |
 | scratch | the largest weight, dequantized, b an element |
+| session, products, allocator, trial | `process.py` |
 
-The peak is weights + gradients + optimizer + copies + activations + scratch + the larger of (logits, backward of one
-block): the logits are gone when the backward pass of the blocks begins. The usual count for mixed precision, bf16
-weight and gradient and fp32 master and moments, is 16 a parameter too. Left out: the interpreter and its libraries
-(`RUNTIME_BYTES`) and the allocator's rounding.
+The peak is the sum of all these, with the larger one of logits and backward of one block: the logits are gone when the
+backward pass of the blocks begins. The usual count for mixed precision, bf16 weight and gradient and fp32 master and
+moments, is 16 a parameter too. Left out: the interpreter and its libraries (`RUNTIME_BYTES`), and on an accelerator the
+allocator's rounding.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from strop.numerics.scheme import Scheme, parse_scheme
 from strop.planner.activations import Attention, Precision, blocks
 from strop.planner.hardware import Dtype
 from strop.planner.parameters import LinearShape, ModelShape, block_of, lora_parameters
+from strop.planner.process import SESSION_BYTES, pooled_bytes, products_bytes
 from strop.training.losses import CHUNK_LOGITS
 from strop.training.optimizers import OptimizerName
 
@@ -57,22 +59,34 @@ class Step:
     Args:
         rows: rows in a micro batch; accumulation adds none.
         length: tokens in a row.
-        checkpointing: keep each block's input only, and compute the rest again in the backward pass.
+        checkpointing: keep blocks' inputs only, and compute the rest again in the backward pass.
+        recomputed: how many blocks do so with checkpointing, the first ones; None: all.
         rank: the adapters' rank (lora, qlora).
         format: the grid of the linear layers (qlora, qat).
         dtype: what weights and activations are computed in.
         attention: `fused` never holds the scores, `plain` keeps them.
         optimizer: with moments in fp32, or in 8 bits.
+        device: on a `cpu` what the process holds beside tensors counts too (`process.py`).
+        shapes: shapes of batches that a run on a CPU trains on: as many as it has widths.
+        eval_shapes: those that it evaluates.
+        tried: the run begins with a few steps that are undone.
+        steady: freed tensors leave the process at once, as `max_memory` has it.
     """
 
     rows: int = 1
     length: int = 512
     checkpointing: bool = False
+    recomputed: int | None = None
     rank: int = 16
     format: str = "nf4-dq"
     dtype: Dtype = "bfloat16"
     attention: Attention = "fused"
     optimizer: OptimizerName = "adamw"
+    device: Literal["cpu", "accelerator"] = "accelerator"
+    shapes: int = 1
+    eval_shapes: int = 0
+    tried: bool = False
+    steady: bool = False
 
     @property
     def tokens(self) -> int:
@@ -83,6 +97,12 @@ class Step:
     def element_bytes(self) -> int:
         """Bytes of one weight or activation."""
         return 2 if self.dtype == "bfloat16" else 4
+
+    def blocks_recomputed(self, total: int) -> int:
+        """Of `total` blocks, how many compute their activations again."""
+        if not self.checkpointing:
+            return 0
+        return total if self.recomputed is None else min(self.recomputed, total)
 
 
 @dataclass(frozen=True)
@@ -103,6 +123,10 @@ class MemoryPlan:
     logits_bytes: int
     block_backward_bytes: int
     scratch_bytes: int
+    session_bytes: int
+    products_bytes: int
+    allocator_bytes: int
+    trial_bytes: int
     kept_wide: tuple[str, ...] = ()
 
     @property
@@ -110,6 +134,7 @@ class MemoryPlan:
         """The most that is held at once."""
         held = self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.copies_bytes
         held += self.activations_bytes + self.scratch_bytes
+        held += self.session_bytes + self.products_bytes + self.allocator_bytes + self.trial_bytes
         return held + max(self.logits_bytes, self.block_backward_bytes)
 
     def fits(self, available_bytes: int) -> bool:
@@ -143,7 +168,8 @@ def plan_memory(
         FormatError: `step.format` is not a format.
     """
     adapted = shape.linears if adapted is None else adapted
-    trained = lora_parameters(adapted, step.rank) if method in ("lora", "qlora") else shape.parameters
+    trains_all = method not in ("lora", "qlora")
+    trained = shape.parameters if trains_all else lora_parameters(adapted, step.rank)
     element = step.element_bytes
     kept_wide: tuple[str, ...] = ()
     if method == "full-bf16":
@@ -160,6 +186,8 @@ def plan_memory(
         optimizer = math.ceil(2 * BYTES_EACH * trained)
     activations, working = _activation_bytes(shape, method, step, adapted)
     logits = shape.vocabulary * step.tokens
+    at_once = logits if shape.whole_logits else min(logits, CHUNK_LOGITS)
+    on_cpu, widest = step.device == "cpu", max((block.widest_features for block in blocks(shape).values()), default=0)
     largest = max((linear.weights for linear in shape.linears), default=0)
     return MemoryPlan(
         method=method,
@@ -170,9 +198,26 @@ def plan_memory(
         optimizer_bytes=optimizer,
         copies_bytes=_copies_bytes(shape, method, step, adapted),
         activations_bytes=activations,
-        logits_bytes=LOGIT_BYTES * (logits if shape.whole_logits else min(logits, CHUNK_LOGITS)),
+        logits_bytes=LOGIT_BYTES * at_once,
         block_backward_bytes=working,
         scratch_bytes=element * largest if method == "qlora" else 0,
+        session_bytes=SESSION_BYTES if on_cpu else 0,
+        products_bytes=products_bytes(
+            shape,
+            () if trains_all else tuple(adapted),
+            rank=step.rank,
+            trained=trains_all,
+            plain_attention=step.attention == "plain",
+            shapes=step.shapes,
+            eval_shapes=step.eval_shapes,
+        )
+        if on_cpu and step.dtype == "bfloat16"
+        else 0,
+        allocator_bytes=pooled_bytes(activations, element * step.tokens * widest, adapters=not trains_all)
+        + pooled_bytes(LOGIT_BYTES * at_once, 4 * at_once, adapters=not trains_all)
+        if on_cpu and not step.steady
+        else 0,
+        trial_bytes=4 * trained if step.tried else 0,
         kept_wide=kept_wide,
     )
 
@@ -231,7 +276,7 @@ def _activation_bytes(shape: ModelShape, method: Method, step: Step, adapted: Se
         )
         kept.append(step.tokens * of_token)
         gradients.append(step.tokens * block.backward_bytes(step.element_bytes))
-    if step.checkpointing:
-        again = max((one + other for one, other in zip(kept, gradients, strict=True)), default=0)
-        return precision.residual_bytes * shape.hidden_size * step.tokens * len(kept), int(again)
-    return int(sum(kept)), int(max(gradients, default=0))
+    count = step.blocks_recomputed(len(kept))
+    inputs = precision.residual_bytes * shape.hidden_size * step.tokens * count
+    again = [one + other for one, other in zip(kept[:count], gradients[:count], strict=True)]
+    return int(inputs + sum(kept[count:])), int(max([*again, *gradients[count:]], default=0))

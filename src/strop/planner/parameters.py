@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?)(?P<unit>[KMBT]?)", re.ASCII)
-_LOGIT_FIELDS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+_WHOLE_LOGITS = ("lm_head_multiplier", "output_multiplier")
+"""Numbers by which logits are scaled and whose names `training.losses.find_head` does not look at."""
 _BLOCK = re.compile(r"^(.*?\.)?\d+(?=\.)")
 
 # --- the approximation ------------------------------------------------------------------------------------------------
@@ -146,8 +147,8 @@ class ModelShape:
     and output head are not among them. `experts` are a mixture's fused expert weights, which adapters and
     quantization leave alone; `active_experts` of them work on each token. `norms` stand in all blocks together, on
     the full hidden size; `query_features` is heads * head size, `key_value_features` the same of the key-value heads.
-    `whole_logits` says that the logits are capped or scaled behind the head, so that a loss cannot compute them piece
-    by piece. All counts are of parameters; a tied head is counted once.
+    `whole_logits` says that the logits are scaled behind the head in a way that the loss does not find, so that it
+    cannot compute them piece by piece. All counts are of parameters; a tied head is counted once.
     """
 
     source: str
@@ -343,7 +344,7 @@ def _shape_of(model: nn.Module, name: str) -> ModelShape:
         heads=heads,
         query_features=heads * int(head_size),
         key_value_features=int(_key_value_heads(text) or heads) * int(head_size),
-        whole_logits=any(getattr(text, field, None) not in (None, 1, 1.0) for field in _LOGIT_FIELDS),
+        whole_logits=any(getattr(text, field, None) not in (None, 1, 1.0) for field in _WHOLE_LOGITS),
         positions=getattr(text, "max_position_embeddings", None),
         linears=tuple(linears),
         experts=fused,

@@ -20,7 +20,6 @@ from strop.data.records import Record
 from strop.errors import DataError, UsageError, nearest
 from strop.evaluation.comparison import Comparison
 from strop.evaluation.kv_cache import KVFormat
-from strop.evaluation.scratch import DEFAULT_LIMIT_BYTES, Scratch
 from strop.evaluation.side_by_side import Place, Settings, SideBySide
 from strop.files.peft_adapter import read_adapter_config
 from strop.files.shards import tensor_files
@@ -28,6 +27,7 @@ from strop.models.sources import find_folder, is_adapter
 from strop.pages.page import write_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.rows import Rows, held_out_records, rows_name
+from strop.scratch import DEFAULT_LIMIT_BYTES, Scratch
 
 TASKS: Final = ("exact-match",)
 WARM_UP_BYTES: Final = 256 << 20

@@ -174,7 +174,7 @@ def examine(
         findings = _findings(session, seen, reporter, trial=trial)
         shown = [_shown(session, row) for row in seen.shown]
     if auto:
-        told = f"auto: looked at with {LARGEST_RANK}, the largest that is raced, which needs the most memory"
+        told = f"auto: looked at with {LARGEST_RANK}, the most that is ever raced, which needs the most memory"
         findings.append(Finding("fine", "rank", told, ""))
     examination = Examination(by_weight(findings), shown, config.model, data_name(config.data), config.method.name)
     if page is not None:

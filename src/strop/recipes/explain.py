@@ -20,7 +20,7 @@ from strop.errors import FormatError, UsageError, nearest
 from strop.numerics.affine import choose_scale, dequantize, quantize
 from strop.numerics.codebook import nearest_codes
 from strop.numerics.formats import FORMATS, CodebookFormat, FloatBits, FloatFormat, Format, IntFormat
-from strop.numerics.scheme import Mode
+from strop.numerics.scheme import Mode, parse_format
 from strop.recipes.tensor_picture import TensorExplanation, explain_tensor
 
 __all__ = [
@@ -108,18 +108,29 @@ def explain_bits(value: float, format: str) -> BitsExplanation:
         FormatError: the format is unknown, or an integer or a level was asked for NaN.
     """
     form = _format(format)
-    if isinstance(form, FloatFormat):
+    if isinstance(form, FloatFormat) and (form.has_nan or not math.isnan(value)):
         return _float_bits(form, value)
     if not math.isfinite(value):
         raise FormatError(
             f"{form.name} holds finite numbers only, got {value}; floats (fp16, fp8_e5m2) have infinity and NaN"
         )
+    if isinstance(form, FloatFormat):
+        return _float_bits(form, value)
     return _int_bits(form, value) if isinstance(form, IntFormat) else _level_bits(form, value)
 
 
 def _format(name: str) -> Format:
     form = FORMATS.get(name.strip().lower())
     if form is None:
+        try:
+            element = parse_format(name).scheme.format.name
+        except FormatError:
+            element = ""
+        if element:
+            raise FormatError(
+                f"{name!r} is a grid with scales, not a number format; its codes are {element}: explain bits --format "
+                f"{element}, or explain tensor for what it does to a weight."
+            )
         raise FormatError(
             f"unknown number format {name!r}{nearest(name.lower(), FORMATS)}; there are {', '.join(FORMATS)}."
         )

@@ -33,6 +33,8 @@ from strop.planner.hardware import this_machine
 from strop.planner.memory import MemoryPlan, Step, plan_memory
 from strop.planner.parameters import LinearShape, open_shape
 from strop.recipes.session import Session
+from strop.training.settings import TrainSettings, count_steps
+from strop.training.shapes import common_width, positions_of
 
 FORMAT: Final = 1
 SELF: Final = "manifest_sha256"
@@ -99,9 +101,17 @@ def paths_below(folder: Path, *, leave_out: Iterable[str] = ()) -> dict[str, Pat
 # --- what a run was made of -------------------------------------------------------------------------------------------
 
 
-def run_manifest(session: Session, run_dir: Path) -> dict[str, Any]:
-    """The manifest of a run that is about to begin; `finish_manifest` completes it."""
-    config, report, predicted = session.config, session.report(), predicted_memory(session)
+def run_manifest(session: Session, run_dir: Path, settings: TrainSettings, *, tried: int = 0) -> dict[str, Any]:
+    """The manifest of a run that is about to begin with these settings; `finish_manifest` completes it.
+
+    Args:
+        session: the run.
+        run_dir: its folder.
+        settings: the loop's, with what was chosen.
+        tried: how many shapes of batches the first checks took, before steps that were undone.
+    """
+    config, report = session.config, session.report()
+    predicted = predicted_memory(session, settings, tried=tried)
     return {
         "format": FORMAT,
         "kind": "run",
@@ -145,8 +155,8 @@ def configuration_digest(config: TuneConfig) -> str:
     return hashlib.sha256(_text(settings).encode()).hexdigest()
 
 
-def predicted_memory(session: Session) -> MemoryPlan | None:
-    """The planner's figure for this method, batch and length; None where it knows no shape of such a model."""
+def predicted_memory(session: Session, settings: TrainSettings, *, tried: int = 0) -> MemoryPlan | None:
+    """The planner's figure for this method, batch, length and policy; None where it knows no shape of such a model."""
     config, method = session.config, session.config.method
     try:
         shape, _ = open_shape(session.model.config)
@@ -160,14 +170,37 @@ def predicted_memory(session: Session) -> MemoryPlan | None:
     step = Step(
         rows=config.optimization.batch_size,
         length=longest or 1,
-        checkpointing=config.machine.checkpointing != "none",
+        checkpointing=settings.checkpointing != "none",
+        recomputed=settings.checkpointing if isinstance(settings.checkpointing, int) else None,
         rank=adapter.rank if adapter is not None else int(getattr(method, "rank", 16)),
         format=session.trained.scheme.name if session.trained.scheme is not None else "nf4-dq",
         dtype="bfloat16" if str(session.dtype) == "torch.bfloat16" else "float32",
         attention="plain" if session.attention == "eager" else "fused",
         optimizer=config.optimization.optimizer,
+        device="cpu" if session.device.type == "cpu" else "accelerator",
+        shapes=_trained_shapes(session) + tried,
+        tried=tried > 0,
+        eval_shapes=_evaluated_shapes(session, settings.eval_batch_size),
+        steady=settings.max_memory is not None,
     )
     return plan_memory(shape, method.name, step, adapted=adapted or None)
+
+
+def _trained_shapes(session: Session) -> int:
+    """How many shapes of micro-batches an epoch has, or the run, if that is shorter."""
+    stream, limit = session.stream, positions_of(session.model)
+    steps = count_steps(session.config.length, stream.steps_per_epoch)
+    return len({(rows, common_width(width, limit=limit)) for rows, width in stream.shapes(steps)})
+
+
+def _evaluated_shapes(session: Session, batch_size: int) -> int:
+    """How many shapes of batches an evaluation has."""
+    if session.valid_set is None:
+        return 0
+    lengths = sorted(sample_lengths(session.valid_set.samples), reverse=True)
+    limit = positions_of(session.model)
+    batches = [lengths[begin : begin + batch_size] for begin in range(0, len(lengths), batch_size)]
+    return len({(len(batch), common_width(batch[0], limit=limit)) for batch in batches})
 
 
 def data_record(data: str | Sequence[DataPart], records: Iterable[Record], run_dir: Path) -> dict[str, Any]:

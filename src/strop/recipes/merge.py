@@ -37,6 +37,7 @@ from strop.data.records import Message, Record
 from strop.data.samples import prepare
 from strop.data.templates import prompt_ids
 from strop.errors import FormatError, GateError, ModelError, StropError, UsageError
+from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target, write_json
 from strop.files.peft_adapter import AdapterConfig, base_digest
 from strop.files.saving import check_expressible, skeleton, write_model
@@ -207,6 +208,8 @@ def merge(
 
 def _scheme(format: str) -> Scheme:
     spec = parse_format(format)
+    if spec.scheme.super_size is not None:
+        compressed_tensors.check_scheme(spec.scheme)  # refuses it: no file that is written now holds the grid
     if spec.container is not None:
         raise FormatError(
             f"{format!r}: files of the kind {spec.container} are not written yet; the same grid is {spec.scheme}"

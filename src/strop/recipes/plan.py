@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from strop.errors import ModelError, UsageError
+from strop.errors import ModelError, UsageError, nearest
 from strop.numerics.scheme import parse_scheme
 from strop.planner.disk import run_bytes
 from strop.planner.fit import Change, changes_to_fit, missing_bytes
 from strop.planner.hardware import Machine, Rate, fastest_rate, named_rate, this_machine
-from strop.planner.memory import GIB, MemoryPlan, Method, Step, format_bytes, plan_memory
+from strop.planner.memory import MemoryPlan, Method, Step, format_bytes, plan_memory
 from strop.planner.parameters import (
     LinearShape,
     ModelShape,
@@ -30,6 +30,8 @@ from strop.planner.parameters import (
     square_matrix_parameters,
 )
 from strop.planner.time import step_flops
+from strop.recipes.plan_text import aligned, seconds_text, size_text
+from strop.training.optimizers import OptimizerName
 
 if TYPE_CHECKING:
     from torch import nn
@@ -73,11 +75,11 @@ class SizesPlan:
             "Trainable parameters of LoRA, approximated as 2 * rank * sqrt(parameters):",
             "each model taken as one square matrix, shortened to the nearest.",
             "",
-            *_aligned(self.table()),
+            *aligned(self.table()),
             "",
             "The same, exact:",
             "",
-            *_aligned(exact),
+            *aligned(exact),
             "",
             "True counts depend on the architecture: strop plan MODEL_OR_CONFIG --rank R.",
         ]
@@ -196,7 +198,12 @@ class ModelPlan:
             "targets": self.targets,
             "adapted_layers": len(self.adapted),
             "trainable_parameters": {"true": self.true_count, "square_matrix": self.approximation},
-            "step": {"rows": self.step.rows, "length": self.step.length, "dtype": self.step.dtype},
+            "step": {
+                "rows": self.step.rows,
+                "length": self.step.length,
+                "dtype": self.step.dtype,
+                "optimizer": self.step.optimizer,
+            },
             "methods": {method.label: method.to_dict() for method in self.methods},
             "file_bytes": self.file_bytes,
             "matmul": {
@@ -227,7 +234,7 @@ class ModelPlan:
                 f"{shape.active_experts} of {shape.experts[0].shape[0]} at work on a token; "
                 "neither adapted nor quantized"
             )
-        sizes = ", ".join(f"{name} {_size(size)}" for name, size in self.file_bytes.items())
+        sizes = ", ".join(f"{name} {size_text(size)}" for name, size in self.file_bytes.items())
         return [*lines, f"  weights on disk: {sizes}"]
 
     def _count_lines(self) -> list[str]:
@@ -236,11 +243,13 @@ class ModelPlan:
             ["approximation", f"{self.approximation:,}", "2 * rank * sqrt(parameters): one square matrix"],
         ]
         title = f"Trainable parameters of LoRA, rank {self.rank}, {self.targets} ({len(self.adapted)} layers):"
-        return [title, *_aligned(rows, left=(0, 2))]
+        return [title, *aligned(rows, left=(0, 2))]
 
     def _method_lines(self) -> list[str]:
         step = self.step
-        table = [["method", "trained", "weights", "grads", "AdamW", "activations", "peak", "disk", "seconds", "fits"]]
+        table = [
+            ["method", "trained", "weights", "grads", step.optimizer, "activations", "peak", "disk", "seconds", "fits"]
+        ]
         for method in self.methods:
             memory = method.memory
             working = memory.peak_bytes - memory.weights_bytes - memory.gradients_bytes - memory.optimizer_bytes
@@ -248,24 +257,28 @@ class ModelPlan:
                 [
                     method.label,
                     abbreviate(memory.trainable_parameters, digits=1),
-                    _size(memory.weights_bytes),
-                    _size(memory.gradients_bytes),
-                    _size(memory.optimizer_bytes),
-                    _size(working),
-                    _size(memory.peak_bytes),
-                    _size(method.disk_bytes),
-                    _seconds(method.floor_seconds),
+                    size_text(memory.weights_bytes),
+                    size_text(memory.gradients_bytes),
+                    size_text(memory.optimizer_bytes),
+                    size_text(working),
+                    size_text(memory.peak_bytes),
+                    size_text(method.disk_bytes),
+                    seconds_text(method.floor_seconds),
                     "yes" if method.fits else "no",
                 ]
             )
         rows = "1 row" if step.rows == 1 else f"{step.rows} rows"
         where = "measured now" if self.rate.measured else "from its data sheet"
         lines = [
-            f"One step of {rows} of {step.length} tokens in {step.dtype} (activations: with logits, copies, scratch):",
-            *_aligned(table, left=(0,)),
+            f"One step of {rows} of {step.length} tokens in {step.dtype} (activations: with logits, copies, scratch"
+            + (", and what the process keeps):" if step.device == "cpu" else "):"),
+            *aligned(table, left=(0,)),
             f"  seconds a step is a floor: the matrix products alone, at {self.rate.flops / 1e9:,.0f} GFLOP/s "
             f"in {self.rate.dtype} ({self.rate.device}, {where}).",
         ]
+        if step.device == "cpu" and step.dtype == "bfloat16":
+            each = max(method.memory.products_bytes for method in self.methods)
+            lines.append(f"  peak is for rows of one length; another length adds up to {size_text(each)}.")
         lines.append("  full-bf16 is for comparison: tune keeps what it trains in fp32, where small updates count.")
         for method in self.methods:
             if method.memory.kept_wide:
@@ -286,8 +299,8 @@ class ModelPlan:
     def _machine_lines(self) -> list[str]:
         machine = self.machine
         lines = [
-            f"This machine: {machine.training_device}, {_size(machine.training_bytes)} free for training, "
-            f"{machine.cores} cores, {_size(machine.disk_free_bytes)} of disk free."
+            f"This machine: {machine.training_device}, {size_text(machine.training_bytes)} free for training, "
+            f"{machine.cores} cores, {size_text(machine.disk_free_bytes)} of disk free."
         ]
         alike: dict[tuple[str, ...], list[MethodPlan]] = {}
         for method in self.methods:
@@ -295,17 +308,17 @@ class ModelPlan:
                 alike.setdefault(tuple(change.text for change in method.changes), []).append(method)
         for methods in alike.values():
             names = [
-                f"{method.label} lacks {_size(missing_bytes(method.memory, machine.training_bytes))}"
+                f"{method.label} lacks {size_text(missing_bytes(method.memory, machine.training_bytes))}"
                 for method in methods
             ]
             lines.append(f"  {', '.join(names)}. To fit, one on top of the other:")
             changes = methods[0].changes
             for change in changes:
                 outcome = "fits" if change.fits else "not yet"
-                lines.append(f"    {change.text}: {_size(change.plan.peak_bytes)}, {outcome}")
+                lines.append(f"    {change.text}: {size_text(change.plan.peak_bytes)}, {outcome}")
             if not (changes and changes[-1].fits):
                 last = changes[-1].plan if changes else methods[0].memory
-                lines.append(f"    still {_size(missing_bytes(last, machine.training_bytes))} short")
+                lines.append(f"    still {size_text(missing_bytes(last, machine.training_bytes))} short")
         return lines
 
 
@@ -317,6 +330,7 @@ def plan_model(
     batch_size: int = 1,
     max_length: int = 512,
     checkpointing: bool = False,
+    optimizer: OptimizerName = "adamw",
     data: str | Path | None = None,
     device: str | None = None,
 ) -> ModelPlan:
@@ -329,6 +343,7 @@ def plan_model(
         batch_size: rows in a micro batch.
         max_length: tokens in a row.
         checkpointing: whether activations are computed again instead of kept.
+        optimizer: `adamw`, or `adamw-8bit`, whose moments take a quarter; full-bf16 has none of its own.
         data: rows to count with the model's own tokenizer; needs a model folder or hub id.
         device: a device's name (`H200`, `RTX-4090`) whose printed speed is used; None measures this machine's products
             for a fraction of a second.
@@ -349,6 +364,9 @@ def plan_model(
         for name, number in (("batch_size", batch_size), ("max_length", max_length))
         if number < 1
     ]
+    if optimizer not in get_args(OptimizerName):
+        known = get_args(OptimizerName)
+        problems.append(f"optimizer {optimizer!r}{nearest(optimizer, known)} is none of {', '.join(known)}.")
     if problems:
         raise UsageError(" ".join(problems))
     rate = named_rate(device) if device is not None else None
@@ -365,6 +383,8 @@ def plan_model(
         rank=rank,
         dtype="float32" if str(dtype) == "torch.float32" else "bfloat16",
         attention="plain" if plain else "fused",
+        optimizer=optimizer,
+        device="cpu" if where.type == "cpu" else "accelerator",
     )
     machine = this_machine()
     rate = rate or fastest_rate()
@@ -466,28 +486,3 @@ def _plan_data(source: Any, data: str | Path, max_length: int) -> DataPlan:
         truncated_rows=report.truncated_rows,
         longest_row_tokens=report.longest_row_tokens,
     )
-
-
-def _size(size: int) -> str:
-    """Return bytes as people read them, in binary units."""
-    if size >= GIB / 10:
-        return f"{size / GIB:.2f} GiB" if size < 100 * GIB else f"{size / GIB:,.0f} GiB"
-    return f"{size / 2**20:.1f} MiB"
-
-
-def _seconds(seconds: float) -> str:
-    """Return a floor: at least this long."""
-    return f">{seconds:,.0f}" if seconds >= 10 else f">{seconds:.2g}"
-
-
-def _aligned(rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> list[str]:
-    """Return a table as lines: columns padded to their widest cell, numbers to the right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,9 +1,12 @@
 """`quantize`: post-training quantization of a model's linear layers, saved with a receipt of what each one lost.
 
-Each weight is rounded when transformers' loader reads it, so that memory holds the result and one weight. With `data`,
-the model in full precision runs first over part of the rows (the mean squares of the layers' inputs, for the searched
-scales) and is then compared with the result on the rest, which calibrated nothing: KL divergence and top-1 agreement
-stand in the receipt. That pass alone needs the source in memory. The head and the embeddings keep their dtype.
+    no rows are needed or given   each weight is rounded when transformers' loader reads it
+    rows (`data`)                 blocks come one at a time (`strop.calibrate`): a method over its inputs, the result in
+                                  place before the next block runs; rows held out flow along and judge both models
+
+Memory holds the result and one weight, or one block. What was made of the blocks is kept beside the output until the
+model stands, so that a killed run goes on from the last finished block, with the same bits. The head and the embeddings
+keep their dtype.
 
 What a format cannot hold (a group size that does not divide, a kind of layer that its files have no place for) is
 refused before any work, all of it at once, or kept in its own dtype and listed where that is asked for.
@@ -12,49 +15,38 @@ refused before any work, all of it at once, or kept in its own dtype and listed 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from strop.calibrate import gather_activation_scales, gather_statistics
-from strop.data.batches import eval_batches
-from strop.data.records import Record, read_data
-from strop.data.samples import prepare
-from strop.data.templates import Sample
-from strop.errors import FormatError, UsageError, nearest
-from strop.evaluation.divergence import Divergence, ReferenceLogits
-from strop.evaluation.scoring import score
-from strop.evaluation.scratch import Scratch
+from strop.calibrate.quantizing import BlockWork, layer_by_layer
+from strop.errors import FormatError, GateError, UsageError, nearest
+from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
+from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, write_model
 from strop.layers.base import dense_weight, linear_shape
 from strop.layers.surgery import coverage, experts, linear_modules
-from strop.methods import METHODS, Statistics, rtn
-from strop.models import OpenedModel, load
+from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
+from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
 from strop.numerics import OBSERVERS
-from strop.numerics.activation_observers import ActivationObserver
+from strop.numerics.activation_observers import ActivationObserver, MinMax
 from strop.numerics.activation_observers import activation_observer as activation_observer_of
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
-from strop.recipes.rows import Rows, rows_name
-
-MAX_LENGTH: Final = 2048
-"""Most tokens of a row that calibrates or is compared."""
-
-HELD_OUT: Final = 0.25
-"""Share of the rows that calibrate nothing and are compared."""
-
-BATCH_SIZE: Final = 8
+from strop.recipes.budget import FORMATS, choose_formats, parse_budget
+from strop.recipes.calibrated import Calibrated, calibrate_model, open_bench
+from strop.recipes.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -64,10 +56,12 @@ class QuantizeResult:
     Attributes:
         path: The folder that was written.
         receipt: What receipt.json holds.
+        choice: How the formats were chosen, in sentences; empty where one was given.
     """
 
     path: Path
     receipt: dict[str, Any]
+    choice: Sequence[str] = ()
 
     def lines(self) -> list[str]:
         """The result in sentences."""
@@ -86,110 +80,309 @@ class QuantizeResult:
         held_out = receipt["held_out"]
         if held_out:
             lines.append(
-                f"on {held_out['rows']} held-out rows: KL {held_out['kl']:.2e} nats per token from the source, top-1 "
-                f"agreement {100 * held_out['top1_agreement']:.1f}%"
+                f"on {held_out['rows']} held-out rows: KL {held_out['kl']:.2e} nats per token from the source"
+                f"{_between(held_out['kl_interval'])}, top-1 agreement {100 * held_out['top1_agreement']:.1f}%, "
+                f"perplexity {held_out['perplexity']:.4g} (source {held_out['source_perplexity']:.4g})"
             )
-        return [*lines, f"the model: {self.path}"]
+            furthest = max(receipt["blocks"], key=lambda block: block["held_out_error"] or 0.0)
+            lines.append(
+                f"furthest from full precision: {furthest['name']}, {furthest['held_out_error']:.2e} of its output"
+            )
+        return [*lines, *self.choice, f"the model: {self.path}"]
 
 
 def quantize(
     model: str | os.PathLike[str],
-    format: str,
+    format: str | None = None,
     *,
     output: str | os.PathLike[str],
     method: str = "rtn",
     observer: str = "minmax",
     activation_observer: str = "minmax",
+    budget: str | None = None,
+    formats: Sequence[str] = FORMATS,
     data: Rows | None = None,
     max_rows: int = 128,
+    max_length: int | None = None,
+    max_memory: int | None = None,
+    max_kl: float | None = None,
+    min_agreement: float | None = None,
+    repair: bool = False,
     chat_template: str | os.PathLike[str] | None = None,
+    seed: int = 0,
     keep_indivisible: bool = False,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> QuantizeResult:
-    """Round a model's linear layers to a format and save the result.
+    """Round a model's linear layers to a format, or to a format each under a budget, and save the result.
 
     Args:
         model: A folder in full precision, a run of full fine-tuning, a hub id, or "demo".
-        format: The scheme, as `--format` writes it.
+        format: The scheme, as `--format` writes it; None with a budget.
         output: The folder to write.
-        method: "rtn" rounds to nearest; "search" searches each scale for the least squared error, weighted by what
-            `data` says of the inputs.
+        method: A name of `strop.methods.METHODS` or `BLOCK_METHODS`; those that need rows take built-in paragraphs
+            where no `data` are given.
         observer: How rtn finds the range: minmax, percentile or mse.
-        activation_observer: How the range of the activations is found for a format with a static one
+        activation_observer: How the range of a layer's inputs is found for a format with one scale for all of them
             (`int8-a8-static`, which needs data): minmax, average, percentile or entropy.
-        data: Rows to calibrate with, of the kind that the model will see.
+        budget: "3.5bits", "300MB" or "kl<0.02" instead of a format: see `strop.recipes.budget`.
+        formats: What layers may become under a budget, and what a repair may give them.
+        data: Rows to calibrate with, of the kind that the model will see, as `tune` takes them.
         max_rows: Rows of `data` that are used; a quarter of them is held out for the receipt.
+        max_length: Most tokens of a row; the model's context (at most 2,048) by default.
+        max_memory: Most bytes of memory, hidden states on the disk above it.
+        max_kl: The gate: most nats per token from the source, on held-out rows.
+        min_agreement: The gate: least share of held-out tokens on which both models choose the same.
+        repair: Past the gate, give more bits to the layers of the blocks to blame until it passes.
         chat_template: For models that have none, as `tune` takes it.
+        seed: Of methods that draw.
         keep_indivisible: Leave a layer that the format cannot hold in its own dtype and say so in the receipt; without
             it such layers are refused, all at once, before any work.
         overwrite: Replace what stands at `output`.
         reporter: Told what happens.
 
     Raises:
-        UsageError: A method or observer that is unknown, or an observer with a method that uses none.
+        UsageError: A method or observer that is unknown, an observer with a method that uses none, neither or both of
+            format and budget, a gate without rows to judge by, static activations without data, something stands at
+            `output`, `model` is an adapter, or `max_memory` or the budget is too little.
         FormatError: A format that is unknown, needs a container that is not written, or does not fit the layers.
-        UsageError: Something stands at `output`, or `model` is an adapter.
+        GateError: The result lies past the gate; nothing is written.
         MissingInputError, ModelError, FileFormatError, DataError: As the steps raise them.
     """
-    scheme = _scheme(format)
+    if (format is None) == (budget is None):
+        raise UsageError("give a format (--format int4-g32) or a budget (--budget 3.5bits), one of the two")
     _check_method(method, observer)
+    gate = Gate(max_kl, min_agreement)
+    if gate.asked and data is None and not needs_rows(method) and budget is None:
+        raise UsageError("a gate (max-kl, min-agreement) is judged on rows that chose nothing; give some with --data")
+    if repair and not gate.asked:
+        raise UsageError("a repair goes on until the gate passes; say which (--max-kl, --min-agreement)")
+    asked = None if budget is None else parse_budget(budget)
+    known = {scheme.name: scheme for scheme in map(_scheme, formats)} if asked is not None or repair else {}
+    scheme = next(iter(known.values())) if format is None else _scheme(format)
+    _check_weights_only(known.values())
     observing = _activation_observer(scheme, activation_observer, data)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
     plain = _skeleton(source, scheme)
-    misfits = _misfits(plain, scheme)
+    check_together([*known.values(), scheme] if repair else list(known.values()))
+    misfits = {} if asked is not None else _misfits(plain, scheme)
     if misfits and not keep_indivisible:
         raise FormatError(_refusal(source, scheme, misfits))
     names = [name for name in linear_modules(plain) if name not in misfits]
     if not names:
         raise FormatError(f"{source}: no linear layer fits {scheme}; nothing would be quantized. {_first(misfits)}")
-    receipt = Receipt(str(model), scheme.name, {"method": method, "observer": observer if method == "rtn" else None})
+    settings: dict[str, Any] = {"method": method, "observer": observer if method == "rtn" else None}
+    if observing is not None:
+        settings["activation_observer"] = activation_observer
+    receipt = Receipt(str(model), budget or scheme.name, settings)
     receipt.left_alone = experts(plain)
     if receipt.left_alone:
         reporter.note(
             f"{len(receipt.left_alone)} tensors of experts stay in their dtype; the layers that are rounded hold "
             f"{coverage(plain, names):.0%} of the weights"
         )
-    if observing is not None:
-        receipt.settings["activation_observer"] = activation_observer
-    statistics, scales, reference = _run_source(source, data, max_rows, chat_template, observing, receipt, reporter)
-    made: dict[str, TensorReceipt] = {}
+    schemes = dict.fromkeys(names, scheme)
+    calibrated, allocation = None, None
+    if data is not None or needs_rows(method) or asked is not None:
+        bench = open_bench(
+            source,
+            data,
+            max_rows=max_rows,
+            max_length=max_length,
+            max_memory=max_memory,
+            hessian=method in HESSIAN,
+            trains=method in BLOCK_METHODS,
+            chat_template=chat_template,
+            reporter=reporter,
+        )
+        work = _block_work(method, observer, seed)
+        plan = {"method": method, "observer": observer, "activation_observer": activation_observer, "seed": seed}
+        folder = Path(output).parent / f".{Path(output).name}.blocks"
+
+        def fits(layer: str, own: Scheme) -> bool:
+            return _misfit(plain, layer, own) is None
+
+        def calibrate(chosen: Mapping[str, Scheme]) -> Calibrated:
+            return calibrate_model(
+                bench,
+                chosen,
+                work,
+                plan=plan,
+                folder=folder,
+                activation_observer=observing or MinMax,
+                reporter=reporter,
+            )
+
+        if asked is not None:
+            trials = folder.with_name(f"{folder.name}.trial")
+            allocation = choose_formats(bench, asked, known, fits, work, plan=plan, folder=trials, reporter=reporter)
+            schemes = dict(allocation.schemes)
+        calibrated = calibrate(schemes)
+        while repair and gate.problems(calibrated.held_out):
+            schemes = _more_bits(calibrated, schemes, list(known.values()), fits, reporter)
+            calibrated = calibrate(schemes)
+        _record(calibrated, receipt, reporter)
+        gate.check(receipt)
+    made = {} if calibrated is None else dict(calibrated.receipts)
+    rounding = _round_on_reading(schemes, method, observer, made, reporter) if calibrated is None else calibrated.stored
+    with atomic_folder(output, overwrite=overwrite) as temporary:
+        reporter.start("write the model", len(names), "layers")
+        try:
+            opened = load(source, schemes, rounding=rounding)
+        finally:
+            reporter.finish()
+        for name, parameter in ({} if calibrated is None else calibrated.others()).items():
+            opened.model.get_parameter(name).data.copy_(parameter)
+        for name, module in linear_modules(opened.model).items():  # in the model's order, not the files'
+            receipt.tensors.append(made.get(name) or _kept(name, module, scheme, misfits[name]))
+        write_model(opened.model, opened.tokenizer, temporary)
+        receipt.write(temporary)
+        if allocation is not None:
+            allocation.write(temporary)
+    if calibrated is not None:
+        calibrated.results.remove()
+    return QuantizeResult(Path(output), receipt.to_dict(), [] if allocation is None else allocation.lines())
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How far the result may be from its source on held-out rows.
+
+    Attributes:
+        max_kl: Most nats per token; None: any.
+        min_agreement: Least share of tokens on which both choose the same; None: any.
+    """
+
+    max_kl: float | None
+    min_agreement: float | None
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a gate."""
+        return self.max_kl is not None or self.min_agreement is not None
+
+    def problems(self, held_out: Mapping[str, Any]) -> list[str]:
+        """What lies past the gate.
+
+        Raises:
+            UsageError: there are no held-out figures.
+        """
+        if not self.asked:
+            return []
+        if not held_out:
+            raise UsageError("a gate needs rows to judge by, and all of them calibrate; give more rows")
+        problems: list[str] = []
+        if self.max_kl is not None and held_out["kl"] > self.max_kl:
+            problems.append(f"KL {held_out['kl']:.4g} nats per token, at most {self.max_kl:g} is allowed")
+        if self.min_agreement is not None and held_out["top1_agreement"] < self.min_agreement:
+            problems.append(
+                f"top-1 agreement {held_out['top1_agreement']:.4f}, at least {self.min_agreement:g} is needed"
+            )
+        return problems
+
+    def check(self, receipt: Receipt) -> None:
+        """Refuse a result that lies past the gate, and name the blocks to blame.
+
+        Raises:
+            GateError: it does.
+        """
+        problems = self.problems(receipt.held_out)
+        if problems:
+            worst = sorted(receipt.blocks, key=lambda block: -(block["held_out_error"] or 0.0))[:3]
+            names = ", ".join(f"{block['name']} ({block['held_out_error']:.2e} of its output)" for block in worst)
+            raise GateError(
+                f"past the gate on {receipt.held_out['rows']} held-out rows: {'; '.join(problems)}. Furthest from full "
+                f"precision: {names}. Nothing was written; use more bits, smaller groups, another method or more rows, "
+                "or let --repair give bits to the layers to blame"
+            )
+
+
+def _more_bits(
+    calibrated: Calibrated,
+    schemes: Mapping[str, Scheme],
+    known: Sequence[Scheme],
+    fits: Callable[[str, Scheme], bool],
+    reporter: Reporter,
+) -> dict[str, Scheme]:
+    """The next format with more bits for the quarter of the layers with the largest error.
+
+    Raises:
+        GateError: all of them have the most bits that there are.
+    """
+    larger: dict[str, Scheme] = {}
+    for layer, own in schemes.items():
+        above = sorted((s for s in known if s.bits > own.bits and fits(layer, s)), key=lambda s: s.bits)
+        if above:
+            larger[layer] = above[0]
+    if not larger:
+        raise GateError(
+            "repair: every layer has the most bits that --formats allows, and the gate does not pass "
+            f"(KL {calibrated.held_out['kl']:.4g}); nothing was written"
+        )
+    worst = sorted(larger, key=lambda layer: -calibrated.receipts[layer].relative_error)
+    chosen = worst[: max(1, len(schemes) // 4)]
+    reporter.note(
+        f"repair: KL {calibrated.held_out['kl']:.4g}, agreement {calibrated.held_out['top1_agreement']:.4f}; more bits "
+        f"for {len(chosen)} layers, {chosen[0]} first"
+    )
+    return {**schemes, **{layer: larger[layer] for layer in chosen}}
+
+
+def needs_rows(method: str) -> bool:
+    """Whether a method cannot work without calibration rows."""
+    return method in BLOCK_METHODS or method in HESSIAN
+
+
+def _block_work(method: str, observer: str, seed: int) -> BlockWork:
+    if method in BLOCK_METHODS:
+        chosen = BLOCK_METHODS[method]
+        return lambda block, schemes, step: chosen(block, schemes, seed=seed, step=step)
+    each = _layer_method(method, observer)
+    return lambda block, schemes, step: layer_by_layer(block, schemes, each, hessian=method in HESSIAN)
+
+
+def _layer_method(method: str, observer: str) -> Method:
+    return partial(rtn, observer=observer) if method == "rtn" else METHODS[method]
+
+
+def _round_on_reading(
+    schemes: Mapping[str, Scheme], method: str, observer: str, made: dict[str, TensorReceipt], reporter: Reporter
+) -> Callable[[str, Tensor], QuantizedTensor]:
+    """A rounding for `load` that keeps receipts."""
+    each = _layer_method(method, observer)
 
     def round_one(name: str, weight: Tensor) -> QuantizedTensor:
-        if method == "rtn":
-            quantized = rtn(weight, scheme, observer=observer, where=name)
-        else:
-            quantized = METHODS[method](weight, scheme, statistics.get(name), where=name)
-        try:
-            quantized = quantized.with_activation_scale(scales.get(name))
-        except FormatError as error:
-            raise FormatError(f"{name}: {error}") from None
-        made[name] = TensorReceipt.of(name, weight, quantized, scheme.name)
+        quantized = each(weight, schemes[name], None, where=name)
+        made[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name)
         reporter.advance(len(made), layer=name)
         return quantized
 
-    try:
-        with atomic_folder(output, overwrite=overwrite) as temporary:
-            reporter.start(f"quantize to {scheme.name}", len(names), "layers")
-            try:
-                opened = load(source, scheme, rounding=round_one, keep=misfits)
-            finally:
-                reporter.finish()
-            for name, module in linear_modules(opened.model).items():  # in the model's order, not the files'
-                receipt.tensors.append(made.get(name) or _kept(name, module, scheme, misfits[name]))
-            write_model(opened.model, opened.tokenizer, temporary)
-            if reference is not None:
-                receipt.held_out = reference.figures(opened)
-            receipt.write(temporary)
-    finally:
-        if reference is not None:
-            reference.close()
-    return QuantizeResult(Path(output), receipt.to_dict())
+    return round_one
+
+
+def _record(calibrated: Calibrated, receipt: Receipt, reporter: Reporter) -> None:
+    """Put what calibration saw into the receipt."""
+    receipt.settings["calibration"] = calibrated.rows.to_dict()
+    receipt.held_out = calibrated.held_out
+    receipt.blocks = [
+        {
+            "name": report.name,
+            "calibration_error": report.error.calibration,
+            "held_out_error": report.error.held_out,
+            "notes": list(report.notes),
+        }
+        for report in calibrated.reports
+    ]
+    for report in calibrated.reports:
+        for note in report.notes:
+            reporter.note(note)
 
 
 def _scheme(format: str) -> Scheme:
     spec = parse_format(format)
+    if spec.scheme.super_size is not None:
+        compressed_tensors.check_scheme(spec.scheme)  # refuses it: no file that is written now holds the grid
     if spec.container is not None:
         raise FormatError(
             f"{format!r}: files of the kind {spec.container} are not written yet; the same grid without the container "
@@ -199,8 +392,9 @@ def _scheme(format: str) -> Scheme:
 
 
 def _check_method(method: str, observer: str) -> None:
-    if method not in METHODS:
-        raise UsageError(f"method {method!r} is unknown{nearest(method, METHODS)}; there are {', '.join(METHODS)}")
+    known = [*METHODS, *BLOCK_METHODS]
+    if method not in known:
+        raise UsageError(f"method {method!r} is unknown{nearest(method, known)}; there are {', '.join(known)}")
     if observer not in OBSERVERS:
         raise UsageError(
             f"observer {observer!r} is unknown{nearest(observer, OBSERVERS)}; there are {', '.join(OBSERVERS)}"
@@ -209,8 +403,19 @@ def _check_method(method: str, observer: str) -> None:
         raise UsageError(f"observer {observer}: method {method} finds its scales itself; leave the observer out")
 
 
+def _check_weights_only(schemes: Iterable[Scheme]) -> None:
+    """Refuse formats that round activations among those to choose from."""
+    found = [scheme.name for scheme in schemes if scheme.activations is not None]
+    if found:
+        raise FormatError(
+            f"{', '.join(found)}: a budget and a repair choose among formats of weights, and 8-bit activations take no "
+            "bits of the model; name formats such as int4-g32-full and int8-g32 with --formats, or round all layers "
+            "alike (--format int8-a8)"
+        )
+
+
 def _activation_observer(scheme: Scheme, name: str, data: Rows | None) -> Callable[[], ActivationObserver] | None:
-    """What observes the activations of each layer; None where the format fixes no scale for them."""
+    """What observes the inputs of each layer; None where the format fixes no scale for them."""
     make = activation_observer_of(name)
     if scheme.activations is None or not scheme.activations.is_static:
         if name != "minmax":
@@ -244,18 +449,18 @@ def _skeleton(source: Path, scheme: Scheme) -> nn.Module:
 
 def _misfits(plain: nn.Module, scheme: Scheme) -> dict[str, str]:
     """Layer name to why the format cannot hold it; decided by shapes and kinds of layers, before a weight is read."""
-    reasons: dict[str, str] = {}
-    for name, module in linear_modules(plain).items():
-        shape = linear_shape(module)
-        try:
-            plan_shape(shape, scheme, where=name)
-        except FormatError as error:
-            reasons[name] = str(error).removeprefix(f"{name}: ")
-        else:
-            reason = inexpressible(scheme, name, shape, plain)
-            if reason is not None:
-                reasons[name] = reason
-    return reasons
+    found = {name: _misfit(plain, name, scheme) for name in linear_modules(plain)}
+    return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _misfit(plain: nn.Module, name: str, scheme: Scheme) -> str | None:
+    """Why the format cannot hold a layer; None where it can."""
+    shape = linear_shape(plain.get_submodule(name))
+    try:
+        plan_shape(shape, scheme, where=name)
+    except FormatError as error:
+        return str(error).removeprefix(f"{name}: ")
+    return inexpressible(scheme, name, shape, plain)
 
 
 def _refusal(source: Path, scheme: Scheme, misfits: Mapping[str, str]) -> str:
@@ -277,94 +482,6 @@ def _kept(name: str, module: nn.Module, scheme: Scheme, reason: str) -> TensorRe
     return TensorReceipt.kept(name, dense_weight(module), linear_shape(module), scheme.name, reason)
 
 
-class _Reference:
-    """The source's logits on held-out rows, kept on disk until the result is there to be compared."""
-
-    def __init__(self, model: OpenedModel, samples: Sequence[Sample]) -> None:
-        self._samples = samples
-        self._scratch = Scratch()
-        self._logits = ReferenceLogits(len(samples), self._scratch)
-        try:
-            score(model.model, samples, [self._logits], batch_size=BATCH_SIZE)
-        except BaseException:
-            self.close()
-            raise
-
-    def figures(self, model: OpenedModel) -> dict[str, Any]:
-        """How far `model` is from the source."""
-        divergence = Divergence(self._logits)
-        score(model.model, self._samples, [divergence], batch_size=BATCH_SIZE)
-        return {
-            "rows": len(self._samples),
-            "tokens": int(divergence.tokens.sum()),
-            "kl": divergence.mean_kl,
-            "kl_99th": divergence.kl_99th,
-            "top1_agreement": divergence.top1_agreement,
-        }
-
-    def close(self) -> None:
-        """Give the disk back."""
-        self._scratch.close()
-
-
-def _run_source(
-    source: Path,
-    data: Rows | None,
-    max_rows: int,
-    chat_template: str | os.PathLike[str] | None,
-    observing: Callable[[], ActivationObserver] | None,
-    receipt: Receipt,
-    reporter: Reporter,
-) -> tuple[Mapping[str, Statistics], Mapping[str, float], _Reference | None]:
-    """Run the source over the rows: statistics and scales of activations from some, logits on others; the source is
-    closed again.
-    """
-    if data is None:
-        return {}, {}, None
-    calibrating_rows, held_out_rows = _rows(data, max_rows)
-    opened = load(source)
-    context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
-
-    def samples_of(records: Sequence[Record]) -> list[Sample]:
-        template = None if chat_template is None else str(chat_template)
-        limit = min(MAX_LENGTH, context)
-        return list(prepare(records, opened.require_tokenizer(), max_length=limit, chat_template=template))
-
-    calibrating = samples_of(calibrating_rows)
-    held_out = samples_of(held_out_rows) if held_out_rows else []
-    if not held_out and len(calibrating) > 1:  # one long text: its last windows are held out
-        count = max(1, round(len(calibrating) * HELD_OUT))
-        calibrating, held_out = calibrating[:-count], calibrating[-count:]
-    calibrating = calibrating[:max_rows]
-    held_out = held_out[: max(1, round(max_rows * HELD_OUT))]
-    tokens = sum(len(sample) for sample in calibrating)
-    receipt.settings["calibration"] = {"data": rows_name(data), "rows": len(calibrating), "tokens": tokens}
-    reporter.start("calibrate", len(calibrating), "rows")
-    try:
-        statistics = gather_statistics(opened.model, eval_batches(calibrating, BATCH_SIZE), reporter=reporter)
-        scales = {}
-        if observing is not None:
-            scales = gather_activation_scales(opened.model, eval_batches(calibrating, BATCH_SIZE), observing)
-    finally:
-        reporter.finish()
-    if not held_out:
-        reporter.note(f"{rows_name(data)}: a single row; it calibrates, and nothing is left to compare on")
-        return statistics, scales, None
-    return statistics, scales, _Reference(opened, held_out)
-
-
-def _rows(data: Rows, max_rows: int) -> tuple[list[Record], list[Record]]:
-    """Rows that calibrate and rows that are held out, drawn evenly and always the same.
-
-    Of a folder with splits, training rows calibrate and those of the validation (or test) split are held out.
-    """
-    splits = read_data(data if not isinstance(data, os.PathLike) else Path(data), seed=0, valid_fraction=HELD_OUT)
-    held_out = splits.valid or splits.test
-    count = max(1, round(max_rows * HELD_OUT)) if held_out and max_rows > 1 else 0
-    return _drawn(splits.train, max(1, max_rows - count)), _drawn(held_out, count)
-
-
-def _drawn(records: list[Record], count: int) -> list[Record]:
-    if len(records) <= count:
-        return records
-    return [records[index] for index in sorted(random.Random(0).sample(range(len(records)), count))]
+def _between(interval: list[float | None]) -> str:
+    low, high = interval
+    return "" if low is None or high is None else f" (95% {low:.2e} to {high:.2e})"

@@ -2,7 +2,9 @@
 
     slice       training rows ──┬── held out: measured at 1/4, 1/2 and the end     (the run's own valid rows are unseen,
                                 └── trained on, every rank on the same batches      so that they can judge later)
-    rule        the smallest rank within one standard error of the best held-out loss (`strop.evaluation.smallest`)
+    rule        the smallest rank within one standard error of the best held-out loss (`strop.evaluation.smallest`);
+                where chance leaves it undecided, the smallest that the intervals do not rule out: a rank too small
+                costs a little loss, one too large can break the whole run
     end         the same answer of the paired intervals at two measurements in a row, no smaller rank catching up
                 meanwhile; or the steps are used up
     steps       all ranks together at most a quarter of the run's; each 16 at least (fewer mislead), at most the run's
@@ -18,7 +20,8 @@ import gc
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,10 +32,19 @@ from numpy.typing import NDArray
 
 from strop.config import ALL_LINEAR, Lora, Minutes, QLora, TuneConfig, data_name
 from strop.data.batches import BatchStream
+from strop.data.mixing import Drawn
+from strop.data.store import sample_lengths, sample_records
 from strop.data.templates import Sample
 from strop.errors import ModelError, TrainingError, UsageError
 from strop.evaluation.likelihood import likelihood
-from strop.evaluation.smallest import Standing, best_of, decided, smallest_good, standings
+from strop.evaluation.smallest import (
+    Standing,
+    best_of,
+    decided,
+    smallest_good,
+    smallest_possible,
+    standings,
+)
 from strop.files.folders import write_json
 from strop.layers.base import linear_shape
 from strop.layers.surgery import detach_lora
@@ -83,7 +95,7 @@ class RankChoice:
 
     Attributes:
         rank: The rank chosen.
-        verdict: "decided" by the intervals, or "undecided": then it is the rule's answer on the losses as measured.
+        verdict: "decided" by the intervals, or "undecided": then it is the smallest that they do not rule out.
         candidates: The ranks raced, ascending.
         rounds: The measurements, in order.
         left: Ranks that left before the end, with the reason.
@@ -130,10 +142,16 @@ class RankChoice:
                 f"rank {self.rank}: the best held-out loss, {best.loss:.4f} nats per token, and no smaller one "
                 f"lies within one standard error ({best.error:.4f}) of it"
             )
-        else:
+        elif self.verdict == "decided":
             lines.append(
                 f"rank {self.rank}: the smallest within one standard error ({best.error:.4f}) of the best held-out "
                 f"loss, {best.loss:.4f} nats per token of rank {best.size}; it lies {chosen.loss - best.loss:.4f} above"
+            )
+        else:
+            lines.append(
+                f"rank {self.rank}: the smallest that is not ruled out; whether it lies within one standard error "
+                f"({best.error:.4f}) of the best held-out loss, {best.loss:.4f} nats per token of rank {best.size}, "
+                "is open"
             )
         lines.append(self._how_sure(last))
         gaps = [{each.size: each.difference for each in round.board} for round in self.rounds[-2:]]
@@ -164,20 +182,16 @@ class RankChoice:
             if last.step < self.steps:
                 return f"the intervals said so twice in a row: the race ended after {last.step} of {self.steps} steps"
             return f"the intervals say so (95%, {len(self.tokens)} held-out records)"
-        unsure = [each for each in last.board if each.place == "open" and each.size <= self.rank]
-        if not unsure:
-            return f"the intervals were too wide at the end for certainty ({len(self.tokens)} held-out records)"
-        parts = []
-        for each in unsure:
-            gap = each.difference
-            assert gap is not None
-            between = "unknown" if gap.low is None else f"{gap.low:+.4f} to {gap.high:+.4f}"
-            parts.append(f"rank {each.size} lies {gap.estimate:+.4f} from the best, 95% interval {between}")
+        chosen = next(each for each in last.board if each.size == self.rank)
+        gap, measured = chosen.difference, smallest_good(last.board).size
+        if gap is None or chosen.place != "open":
+            return f"not decided: no other rank was left after {last.step} of {self.steps} steps"
+        between = "unknown" if gap.low is None else f"{gap.low:+.4f} to {gap.high:+.4f}"
+        otherwise = "" if measured == self.rank else f"; by the losses alone it would be rank {measured}"
         return (
-            "not decided: "
-            + "; ".join(parts)
-            + "; the interval holds one standard error, so another slice of the data "
-            "might choose otherwise"
+            f"not decided: rank {self.rank} lies {gap.estimate:+.4f} from the best, 95% interval {between} "
+            f"({len(self.tokens)} held-out records); the smaller rank has the benefit of the doubt, and another slice "
+            f"of the data might choose otherwise{otherwise}"
         )
 
 
@@ -186,6 +200,8 @@ def choose_rank(
     *,
     candidates: Sequence[int] | None = None,
     share: float = RACE_SHARE,
+    cache: Path | None = None,
+    check: Callable[[Session], object] | None = None,
     reporter: Reporter = SILENT,
 ) -> RankChoice:
     """Race ranks for the adapter that `config` asks for.
@@ -194,6 +210,8 @@ def choose_rank(
         config: A run by `lora` or `qlora`, its rank `auto`.
         candidates: The ranks to race; by default three from the smallest layer's size (`race_ranks`).
         share: Of the run's steps, for all ranks together.
+        cache: As for `open_session`.
+        check: Given the opened run, with an adapter of rank 1, before anything is raced; refuses by raising.
         reporter: Told what is raced, and the steps done.
 
     Raises:
@@ -203,11 +221,13 @@ def choose_rank(
     """
     began = time.perf_counter()
     assert isinstance(config.method, Lora | QLora), "only adapters have a rank"
-    session = open_session(config.replace(rank=1, alpha=config.method.alpha), reporter=SILENT)
+    session = open_session(config.replace(rank=1, alpha=config.method.alpha), reporter=SILENT, cache=cache)
     if session.base.adapter is not None:
         raise UsageError(
             f"rank: {config.model} is an adapter of rank {session.base.adapter.rank}; leave --rank auto out"
         )
+    if check is not None:
+        check(session)
     detach_lora(session.model)
     shapes = [linear_shape(session.model.get_submodule(name)) for name in session.trained.layers]
     ranks = tuple(sorted(set(candidates or race_ranks(min(min(shape) for shape in shapes)))))
@@ -251,11 +271,11 @@ class _Race:
         self.run_steps = self._steps_of_run()
         self.steps = race_steps(self.run_steps, len(ranks), share)
         self.rows_of_step = config.optimization.batch_size * config.optimization.accumulation
-        self.kept, self.held = hold_out(
-            session.train_set.samples, wanted=self._wanted_rows(), seed=config.seed, where=data_name(config.data)
+        split = hold_out(
+            session.stream.samples, wanted=self._wanted_rows(), seed=config.seed, where=data_name(config.data)
         )
-        document = dict(zip(map(id, session.train_set.samples), documents(session.train_set.samples), strict=True))
-        self.document_of_row = np.unique([document[id(sample)] for sample in self.held], return_inverse=True)[1]
+        self.kept, self.held = split.kept, split.held
+        self.document_of_row = np.unique(split.documents, return_inverse=True)[1]
         self.tokens = self._by_document(np.array([sample.supervised for sample in self.held], dtype=np.float64))
         self.losses: dict[int, NDArray[np.float64]] = {}
         self.left: dict[int, str] = {}
@@ -288,7 +308,7 @@ class _Race:
         finally:
             self.reporter.finish()
         return RankChoice(
-            rank=answer if sure and answer is not None else smallest_good(rounds[-1].board).size,
+            rank=smallest_possible(rounds[-1].board).size,
             verdict="decided" if sure else "undecided",
             candidates=self.ranks,
             rounds=rounds,
@@ -361,7 +381,7 @@ class _Race:
             return steps
         assert isinstance(length, Minutes)
         times: list[float] = []
-        timed = self._candidate(self.ranks[-1], 3, session.train_set.samples)
+        timed = self._candidate(self.ranks[-1], 3, session.stream.samples)
         for step in range(1, 4):
             start = time.perf_counter()
             timed.train(step, after_step=lambda: None)
@@ -375,11 +395,27 @@ class _Race:
         return round(min(max(wanted, HELD_ROWS[0]), HELD_ROWS[1]))
 
 
-def hold_out(samples: Sequence[Sample], *, wanted: int, seed: int, where: str) -> tuple[list[Sample], list[Sample]]:
+@dataclass(frozen=True)
+class HeldOut:
+    """Training rows, split.
+
+    Attributes:
+        kept: Those that the race trains on.
+        held: Those that it is judged by.
+        documents: What each of `held` is a part of (`documents`).
+    """
+
+    kept: Sequence[Sample]
+    held: list[Sample]
+    documents: list[int]
+
+
+def hold_out(samples: Sequence[Sample], *, wanted: int, seed: int, where: str) -> HeldOut:
     """Split training rows into those that the race trains on and those that it is judged by.
 
     Whole records are held out (`documents`), at most a fifth of them, and of each record as many samples as come to
-    about `wanted` in all. A sample that says the same as a held-out one is left out of the slice.
+    about `wanted` in all. A sample that says the same as a held-out one is left out of the slice. Rows that lie on the
+    disk stay there.
 
     Args:
         samples: The training rows.
@@ -391,36 +427,47 @@ def hold_out(samples: Sequence[Sample], *, wanted: int, seed: int, where: str) -
         UsageError: there are fewer than 30 rows, or nothing but copies of one.
     """
     if len(samples) < LEAST_ROWS:
-        raise UsageError(
-            f"{where}: rank auto needs at least {LEAST_ROWS} training rows to hold some out, and there are "
-            f"{len(samples)}; name a rank (--rank 16)"
-        )
+        raise too_few_rows(len(samples), where)
     generator = torch.Generator().manual_seed(seed)
-    by_document: dict[int, list[Sample]] = {}
-    for document, sample in zip(documents(samples), samples, strict=True):
-        by_document.setdefault(document, []).append(sample)
-    names = sorted(by_document)
+    document_of = documents(samples)
+    names, begins = np.unique(document_of[by_name := document_of.argsort(kind="stable")], return_index=True)
+    rows_of = np.split(by_name, begins[1:])
     count = min(wanted, int(HELD_SHARE * len(names)))
     of_each = max(1, round(wanted / count))
-    held: list[Sample] = []
+    free = np.ones(len(samples), dtype=bool)
+    rows: list[int] = []
     for place in sorted(torch.randperm(len(names), generator=generator)[:count].tolist()):
-        those = by_document.pop(names[place])
+        those = rows_of[place]
+        free[those] = False
         taken = torch.randperm(len(those), generator=generator)[:of_each].tolist()
-        held += [those[index] for index in sorted(taken)]
+        rows += [int(those[index]) for index in sorted(taken)]
+    held = [samples[row] for row in rows]
     said = {tuple(sample.input_ids) for sample in held}
-    kept = [sample for those in by_document.values() for sample in those if tuple(sample.input_ids) not in said]
-    if not kept:
+    lengths, of_said = sample_lengths(samples), {len(text) for text in said}
+    for row in np.flatnonzero(free):
+        if lengths[row] in of_said and tuple(samples[int(row)].input_ids) in said:
+            free[row] = False
+    if not free.any():
         raise UsageError(f"{where}: rank auto finds only one text in all its rows; name a rank (--rank 16)")
-    return kept, held
+    kept = Drawn(samples, array("q", np.flatnonzero(free).tolist()))
+    return HeldOut(kept, held, [int(document_of[row]) for row in rows])
 
 
-def documents(samples: Sequence[Sample]) -> list[int]:
-    """What each sample is a part of, and what chance is counted by: its record.
+def too_few_rows(rows: int, where: str) -> UsageError:
+    """What a race says of data too small for it."""
+    return UsageError(
+        f"{where}: rank auto needs at least {LEAST_ROWS} training rows to hold some out, and there are {rows}; name a "
+        "rank (--rank 16)"
+    )
+
+
+def documents(samples: Sequence[Sample]) -> NDArray[np.int64]:
+    """What each sample is a part of, and what chance is counted by: its record [N].
 
     A text of fewer than 30 records (a file of a hundred kilobytes) is counted by its windows.
     """
-    records = [sample.index for sample in samples]
-    return records if len(set(records)) >= LEAST_ROWS else list(range(len(samples)))
+    records = sample_records(samples)
+    return records if len(np.unique(records)) >= LEAST_ROWS else np.arange(len(samples))
 
 
 def _falling_behind(rounds: Sequence[Round]) -> list[int]:

@@ -29,14 +29,11 @@ def draw(choice: RankChoice, path: Path) -> None:
         figure = Figure(figsize=(9.5, 4), layout="constrained")
         FigureCanvasAgg(figure)
         by_rank, by_step = figure.subplots(1, 2)
-        figure.suptitle(
-            f"rank {choice.rank}: the smallest within one standard error of the best ({choice.verdict})",
-            color=_INK,
-            fontsize=11,
-        )
+        why = "within one standard error of the best" if choice.verdict == "decided" else "that is not ruled out"
+        figure.suptitle(f"rank {choice.rank}: the smallest {why} ({choice.verdict})", color=_INK, fontsize=11)
         _draw_ranks(by_rank, choice)
         _draw_steps(by_step, choice)
-        _save(figure, path)
+        save_figure(figure, path)
 
 
 def _last_standings(choice: RankChoice) -> dict[int, tuple[int, Standing]]:
@@ -90,7 +87,8 @@ def _draw_steps(axes: Any, choice: RankChoice) -> None:
     axes.legend(frameon=False)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure and put the file in place once it is whole."""
     handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=path.suffix, dir=path.parent)
     os.close(handle)
     try:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
-from strop.config import ALL_LINEAR, Full, Lora, Qat, QLora, Stage, StagesConfig, TuneConfig, data_name
+from strop.config import ALL_LINEAR, Full, Lora, LowRank, Qat, QLora, Stage, StagesConfig, TuneConfig, data_name
 from strop.data.mixing import Mixture, open_mixture
 from strop.data.records import Record
 from strop.data.samples import prepare
@@ -30,6 +30,7 @@ from strop.numerics.scheme import parse_scheme
 from strop.planner.parameters import open_shape
 from strop.progress import SILENT, Reporter
 from strop.recipes.forgetting import HeldOut
+from strop.recipes.rank import LEAST_ROWS, too_few_rows
 from strop.recipes.session import DEFAULT_MAX_LENGTH
 from strop.training.shapes import positions_of
 
@@ -97,6 +98,7 @@ def check_stages(config: StagesConfig, *, reporter: Reporter = SILENT) -> Ready:
         if read is None:
             continue
         splits[stage.name] = read
+        check.trying(stage, lambda settings=settings, read=read: _check_race(settings, read))
         length = check.trying(stage, lambda settings=settings: _length(settings, skeleton))
         if length is not None:
             made = check.trying(
@@ -168,6 +170,14 @@ def _read(settings: TuneConfig) -> Mixture:
             "held-out rows; raise valid_fraction, or give a valid split"
         )
     return splits
+
+
+def _check_race(settings: TuneConfig, splits: Mixture) -> None:
+    """Whether `rank: auto` has rows enough; a plain text may become many, so that only the stage itself can tell."""
+    raced = isinstance(settings.method, LowRank) and settings.method.rank == "auto"
+    few = len(splits.train) < LEAST_ROWS
+    if raced and few and all(record.messages is not None for record in splits.train):
+        raise too_few_rows(len(splits.train), data_name(settings.data))
 
 
 def _length(settings: TuneConfig, skeleton: Any) -> int:

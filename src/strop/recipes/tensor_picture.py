@@ -225,6 +225,7 @@ def _error_steps(weight: Tensor, restored: Tensor, quantized: QuantizedTensor) -
     if not isinstance(quantized.scheme.format, IntFormat):
         return None
     step = spread(quantized.scales()).abs()
+    step = torch.where(step > 0, step, torch.inf)  # a group of one value has no steps
     return (split(restored - weight, quantized.scheme) / step).flatten()
 
 
@@ -306,6 +307,10 @@ def _draw_units(axes: Axes, weight: Tensor, quantized: QuantizedTensor) -> None:
         if scheme.mode is Mode.ASYMMETRIC and quantized.zero_point is not None:
             in_units = in_units + spread(quantized.zero_point).float() + form.qmin
         unit = "weight / its group's scale" + (" + zero point" if scheme.mode is Mode.ASYMMETRIC else "")
+        minimum = quantized.minimums()
+        if minimum is not None:
+            in_units = in_units + spread(minimum) / torch.where(scale > 0, scale, torch.inf)
+            unit = "(weight + its group's minimum) / its group's scale"
         margin = max(0.75, 0.02 * len(levels))
     else:
         levels = [float(level) for level in form.values()]

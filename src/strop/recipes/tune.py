@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -24,7 +25,7 @@ from typing import Any, Final
 from strop.config import LowRank, TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, write_json
-from strop.memory import PeakMemory
+from strop.memory import PeakMemory, steady_allocation
 from strop.progress import SILENT, Reporter
 from strop.recipes import rank as rank_recipe
 from strop.recipes.doctor import check_start
@@ -35,6 +36,7 @@ from strop.training.checkpoints import RunLock, differences
 from strop.training.loop import train
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import read_metrics
+from strop.training.recompute import blocks_to_recompute
 
 CACHE: Final = "cache"
 
@@ -160,13 +162,14 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
     else:
         _check_free(run_dir)
     with PeakMemory() as memory:
-        choice = None
-        if isinstance(config.method, LowRank) and config.method.rank == "auto":
-            choice = choose_rank(config, reporter=reporter)
-            config = config.replace(rank=choice.rank)
-            for line in choice.lines():
-                reporter.note(line)
-        return _run(*_begin(config, run_dir, reporter), run_dir, memory, reporter, choice)
+        with _leaving_nothing(run_dir):
+            choice = None
+            if isinstance(config.method, LowRank) and config.method.rank == "auto":
+                choice = _raced(config, run_dir, reporter)
+                config = config.replace(rank=choice.rank)
+            session = open_session(config, reporter=reporter, cache=run_dir / CACHE)
+            checks = check_start(session, run_dir, reporter=reporter)
+        return _run(session, checks, run_dir, memory, reporter, choice)
 
 
 # --- the run's folder -------------------------------------------------------------------------------------------------
@@ -231,12 +234,24 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _begin(config: TuneConfig, run_dir: Path, reporter: Reporter) -> tuple[Session, list[dict[str, Any]]]:
-    """Open the session and check it; rows that were rendered for a run that is refused are not left behind."""
+def _raced(config: TuneConfig, run_dir: Path, reporter: Reporter) -> RankChoice:
+    """The rank that the race chooses; what a run of any rank is refused for is refused before it."""
+
+    def check(session: Session) -> None:
+        check_start(session, run_dir)
+
+    choice = choose_rank(config, cache=run_dir / CACHE, check=check, reporter=reporter)
+    for line in choice.lines():
+        reporter.note(line)
+    return choice
+
+
+@contextmanager
+def _leaving_nothing(run_dir: Path) -> Iterator[None]:
+    """Rows that were rendered for a run that is refused are not left behind."""
     there = run_dir.exists()
     try:
-        session = open_session(config, reporter=reporter, cache=run_dir / CACHE)
-        return session, check_start(session, run_dir, reporter=reporter)
+        yield
     except BaseException:
         if not there:
             shutil.rmtree(run_dir, ignore_errors=True)
@@ -263,12 +278,18 @@ def _run(
         elif not config.resume:  # what a run left that never got anywhere
             for name in (rank_recipe.FILE, rank_recipe.PICTURE):
                 (run_dir / name).unlink(missing_ok=True)
-        save_manifest(run_dir, run_manifest(session, run_dir))
+        settings = session.train_settings()
+        if settings.checkpointing == "auto":
+            with steady_allocation():
+                blocks = blocks_to_recompute(session.model, session.stream, settings, memory, reporter)
+            settings = replace(settings, checkpointing=blocks)
+        tried = next((check["figures"]["shapes"] for check in checks if check["name"] == "accumulation"), 0)
+        save_manifest(run_dir, run_manifest(session, run_dir, settings, tried=tried))
         result = train(
             session.model,
             session.stream,
             valid_set.samples if valid_set is not None else [],
-            session.train_settings(),
+            settings,
             run_dir,
             export=session.base.exporter(config.method),
             resume=config.resume,

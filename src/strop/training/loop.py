@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from strop.config import Minutes
-from strop.data.batches import Batch, BatchStream, eval_batches
+from strop.data.batches import Batch, BatchStream
 from strop.data.packing import check_isolation
 from strop.data.templates import Sample
 from strop.errors import DiskFullError, TrainingError
@@ -38,12 +38,13 @@ from strop.memory import PeakMemory, steady_allocation
 from strop.progress import SILENT, Reporter
 from strop.training import watchdog
 from strop.training.events import NAME as EVENTS_NAME
+from strop.training.held_out import evaluation_interval, mean_loss
 from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head, token_loss_sum
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
 from strop.training.optimizers import gradient_norm, make_optimizer, trained_parameters
-from strop.training.precision import autocast
+from strop.training.precision import autocast, empty_cache
 from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.schedules import rate_share
 from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
@@ -53,9 +54,6 @@ from strop.training.watchdog import ROLLED_BACK, SKIPPED, NotFiniteError, Update
 
 SAVE_SECONDS: Final = 600.0
 """Between checkpoints where no number of steps is asked for."""
-
-EVALUATIONS: Final = 10
-"""Evaluations of a run where no number of steps is asked for, if they cost little beside the training."""
 
 Export: TypeAlias = Callable[[Path], None]
 """Writes the model as it stands, in its final form, to a folder, replacing what is there."""
@@ -205,23 +203,7 @@ class Loop:
             raise
         finally:
             self.reporter.finish()
-        return self._result()
-
-    def _result(self) -> TrainResult:
-        progress = self.progress
-        return TrainResult(
-            steps=self.step,
-            total_steps=progress.total_steps,
-            tokens=progress.tokens,
-            supervised_tokens=progress.supervised_tokens,
-            train_seconds=progress.train_seconds,
-            loss=progress.loss,
-            valid_loss=progress.valid_loss,
-            best_valid_loss=progress.best_valid_loss,
-            best_step=progress.best_step,
-            ended=progress.ended or "all steps done",
-            events=list(progress.events),
-        )
+        return TrainResult.of(self.progress, self.step)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
@@ -259,7 +241,7 @@ class Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         probe = UpdateProbe(self.parameters) if self.step % watchdog.LOOK_STEPS == 1 else None
-        self.optimizer.step()
+        self._update()
         lost = probe.lost_share() if probe is not None else None
         self.optimizer.zero_grad(set_to_none=True)
         self.state.step += 1
@@ -285,6 +267,17 @@ class Loop:
         self.state.whole = True
         return True
 
+    def _update(self) -> None:
+        try:
+            self.optimizer.step()
+        except (RuntimeError, MemoryError) as error:
+            why = watchdog.why_out_of_memory(error)
+            raise TrainingError(
+                f"step {self.step + 1}: memory ran out in the optimizer's step ({why}). It cannot be done in parts, "
+                "and some weights may have moved, so nothing of it is kept; the checkpoints before it stand. Start "
+                "again with the optimizer adamw-8bit, a smaller method (lora, qlora), or a lower rank."
+            ) from error
+
     def _gradient(self) -> tuple[list[Batch], float, int]:
         """The next step's batches with their gradient, in smaller parts where memory runs out."""
         while True:
@@ -292,16 +285,13 @@ class Loop:
             try:
                 return batches, *self._backward(batches)
             except (RuntimeError, MemoryError) as error:
-                if not watchdog.out_of_memory(error):
-                    raise
-                why = str(error).strip().split("\n")[0][:200]
+                why = watchdog.why_out_of_memory(error)
             self._halve(batches, why)  # out here the exception and the tensors that it held are gone
 
     def _halve(self, batches: Sequence[Batch], why: str) -> None:
         """Set the step back to its beginning, and compute half as many rows at once from now on."""
         self.state.return_to_boundary()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        empty_cache(self.device)
         before, width = self.stream.micro_batch, max(batch.input_ids.shape[1] for batch in batches)
         if before == 1:
             raise TrainingError(
@@ -396,6 +386,7 @@ class Loop:
         row["peak_bytes"] = self._peak_bytes()
         if self.valid and (last or self.step % self._eval_steps() == 0):
             row["valid_loss"] = self._evaluate_and_keep_best()
+            row |= self._marks(None)
         if isinstance(settings.length, Minutes) and not last and self._overtime(settings.length):
             progress.ended = "the time was up"
             self.reporter.note(f"the machine became slower than at the start: stopped after {self.step} steps")
@@ -430,31 +421,42 @@ class Loop:
             )
         return loss
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean nats per supervised token over the validation rows, without dropout."""
-        total, tokens = 0.0, 0
-        self.model.eval()
-        try:
-            for batch in eval_batches(self.valid, self.settings.eval_batch_size, pad_id=self.stream.pad_id):
-                with autocast(self.device, self.settings.compute_dtype):
-                    batch = at_common_width(batch, limit=self.positions)
-                    loss_sum, count = token_loss_sum(self.model, batch, head=self.head)
-                total += float(loss_sum)
-                tokens += count
-        finally:
-            self.model.train()
-        return total / tokens
+        """Mean nats per supervised token over the validation rows, in smaller batches where memory runs out."""
+        while True:
+            rows = self.progress.eval_batch or self.settings.eval_batch_size
+            try:
+                return mean_loss(
+                    self.model,
+                    self.valid,
+                    batch_size=rows,
+                    pad_id=self.stream.pad_id,
+                    head=self.head,
+                    compute_dtype=self.settings.compute_dtype,
+                )
+            except (RuntimeError, MemoryError) as error:
+                why = watchdog.why_out_of_memory(error)
+            self._halve_evaluation(rows, why)  # out here the exception and the tensors that it held are gone
+
+    def _halve_evaluation(self, before: int, why: str) -> None:
+        """Compute half as many validation rows at once from now on."""
+        empty_cache(self.device)
+        if before == 1:
+            raise TrainingError(
+                f"step {self.step}: memory ran out in the evaluation with 1 row at once ({why}). Set a lower "
+                "max_length, a smaller method (lora, qlora), or valid_fraction to 0, which leaves evaluations out."
+            )
+        after = self.progress.eval_batch = (before + 1) // 2
+        self.progress.events.append({"kind": "eval_batch", "step": self.step, "value": after, "why": why})
+        self.reporter.note(
+            f"memory ran out in the evaluation after step {self.step} with {before} rows at once: they are {after} "
+            "from now on; the loss is over the same rows"
+        )
 
     def _eval_steps(self) -> int:
-        """Steps between evaluations: as asked, else so that all evaluations cost at most about a tenth of the run."""
         if self.settings.eval_steps is not None:
             return self.settings.eval_steps
-        total = self.progress.total_steps
-        train_tokens = total / self.stream.steps_per_epoch * sum(self.stream.lengths)
-        valid_tokens = sum(len(sample) for sample in self.valid)
-        times = 0.1 * train_tokens / (valid_tokens / 3)  # a forward pass costs a third of a training step
-        return math.ceil(total / max(1, min(EVALUATIONS, int(times))))
+        return evaluation_interval(self.progress.total_steps, self.stream, self.valid)
 
     def _peak_bytes(self) -> int:
         if self.device.type == "cuda":

@@ -78,7 +78,7 @@ class Head:
 def _finishes(model: nn.Module) -> Iterator[Finish]:
     """What may be done to logits, from the numbers that the configuration has for them: a scale, a divisor, a cap."""
     config = getattr(model, "config", None)
-    values = vars(config) if config is not None else {}
+    values = vars(config.get_text_config()) if config is not None else {}
     for name, value in values.items():
         if "logit" in name and isinstance(value, int | float) and not isinstance(value, bool) and value not in (0, 1):
             number = float(value)

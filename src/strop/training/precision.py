@@ -56,3 +56,9 @@ def _cpu_flags() -> set[str]:
                 flags.update(line.partition(":")[2].split())
                 break
     return flags
+
+
+def empty_cache(device: torch.device) -> None:
+    """Give back what an accelerator's allocator keeps of freed tensors."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

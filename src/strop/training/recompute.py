@@ -76,6 +76,8 @@ def blocks_to_recompute(
     Raises:
         TrainingError: as `blocks_for_budget`.
     """
+    if isinstance(settings.checkpointing, int):
+        return settings.checkpointing
     if settings.checkpointing != "auto":
         return 0 if settings.checkpointing == "none" else None
     assert settings.max_memory is not None

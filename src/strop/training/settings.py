@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ class TrainSettings:
         weight_decay: Of matrices.
         clip_norm: Largest gradient norm; 0 does not clip.
         compute_dtype: Of the products.
-        checkpointing: Which blocks' activations are computed again in the backward pass.
+        checkpointing: Which blocks' activations are computed again in the backward pass; a number: so many, the first.
         max_memory: Bytes that a step may hold, for `auto`.
         eval_steps: Steps between evaluations; None: about a tenth of the run.
         eval_batch_size: Rows of an evaluation batch.
@@ -46,7 +46,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     compute_dtype: torch.dtype = torch.float32
-    checkpointing: Literal["none", "all", "auto"] = "none"
+    checkpointing: Literal["none", "all", "auto"] | int = "none"
     max_memory: int | None = None
     eval_steps: int | None = None
     eval_batch_size: int = 8
@@ -76,14 +76,21 @@ class TrainResult:
     ended: str
     events: list[dict[str, Any]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, progress: Progress, steps: int) -> TrainResult:
+        """What a run came to whose counters stand so after its last step."""
+        kept = {f.name: getattr(progress, f.name) for f in fields(cls) if f.name not in ("steps", "ended", "events")}
+        return cls(steps=steps, ended=progress.ended or "all steps done", events=list(progress.events), **kept)
+
 
 @dataclass
 class Progress:
     """The loop's own counters; they travel in `state.json`.
 
     Attributes not named in `TrainResult`: evaluations in a row without a better one; why the run ended early; the
-    metrics of a step that is not written yet; the step of the last planned checkpoint; rows computed at once, where
-    memory made them fewer than asked; the watchdog's window of losses, and of steps above it in a row.
+    metrics of a step that is not written yet; the step of the last planned checkpoint; rows computed at once, in
+    training and in evaluations, where memory made them fewer than asked; the watchdog's window of losses, and of steps
+    above it in a row.
     """
 
     total_steps: int = 0
@@ -99,6 +106,7 @@ class Progress:
     pending: dict[str, Any] | None = None
     good_step: int | None = None
     micro_batch: int | None = None
+    eval_batch: int | None = None
     events: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     high: int = 0

@@ -151,7 +151,7 @@ class TrainState:
         self.restore(checkpoint)
         self.stream.load_state_dict(stream_state)
         self.note_boundary()
-        for name in ("train_seconds", "best_valid_loss", "best_step", "events", "micro_batch"):
+        for name in ("train_seconds", "best_valid_loss", "best_step", "events", "micro_batch", "eval_batch"):
             setattr(self.progress, name, getattr(now, name))
         self.save()
 

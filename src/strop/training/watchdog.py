@@ -116,6 +116,13 @@ def _some(tensor: Tensor) -> Tensor:
     return flat[:: max(1, flat.numel() // _LOOKED_AT)]
 
 
+def why_out_of_memory(error: BaseException) -> str:
+    """What an exception says of the memory that ran out, in one line; any other is raised again."""
+    if not out_of_memory(error):
+        raise error
+    return str(error).strip().split("\n")[0][:200]
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory ran out: CUDA's own class, Python's, or the CPU allocator's message."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):

@@ -50,6 +50,21 @@ def data_sets(given: list[str] | None) -> str | list[str | dict[str, object]] | 
     return sets[0] if len(sets) == 1 and isinstance(sets[0], str) else sets
 
 
+def memory_size(text: str) -> int:
+    """What `--max-memory` says, in bytes.
+
+    Raises:
+        ConfigError: it is no size.
+    """
+    from strop.config.settings import size_in_bytes
+    from strop.errors import ConfigError
+
+    try:
+        return size_in_bytes(text)
+    except ValueError as error:
+        raise ConfigError(f"--max-memory {text}: {error}") from None
+
+
 def _weighted(text: str) -> str | dict[str, object]:
     path, sign, number = text.rpartition("=")
     if not sign or not _NUMBER.fullmatch(number):

@@ -11,7 +11,7 @@ from strop.app.verbs.common import Json, Model, Output, dump
 
 def bits(
     value: Annotated[float, typer.Argument(help="The number.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="fp32, fp16, bf16, fp8, int8 ...")] = "fp16",
+    format: Annotated[str, typer.Option("--format", "-f", help="fp32, fp16, bf16, fp8, mxfp4, int8 ...")] = "fp16",
     json: Json = False,
 ) -> None:
     """Show a number's sign, exponent and significand in a format, and the value that is really stored.
@@ -43,7 +43,7 @@ def tensor(
     model: Model,
     name: Annotated[str, typer.Argument(help="The tensor's name, as in the weights file.")],
     output: Output,
-    format: Annotated[str, typer.Option("--format", "-f", help="int8, int4-g32, nf4 ...")] = "int4-g32",
+    format: Annotated[str, typer.Option("--format", "-f", help="int4-g32, nf4, mxfp4, gguf:q4_k ...")] = "int4-g32",
     json: Json = False,
 ) -> None:
     """Draw a weight's histogram with the grid of a format, and its error.

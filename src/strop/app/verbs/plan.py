@@ -21,6 +21,7 @@ def plan(
     ] = "all-linear",
     batch_size: Annotated[int, typer.Option("--batch-size", help="Rows in a micro batch.", min=1)] = 1,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens in a row.", min=1)] = 512,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw, or adamw-8bit (8-bit moments).")] = "adamw",
     json: Json = False,
 ) -> None:
     """What does this take: parameters, memory, disk and time, for each method; what fits here.
@@ -32,7 +33,9 @@ def plan(
     if model is None or sizes is not None:
         planned = run(model, sizes=None if sizes is None else sizes.split(","), ranks=ranks.split(","))
     else:
-        planned = run(model, rank=rank, targets=targets, batch_size=batch_size, max_length=max_length)
+        planned = run(
+            model, rank=rank, targets=targets, batch_size=batch_size, max_length=max_length, optimizer=optimizer
+        )
     if json:
         dump(planned.to_dict())
         return

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from strop.data.store import store_bytes
 from strop.layers.base import linear_shape
 from strop.planner.disk import fullest_bytes
 from strop.recipes.checks.finding import Finding
@@ -30,14 +31,23 @@ def exported_bytes(session: Session) -> int:
     return whole
 
 
+def cached_bytes(session: Session) -> int:
+    """Bytes of the rendered rows in RUN/cache, which stand there until the run is finished."""
+    sets = [session.train_set, *([session.valid_set] if session.valid_set is not None else [])]
+    return sum(store_bytes(one.samples) for one in sets)
+
+
 def check_disk(session: Session, run_dir: Path) -> Finding:
-    """Compare what best, last, the checkpoints and one more of each while it is written need with what is free."""
+    """Compare what best, last, the checkpoints, one more of each while it is written, and the rendered rows need with
+    what is free.
+    """
     folder = run_dir.absolute()
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
     there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file()) if run_dir.is_dir() else 0
-    needed = max(0, fullest_bytes(exported_bytes(session), session.trained.parameters) - there)
+    needed = fullest_bytes(exported_bytes(session), session.trained.parameters) + cached_bytes(session)
+    needed = max(0, needed - there)
     figures = {"needed_bytes": needed, "free_bytes": free}
     said = f"the run writes up to {size(needed)}; {size(free)} are free"
     if needed > free:

@@ -18,6 +18,7 @@ from strop.recipes.checks.finding import Finding, count, share
 from strop.recipes.checks.words import seconds_text, size
 from strop.recipes.session import Session
 from strop.training.settings import count_steps
+from strop.training.shapes import common_width, positions_of
 from strop.training.trial import GRADIENT_TOLERANCE, Steps, Trial, trial
 
 MANY_VANISHED: Final = 0.05
@@ -109,7 +110,10 @@ def _accumulation(session: Session, one: Trial, seen: Seen) -> list[Finding]:
     difference = one.gradient_difference(rows)
     dtype = torch.float64 if session.model.dtype == torch.float64 else session.dtype
     allowed = GRADIENT_TOLERANCE[dtype]
-    figures = {"rows": len(rows), "relative_difference": difference, "allowed": allowed}
+    limit, samples = positions_of(session.model), one.stream.samples
+    widths = {common_width(sum(len(samples[index]) for index in row), limit=limit) for row in rows}
+    shapes = len(widths) + 1  # each row by itself, and all at once
+    figures = {"rows": len(rows), "shapes": shapes, "relative_difference": difference, "allowed": allowed}
     if difference <= allowed:
         return [
             Finding(

@@ -49,15 +49,17 @@ class Scratch:
         self.used_bytes = 0
         self._file: IO[bytes] = tempfile.TemporaryFile(prefix="strop-")  # noqa: SIM115  closed by `close`
 
-    def put(self, tensor: Tensor) -> Stored | None:
-        """Append a copy of `tensor`; None, and nothing written, where the limit does not allow it."""
-        stored = Stored(self.used_bytes, tuple(tensor.shape), tensor.dtype)
-        if self.used_bytes + stored.nbytes > self.limit_bytes:
+    def put(self, tensor: Tensor, over: Stored | None = None) -> Stored | None:
+        """Append a copy of `tensor`, or write it over another of its size; None where the limit does not allow it."""
+        stored = Stored(self.used_bytes if over is None else over.offset, tuple(tensor.shape), tensor.dtype)
+        if over is not None and stored.nbytes != over.nbytes:
+            raise ValueError(f"{stored.nbytes} bytes cannot be written over {over.nbytes}")
+        if over is None and self.used_bytes + stored.nbytes > self.limit_bytes:
             return None
         content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
         self._file.seek(stored.offset)
         self._file.write(content.data)
-        self.used_bytes += stored.nbytes
+        self.used_bytes = max(self.used_bytes, stored.offset + stored.nbytes)
         return stored
 
     def get(self, stored: Stored) -> Tensor:

@@ -1,0 +1,277 @@
+"""`CalibrationBlock`: one block of a model over its calibration inputs, as the methods see it.
+
+Two streams of hidden states reach a block: what the full-precision model gives there, and what the quantized blocks
+before it give. Methods calibrate on the second (true sequential, as GPTQ has it) and compare with what the block makes
+of the first. The block runs by `torch.func.functional_call`, so that other weights take the place of its own without
+touching the module.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from strop.errors import DataError, ModelError
+from strop.layers.base import dense_weight
+from strop.methods import Statistics
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of one call of a block."""
+
+
+@dataclass(frozen=True)
+class Feed:
+    """How a block is called for each batch.
+
+    Attributes:
+        call: Number of a batch and its hidden states [rows, length, hidden] to the arguments of the block's call.
+        returned: Told what the block returned.
+        hidden: The hidden states that the quantized blocks before give, by number.
+        target: The hidden states after this block in the full-precision model, by number.
+        tokens: Where real tokens stand, bool [rows, length], by number.
+        numbers: The batches that calibrate.
+    """
+
+    call: Callable[[int, Tensor], Call]
+    returned: Callable[[Any], None]
+    hidden: Callable[[int], Tensor]
+    target: Callable[[int], Tensor]
+    tokens: Callable[[int], Tensor]
+    numbers: Sequence[int]
+
+
+class _Reached(Exception):
+    """The last layer of interest has its inputs: no error, the pass has done what it was made for."""
+
+
+class CalibrationBlock:
+    """A `strop.methods.Block` over a module.
+
+    Args:
+        name: The block's full name.
+        module: The block, in float32 and evaluation mode; left as it is.
+        feed: Its inputs.
+        layers: Full names of the layers to quantize, each inside the block.
+
+    Raises:
+        ModelError: the block does not return hidden states of the size that it is given.
+    """
+
+    def __init__(self, name: str, module: nn.Module, feed: Feed, layers: Sequence[str]) -> None:
+        self.name, self.batches = name, len(feed.numbers)
+        self._module, self._feed = module, feed
+        self._rounding: Mapping[str, Callable[[Tensor], Tensor]] = {}
+        self._linears = {layer: module.get_submodule(layer.removeprefix(f"{name}.")) for layer in layers}
+        order, unreached = self._order()
+        self.shared: Sequence[tuple[str, ...]] = (*order, *((layer,) for layer in unreached))
+        self.weights: Mapping[str, Tensor] = {
+            layer: dense_weight(self._linears[layer]).float() for group in self.shared for layer in group
+        }
+        own = {f"{layer}.weight" for layer in self.weights}
+        self.others: Mapping[str, Tensor] = {
+            full: parameter.detach()
+            for part, parameter in module.named_parameters()
+            if (full := f"{name}.{part}") not in own and parameter.is_floating_point()
+        }
+
+    def target(self, batch: int) -> Tensor:
+        """What the block gave in full precision for the inputs of the full-precision model."""
+        return self._feed.target(self._feed.numbers[batch])[self._tokens(batch)]
+
+    def run(self, batch: int, changed: Mapping[str, Tensor]) -> Tensor:
+        """The block's output for this batch with `changed` in place of its own; gradients reach `changed`."""
+        number = self._feed.numbers[batch]
+        return self.forward(number, self._feed.hidden(number), changed)[self._tokens(batch)]
+
+    def forward(self, number: int, hidden: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
+        """Hidden states [rows, length, hidden] after the block, for a batch of the feed whose hidden states go in."""
+        args, kwargs = self._feed.call(number, hidden)
+        with _rounding_inputs([(self._linears[layer], how) for layer, how in self._rounding.items()]):
+            returned = functional_call(self._module, self._parameters(changed), args, kwargs)
+        self._feed.returned(returned)
+        output = hidden_states(returned)
+        if output.shape != hidden.shape:
+            raise ModelError(
+                f"{self.name}: gives {list(output.shape)} where hidden states of {list(hidden.shape)} go in; the model "
+                "is no chain of blocks, and cannot be calibrated block by block"
+            )
+        return output
+
+    def round_inputs(self, rounding: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        """From now on layers compute with rounded inputs: layer to what its inputs [..., in] become."""
+        self._rounding = dict(rounding)
+
+    def statistics(
+        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
+    ) -> dict[str, Statistics]:
+        """Statistics of the inputs of `layers` over all batches, with `changed` in place; unreached layers are out.
+
+        Raises:
+            DataError: the inputs are not finite.
+        """
+        leaders = {group[0]: group for group in self.shared if any(layer in layers for layer in group)}
+        sums: dict[str, _Sums] = {}
+
+        def see(layer: str, x: Tensor) -> None:
+            sums.setdefault(layer, _Sums(x.shape[-1], hessian=hessian)).add(x)
+
+        for number in range(self.batches):
+            self.observe(number, leaders, changed, see)
+        found: dict[str, Statistics] = {}
+        for leader, group in leaders.items():
+            if leader in sums:
+                statistics = sums[leader].statistics(leader)
+                found.update({layer: statistics for layer in group if layer in layers})
+        return found
+
+    def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:
+        """At most `most` rows of a layer's inputs, float32 [rows, in], spread evenly over all batches."""
+        parts: list[Tensor] = []
+        each = max(1, most // max(1, self.batches))
+        for number in range(self.batches):
+            self.observe(number, [layer], changed, lambda _, x: parts.append(_evenly(x, each)))
+        if not parts:
+            return torch.empty(0, self.weights[layer].shape[1])
+        return _evenly(torch.cat(parts), most)
+
+    def _tokens(self, batch: int) -> Tensor:
+        return self._feed.tokens(self._feed.numbers[batch])
+
+    def _parameters(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`changed` under the names that the module has for them, transposed where the module holds [in, out]."""
+        parameters: dict[str, Tensor] = {}
+        for full, tensor in changed.items():
+            if full in self._linears:
+                turned = tensor.t() if isinstance(self._linears[full], Conv1D) else tensor
+                parameters[f"{full.removeprefix(f'{self.name}.')}.weight"] = turned
+            else:
+                parameters[full.removeprefix(f"{self.name}.")] = tensor
+        return parameters
+
+    def _order(self) -> tuple[list[tuple[str, ...]], list[str]]:
+        """Layers by the tensor that they receive, in the order of use, and those that the first batch did not reach."""
+        seen: list[tuple[Tensor, list[str]]] = []
+
+        def see(layer: str, x: Tensor) -> None:
+            for tensor, names in seen:
+                if tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape:
+                    names.append(layer)
+                    return
+            seen.append((x, [layer]))  # held, so that its memory is not used again while the pass goes on
+
+        if not self.batches:
+            raise DataError("calibration: there are no rows to run the model over")
+        with _listening(self._linears, see), torch.no_grad():
+            self.forward(self._feed.numbers[0], self._feed.hidden(self._feed.numbers[0]), {})
+        groups = [tuple(names) for _, names in seen]
+        reached = {layer for group in groups for layer in group}
+        return groups, [layer for layer in self._linears if layer not in reached]
+
+    @torch.no_grad()
+    def observe(
+        self, batch: int, layers: Iterable[str], changed: Mapping[str, Tensor], see: Callable[[str, Tensor], None]
+    ) -> None:
+        """Run one batch and show `see` the inputs [tokens, in] of each layer; the pass ends with the last of them."""
+        mask = self._tokens(batch)
+        left = set(layers)
+
+        def hook(layer: str, x: Tensor) -> None:
+            if x.shape[:-1] == mask.shape:
+                x = x[mask]  # [rows, length, in] -> [tokens, in]
+            see(layer, x.reshape(-1, x.shape[-1]).float())
+            left.discard(layer)
+            if not left:
+                raise _Reached
+
+        try:
+            with _listening({layer: self._linears[layer] for layer in layers}, hook):
+                self.run(batch, changed)
+        except _Reached:
+            pass
+
+
+class _Sums:
+    """Running sums over a layer's inputs: float64 for each feature, float32 for the second moments."""
+
+    def __init__(self, width: int, *, hessian: bool) -> None:
+        self.rows = 0
+        self.square = torch.zeros(width, dtype=torch.float64)
+        self.magnitude = torch.zeros(width, dtype=torch.float64)
+        self.largest = torch.zeros(width)
+        self.hessian = torch.zeros(width, width) if hessian else None
+
+    def add(self, x: Tensor) -> None:
+        magnitude = x.abs()
+        self.square += x.square().sum(dim=0, dtype=torch.float64).cpu()
+        self.magnitude += magnitude.sum(dim=0, dtype=torch.float64).cpu()
+        self.largest = torch.maximum(self.largest, magnitude.amax(dim=0).cpu())
+        if self.hessian is not None:
+            self.hessian.addmm_(x.t().cpu(), x.cpu())
+        self.rows += x.shape[0]
+
+    def statistics(self, layer: str) -> Statistics:
+        if not torch.isfinite(self.square).all():
+            raise DataError(
+                f"calibration: the inputs of {layer} are not finite: the model overflows on these rows; check its "
+                "weights"
+            )
+        hessian = None if self.hessian is None else self.hessian / self.rows
+        return Statistics(
+            (self.square / self.rows).float(), self.rows, (self.magnitude / self.rows).float(), self.largest, hessian
+        )
+
+
+def hidden_states(output: Any) -> Tensor:
+    """The hidden states in what a block returns: the tensor itself, or the first of a tuple.
+
+    Raises:
+        ModelError: it is neither.
+    """
+    first = output[0] if isinstance(output, tuple | list) and output else output
+    if not isinstance(first, Tensor):
+        raise ModelError(f"a block returned {type(output).__name__}; hidden states are needed")
+    return first
+
+
+@contextmanager
+def _listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Show `see` the name and the detached input of each module whenever it is called."""
+
+    def listener(layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _, inputs: see(layer, inputs[0].detach())
+
+    hooks = [module.register_forward_pre_hook(listener(layer)) for layer, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _rounding_inputs(layers: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+    """Let each module compute with what a function makes of its input."""
+
+    def rounder(how: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _, inputs: (how(inputs[0]), *inputs[1:])
+
+    hooks = [module.register_forward_pre_hook(rounder(how)) for module, how in layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _evenly(x: Tensor, most: int) -> Tensor:
+    """At most `most` rows of x [rows, width], evenly spread."""
+    if x.shape[0] <= most:
+        return x.clone()
+    return x[torch.linspace(0, x.shape[0] - 1, most).round().long()]

@@ -1,0 +1,140 @@
+"""Quantize a model block by block: a method over each block's inputs, its result in place before the next block runs.
+
+Methods of single weights (GPTQ, searched rounding) are given statistics gathered with everything before them already
+quantized, within the block too: layers that receive the same tensor are measured together, in the order of use.
+
+Where schemes round activations too (`int8-a8`), what follows a block sees outputs of rounded inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from strop.calibrate.block import CalibrationBlock
+from strop.calibrate.input_scales import fix_input_scales, input_rounding
+from strop.calibrate.results import Results
+from strop.calibrate.stream import BlockError, BlockStream
+from strop.methods import Block, BlockResult, Method, search
+from strop.numerics.activation_observers import ActivationObserver, MinMax
+from strop.numerics.qtensor import QuantizedTensor
+from strop.numerics.scheme import Scheme
+from strop.progress import SILENT, Reporter
+
+BlockWork = Callable[[Block, Mapping[str, Scheme], Callable[[str], None]], BlockResult]
+"""(block, scheme by layer, told what is being done) to what the block becomes."""
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """What became of one block.
+
+    Attributes:
+        name: Its full name.
+        error: How far its output is from full precision.
+        notes: What a user should know.
+    """
+
+    name: str
+    error: BlockError
+    notes: tuple[str, ...]
+
+
+def quantize_blocks(
+    stream: BlockStream,
+    schemes: Mapping[str, Scheme],
+    work: BlockWork,
+    results: Results,
+    *,
+    weigh: Callable[[str, Tensor, QuantizedTensor], None] = lambda *_: None,
+    activation_observer: Callable[[], ActivationObserver] = MinMax,
+    reporter: Reporter = SILENT,
+) -> list[BlockReport]:
+    """Quantize every layer that `schemes` names; the results are in `results` afterwards.
+
+    Args:
+        stream: Batches at the first block.
+        schemes: Layer to its scheme.
+        work: Quantizes one block.
+        results: Where they go; blocks that are there already are taken from it.
+        weigh: Shown each layer's weight and what it became, for receipts.
+        activation_observer: Makes what finds the range of a layer's inputs, where the scheme has one scale for them.
+        reporter: Told the blocks done.
+    """
+    reports: list[BlockReport] = []
+    names = list(stream.model.blocks)
+    reporter.start("calibrate and quantize", len(names), "blocks")
+    try:
+        for index, name in enumerate(names):
+            mine = {layer: scheme for layer, scheme in schemes.items() if layer.startswith(f"{name}.")}
+            run = _Run(stream.model.dtype, mine, work, results, index, reporter, weigh, activation_observer)
+            error = stream.through(name, list(mine), run)
+            if not results.has(index):
+                results.put(index, run.result, error)
+            reports.append(BlockReport(name, error, tuple(run.result.notes)))
+            reporter.advance(index + 1, block=name, error=error.calibration)
+    finally:
+        reporter.finish()
+    return reports
+
+
+@dataclass
+class _Run:
+    """One block's turn: the work over it, or its finished result."""
+
+    dtype: torch.dtype
+    schemes: Mapping[str, Scheme]
+    work: BlockWork
+    results: Results
+    index: int
+    reporter: Reporter
+    weigh: Callable[[str, Tensor, QuantizedTensor], None]
+    activation_observer: Callable[[], ActivationObserver]
+    result: BlockResult = field(default_factory=lambda: BlockResult({}))
+
+    def __call__(self, block: CalibrationBlock) -> dict[str, Tensor]:
+        if self.results.has(self.index):
+            self.result, _ = self.results.get(self.index)
+        else:
+            made = self.work(block, self.schemes, lambda text: self.reporter.advance(self.index, step=text))
+            # What follows must see the parameters as the model's files will hold them.
+            others = {name: tensor.to(self.dtype).float() for name, tensor in made.others.items()}
+            made = BlockResult(made.weights, others, made.notes)
+            self.result = fix_input_scales(block, made, self.activation_observer)
+        for layer, quantized in self.result.weights.items():
+            self.weigh(layer, block.weights[layer], quantized)
+        block.round_inputs(input_rounding(self.result))
+        return {layer: q.dequantize() for layer, q in self.result.weights.items()} | dict(self.result.others)
+
+
+def layer_by_layer(
+    block: Block, schemes: Mapping[str, Scheme], method: Method, *, hessian: bool = False
+) -> BlockResult:
+    """Quantize a block's weights one after the other.
+
+    A layer that no row reached has no statistics: it is rounded by searched scales without them, and named.
+
+    Args:
+        block: The block.
+        schemes: Layer to its scheme.
+        method: Rounds one weight.
+        hessian: Whether it needs the second moments of the inputs.
+    """
+    made: dict[str, QuantizedTensor] = {}
+    changed: dict[str, Tensor] = {}
+    notes: list[str] = []
+    for group in block.shared:
+        layers = [layer for layer in group if layer in schemes]
+        statistics = block.statistics(layers, changed, hessian=hessian) if layers else {}
+        for layer in layers:
+            seen = statistics.get(layer)
+            if seen is None:
+                notes.append(f"{layer}: no calibration row reaches it; its scales are searched without data")
+                made[layer] = search(block.weights[layer], schemes[layer], where=layer)
+            else:
+                made[layer] = method(block.weights[layer], schemes[layer], seen, where=layer)
+            changed[layer] = made[layer].dequantize()
+    return BlockResult({layer: made[layer] for layer in schemes}, {}, notes)

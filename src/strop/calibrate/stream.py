@@ -1,0 +1,113 @@
+"""`BlockStream`: hidden states of the full-precision and of the quantized model, flowing from block to block.
+
+    full        batch -> embedding -> block 0 -> block 1 -> ...          in full precision
+    quantized   batch -> embedding -> block 0' -> block 1' -> ...        through what was made of the blocks
+
+One block is in memory at a time. Batches that calibrate nothing (held out) flow along, so that both models' logits on
+them are there at the end without either model ever being whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from strop.calibrate.activations import Activations
+from strop.calibrate.block import CalibrationBlock, Feed
+from strop.data.batches import Batch
+from strop.models.blocks import BlockwiseModel
+from strop.scratch import Scratch
+
+
+@dataclass(frozen=True)
+class BlockError:
+    """How far a block's output is from full precision: sum |quantized - full|^2 / sum |full|^2 over the real tokens.
+
+    Attributes:
+        calibration: On the rows that calibrated.
+        held_out: On those that did not; None where there are none.
+    """
+
+    calibration: float
+    held_out: float | None
+
+
+class BlockStream:
+    """Batches on their way through a model.
+
+    Args:
+        model: The model.
+        batches: All of them, those that calibrate first.
+        calibrating: How many calibrate; the rest is held out.
+        memory_bytes: Of hidden states kept in memory; the rest goes to `scratch`. None: all in memory.
+        scratch: Where they go.
+    """
+
+    def __init__(
+        self,
+        model: BlockwiseModel,
+        batches: Sequence[Batch],
+        calibrating: int,
+        *,
+        memory_bytes: int | None = None,
+        scratch: Scratch | None = None,
+    ) -> None:
+        self.model, self.batches, self.calibrating = model, batches, calibrating
+        half = None if memory_bytes is None else memory_bytes // 2
+        self._full, self._quantized = Activations(half, scratch), Activations(half, scratch)
+        for number, batch in enumerate(batches):
+            hidden = model.embedded(batch.inputs())
+            self._full.put(number, hidden)
+            self._quantized.put(number, hidden)
+
+    def through(
+        self, name: str, layers: Sequence[str], work: Callable[[CalibrationBlock], Mapping[str, Tensor]]
+    ) -> BlockError:
+        """Take every batch through a block.
+
+        Args:
+            name: The block.
+            layers: The layers in it that are to be quantized.
+            work: Given the block, returns what takes the place of its weights and other parameters from now on.
+        """
+        with self.model.brought(name) as module:
+            block = CalibrationBlock(name, module, self._feed(name), layers)
+            with torch.no_grad():
+                for number in range(len(self.batches)):
+                    self._full.put(number, block.forward(number, self._full.get(number), {}))
+            changed = work(block)
+            errors = [[0.0, 0.0], [0.0, 0.0]]
+            with torch.no_grad():
+                for number in range(len(self.batches)):
+                    made = block.forward(number, self._quantized.get(number), changed)
+                    mask = self._tokens(number)
+                    wanted = self._full.get(number)[mask].double()
+                    sums = errors[number >= self.calibrating]
+                    sums[0] += float((made[mask].double() - wanted).square_().sum())
+                    sums[1] += float(wanted.square_().sum())
+                    self._quantized.put(number, made)
+        (lost, whole), (held_lost, held_whole) = errors
+        return BlockError(lost / whole if whole else 0.0, held_lost / held_whole if held_whole else None)
+
+    def after(self, number: int, *, quantized: bool) -> Callable[..., Any]:
+        """The model's call for a batch that has gone through every block: same arguments, same output."""
+        hidden = (self._quantized if quantized else self._full).get(number)
+        return lambda **inputs: self.model.after_blocks(inputs, hidden)
+
+    def _feed(self, name: str) -> Feed:
+        return Feed(
+            call=lambda number, hidden: self.model.call_of(name, self.batches[number].inputs(), hidden),
+            returned=lambda returned: self.model.returns_tuple(name, returned),
+            hidden=self._quantized.get,
+            target=self._full.get,
+            tokens=self._tokens,
+            numbers=range(self.calibrating),
+        )
+
+    def _tokens(self, number: int) -> Tensor:
+        batch = self.batches[number]
+        return torch.arange(batch.input_ids.shape[1])[None, :] < batch.lengths[:, None]

@@ -1,0 +1,232 @@
+"""A model quantized block by block over calibration rows, kept on the disk, and judged on rows held out."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from strop import __version__
+from strop.calibrate.memory import MemoryPlan, plan_memory
+from strop.calibrate.quantizing import BlockReport, BlockWork, quantize_blocks
+from strop.calibrate.results import Results
+from strop.calibrate.stream import BlockStream
+from strop.data.batches import Batch, eval_batches
+from strop.data.templates import Sample
+from strop.evaluation.divergence import Divergence, ReferenceLogits
+from strop.evaluation.likelihood import Likelihood
+from strop.evaluation.scoring import pieces
+from strop.evaluation.statistics import bootstrap_mean
+from strop.files.receipts import TensorReceipt
+from strop.files.shards import tensor_files
+from strop.methods import BlockResult
+from strop.models.blocks import BlockwiseModel
+from strop.models.opening import open_tokenizer
+from strop.numerics.activation_observers import ActivationObserver, MinMax
+from strop.numerics.qtensor import QuantizedTensor
+from strop.numerics.scheme import Scheme
+from strop.progress import SILENT, Reporter
+from strop.recipes.calibration import MAX_LENGTH, CalibrationRows, calibration_rows
+from strop.recipes.rows import Rows
+from strop.scratch import Scratch
+
+DISK_BYTES: Final = 64 << 30
+"""Most bytes of hidden states and logits on the disk; `Scratch` takes at most half of what is free."""
+
+
+@dataclass
+class Calibrated:
+    """What became of a model's blocks.
+
+    Attributes:
+        results: The blocks on the disk.
+        reports: How far each block's output is from full precision, and what is to be known.
+        receipts: What each layer lost, by name.
+        rows: The rows that calibrated and those that judged.
+        held_out: Figures on the held-out rows; empty where there are none.
+    """
+
+    results: Results
+    reports: list[BlockReport]
+    receipts: Mapping[str, TensorReceipt]
+    rows: CalibrationRows
+    held_out: dict[str, Any]
+    _open: tuple[int, BlockResult] | None = field(default=None, repr=False)
+
+    def stored(self, name: str, weight: Tensor) -> QuantizedTensor:
+        """What a layer became; a rounding for `load`. One block's results are in memory at a time."""
+        index = next(i for i, report in enumerate(self.reports) if name.startswith(f"{report.name}."))
+        if self._open is None or self._open[0] != index:
+            self._open = (index, self.results.get(index)[0])
+        return self._open[1].weights[name]
+
+    def others(self) -> dict[str, Tensor]:
+        """Parameters beside the weights that changed, of all blocks."""
+        return {
+            name: tensor for index in range(len(self.reports)) for name, tensor in self.results.others(index).items()
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model opened for calibration, with its rows and what of the memory it may use.
+
+    Attributes:
+        model: Opened block by block.
+        rows: The rows.
+        memory: How the budget is spent.
+    """
+
+    model: BlockwiseModel
+    rows: CalibrationRows
+    memory: MemoryPlan
+
+    def choosing(self) -> Bench:
+        """The same with a part of the calibrating rows in place of the held-out ones: to choose by, not to judge."""
+        return replace(self, rows=self.rows.choosing())
+
+    def stream(self, scratch: Scratch) -> BlockStream:
+        """All rows at the first block."""
+        size = self.memory.batch_size
+        calibrating, held = (list(eval_batches(part, size)) for part in (self.rows.calibrating, self.rows.held_out))
+        return BlockStream(
+            self.model,
+            [*calibrating, *held],
+            len(calibrating),
+            memory_bytes=self.memory.hidden_bytes,
+            scratch=scratch,
+        )
+
+
+def open_bench(
+    source: Path,
+    data: Rows | None,
+    *,
+    max_rows: int,
+    max_length: int | None,
+    max_memory: int | None,
+    hessian: bool,
+    trains: bool,
+    chat_template: str | os.PathLike[str] | None,
+    reporter: Reporter = SILENT,
+) -> Bench:
+    """Open a model and its rows.
+
+    Args:
+        source: The model's folder.
+        data: As `calibration_rows`.
+        max_rows: As `calibration_rows`.
+        max_length: As `calibration_rows`; the model's context by default.
+        max_memory: A budget in bytes, or None.
+        hessian: Whether the method needs second moments.
+        trains: Whether it runs gradients through a block.
+        chat_template: As `calibration_rows`.
+        reporter: Told what happens.
+
+    Raises:
+        As `calibration_rows`, `plan_memory` and `BlockwiseModel`.
+    """
+    model = BlockwiseModel(source)
+    context = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or MAX_LENGTH
+    rows = calibration_rows(
+        data,
+        open_tokenizer(source),
+        max_rows=max_rows,
+        max_length=min(max_length or MAX_LENGTH, context),
+        chat_template=chat_template,
+        reporter=reporter,
+    )
+    samples = [*rows.calibrating, *rows.held_out]
+    return Bench(model, rows, plan_memory(model, samples, max_memory=max_memory, hessian=hessian, trains=trains))
+
+
+def calibrate_model(
+    bench: Bench,
+    schemes: Mapping[str, Scheme],
+    work: BlockWork,
+    *,
+    plan: Mapping[str, Any],
+    folder: Path,
+    activation_observer: Callable[[], ActivationObserver] = MinMax,
+    reporter: Reporter = SILENT,
+) -> Calibrated:
+    """Quantize a model's blocks and measure the result.
+
+    Args:
+        bench: The model and its rows.
+        schemes: Layer to its scheme.
+        work: Quantizes one block.
+        plan: What `work` is, as JSON values: finished blocks of another plan are not used.
+        folder: Where the blocks are kept.
+        activation_observer: As `quantize_blocks`.
+        reporter: Told what happens.
+    """
+    results = Results(
+        folder,
+        {
+            **plan,
+            "strop": __version__,
+            "source": _identity(bench.model.folder),
+            "schemes": {name: scheme.name for name, scheme in schemes.items()},
+            "rows": bench.rows.sha256,
+            "batch_size": bench.memory.batch_size,
+        },
+    )
+    if results.found:
+        reporter.note(f"{results.found} of {len(bench.model.blocks)} blocks were finished before: going on from there")
+    receipts: dict[str, TensorReceipt] = {}
+
+    def weigh(name: str, weight: Tensor, quantized: QuantizedTensor) -> None:
+        receipts[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name)
+
+    with Scratch(DISK_BYTES) as scratch:
+        stream = bench.stream(scratch)
+        reports = quantize_blocks(
+            stream,
+            schemes,
+            work,
+            results,
+            weigh=weigh,
+            activation_observer=activation_observer,
+            reporter=reporter,
+        )
+        held = stream.batches[stream.calibrating :]
+        held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
+    return Calibrated(results, reports, receipts, bench.rows, held_out)
+
+
+def _judge(stream: BlockStream, held: Sequence[Batch], samples: Sequence[Sample], scratch: Scratch) -> dict[str, Any]:
+    """Both models on the held-out rows, batch by batch."""
+    reference = ReferenceLogits(len(samples), scratch)
+    source, made = Likelihood(len(samples)), Likelihood(len(samples))
+    divergence = Divergence(reference)
+    for place, batch in enumerate(held):
+        number = stream.calibrating + place
+        for quantized in (False, True):
+            for piece in pieces(stream.model.model, batch, stream.after(number, quantized=quantized)):
+                for measure in (made, divergence) if quantized else (source, reference):
+                    measure.add(piece)
+    kept = divergence.tokens > 0
+    interval = bootstrap_mean(
+        divergence.kl_sums[kept].numpy(), divergence.tokens[kept].numpy(), seed=0, bounds=(0, float("inf"))
+    )
+    return {
+        "rows": len(samples),
+        "tokens": int(divergence.tokens.sum()),
+        "kl": divergence.mean_kl,
+        "kl_interval": [interval.low, interval.high],
+        "kl_99th": divergence.kl_99th,
+        "top1_agreement": divergence.top1_agreement,
+        "perplexity": made.perplexity,
+        "source_perplexity": source.perplexity,
+    }
+
+
+def _identity(source: Path) -> dict[str, list[int]]:
+    """Size and time of every file of weights: another model gives other figures."""
+    files = {path for path in tensor_files(source).values()} | {source / "config.json"}
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}

@@ -1,0 +1,61 @@
+"""Held-out rows in training: how often they are looked at, and their loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import nn
+
+from strop.data.batches import BatchStream, eval_batches
+from strop.data.templates import Sample
+from strop.training.losses import Head, token_loss_sum
+from strop.training.precision import autocast
+from strop.training.shapes import at_common_width, positions_of
+
+EVALUATIONS: Final = 10
+"""Evaluations of a run where no number of steps is asked for, if they cost little beside the training."""
+
+
+def evaluation_interval(total_steps: int, stream: BatchStream, samples: Sequence[Sample]) -> int:
+    """Steps between evaluations so that all of them cost at most about a tenth of the run."""
+    train_tokens = total_steps / stream.steps_per_epoch * sum(stream.lengths)
+    valid_tokens = sum(len(sample) for sample in samples)
+    times = 0.1 * train_tokens / (valid_tokens / 3)  # a forward pass costs a third of a training step
+    return math.ceil(total_steps / max(1, min(EVALUATIONS, int(times))))
+
+
+@torch.no_grad()
+def mean_loss(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    batch_size: int,
+    pad_id: int,
+    head: Head | None,
+    compute_dtype: torch.dtype,
+) -> float:
+    """Mean nats per supervised token over the rows, without dropout; the model is left in the mode of training.
+
+    Args:
+        model: A causal language model on its device.
+        samples: The rows.
+        batch_size: Rows computed at once.
+        pad_id: Any valid token id.
+        head: The model's pieces from `find_head`.
+        compute_dtype: Of the products.
+    """
+    device, limit = next(model.parameters()).device, positions_of(model)
+    total, tokens = 0.0, 0
+    model.eval()
+    try:
+        for batch in eval_batches(samples, batch_size, pad_id=pad_id):
+            with autocast(device, compute_dtype):
+                loss_sum, count = token_loss_sum(model, at_common_width(batch, limit=limit), head=head)
+            total += float(loss_sum)
+            tokens += count
+    finally:
+        model.train()
+    return total / tokens

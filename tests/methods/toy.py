@@ -1,0 +1,69 @@
+"""A block small enough to train in a moment: x + W_down relu(W_up x), noisy inputs, and a layer never called."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from strop.methods import Statistics
+
+UP, DOWN, DEAD = "block.up", "block.down", "block.dead"
+
+
+class ToyBlock:
+    """A `strop.methods.Block`; remembers every set of weights that it was run with while nothing was recorded."""
+
+    def __init__(self, *, batches: int = 6, tokens: int = 32, width: int = 32, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.weights: Mapping[str, Tensor] = {
+            UP: torch.randn(2 * width, width, generator=generator) / width**0.5,
+            DOWN: torch.randn(width, 2 * width, generator=generator) / width**0.5,
+            DEAD: torch.randn(width, width, generator=generator),
+        }
+        self.name = "block"
+        self.shared: Sequence[tuple[str, ...]] = ((UP,), (DOWN,), (DEAD,))
+        self.others: Mapping[str, Tensor] = {}
+        self.batches = batches
+        mixing = torch.randn(width, width, generator=generator) * torch.rand(width, generator=generator)
+        self.x = [torch.randn(tokens, width, generator=generator) @ mixing for _ in range(batches)]
+        self.noise = [0.02 * torch.randn(tokens, width, generator=generator) for _ in range(batches)]
+        self.measured: list[dict[str, Tensor]] = []
+        self.trained: list[int] = []
+
+    def forward(self, x: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
+        up, down = (changed.get(layer, self.weights[layer]) for layer in (UP, DOWN))
+        return x + torch.relu(x @ up.t()) @ down.t()
+
+    def target(self, batch: int) -> Tensor:
+        return self.forward(self.x[batch], {})
+
+    def run(self, batch: int, changed: Mapping[str, Tensor]) -> Tensor:
+        if torch.is_grad_enabled():
+            self.trained.append(batch)
+        else:
+            self.measured.append(dict(changed))
+        return self.forward(self.x[batch] + self.noise[batch], changed)
+
+    def statistics(
+        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
+    ) -> dict[str, Statistics]:
+        inputs = self._inputs(changed)
+        return {
+            layer: Statistics(inputs[layer].square().mean(0), len(inputs[layer])) for layer in layers if layer in inputs
+        }
+
+    def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:
+        return self._inputs(changed)[layer][:most]
+
+    def _inputs(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        x = torch.cat(self.x) + torch.cat(self.noise)
+        return {UP: x, DOWN: torch.relu(x @ changed.get(UP, self.weights[UP]).t())}
+
+    def error(self, batches: Sequence[int], weights: Mapping[str, Tensor]) -> float:
+        """Mean squared error of the output over batches, in float64."""
+        squares = [
+            (self.forward(self.x[n] + self.noise[n], weights) - self.target(n)).double().square() for n in batches
+        ]
+        return torch.cat(squares).mean().item()
