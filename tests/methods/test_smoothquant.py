@@ -17,22 +17,8 @@ from strop.methods.base import BlockResult
 from strop.methods.smoothquant import smoothquant
 from strop.numerics import fake_quantize, parse_scheme
 from strop.numerics.activation_observers import MinMax
-from tests.methods.common import alter, changed_by, fitting, through_blocks
+from tests.methods.common import PLANTED, alter, changed_by, fitting, planted, through_blocks
 from tests.tiny import tiny_folder
-
-PLANTED = (5, 40)
-
-
-def planted(folder: Path) -> Path:
-    """A tiny Llama that computes what it did, two channels of its attention's inputs 60 times as large."""
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        for layer in range(2):
-            tensors[f"model.layers.{layer}.input_layernorm.weight"][list(PLANTED)] *= 60
-            for name in ("q_proj", "k_proj", "v_proj"):
-                tensors[f"model.layers.{layer}.self_attn.{name}.weight"][:, list(PLANTED)] /= 60
-
-    return alter(tiny_folder(folder, "llama"), change)
 
 
 def product_error(

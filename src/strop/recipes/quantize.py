@@ -15,7 +15,7 @@ refused before any work, all of it at once, or kept in its own dtype and listed 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -160,7 +160,7 @@ def quantize(
     asked = None if budget is None else parse_budget(budget)
     known = {scheme.name: scheme for scheme in map(_scheme, formats)} if asked is not None or repair else {}
     scheme = next(iter(known.values())) if format is None else _scheme(format)
-    _check_weights_only(known.values())
+    _check_weights_only([*known.values(), scheme] if repair else list(known.values()))
     observing = _activation_observer(scheme, activation_observer, data)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
@@ -403,7 +403,7 @@ def _check_method(method: str, observer: str) -> None:
         raise UsageError(f"observer {observer}: method {method} finds its scales itself; leave the observer out")
 
 
-def _check_weights_only(schemes: Iterable[Scheme]) -> None:
+def _check_weights_only(schemes: Sequence[Scheme]) -> None:
     """Refuse formats that round activations among those to choose from."""
     found = [scheme.name for scheme in schemes if scheme.activations is not None]
     if found:
