@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from strop.app.cli import app
 from strop.calibrate.quantizing import layer_by_layer
 from strop.errors import DataError, FormatError, GateError, UsageError
 from strop.files.saving import save_model
@@ -157,3 +160,15 @@ def test_rows_on_which_the_model_overflows_fix_no_scale(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"layers\.1\.self_attn"):
         quantize(tmp_path / "broken", "int8-a8-static", output=tmp_path / "out", data=data)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_line_chooses_the_observer_and_names_the_nearest(tmp_path: Path) -> None:
+    source, data = tiny_folder(tmp_path, "llama"), tiny_chat_file(tmp_path / "rows.jsonl", rows=24)
+    asked = ["quantize", str(source), "--format", "int8-a8-static", "--data", str(data), "-o", str(tmp_path / "out")]
+    result = CliRunner().invoke(app, [*asked, "--activation-observer", "entropy"])
+    assert result.exit_code == 0, result.output
+    receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
+    assert receipt["settings"]["activation_observer"] == "entropy"
+    wrong = CliRunner().invoke(app, [*asked, "--overwrite", "--activation-observer", "entropi"])
+    assert wrong.exit_code != 0
+    assert "did you mean 'entropy'?" in " ".join(wrong.stderr.split())

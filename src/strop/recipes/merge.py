@@ -214,6 +214,11 @@ def _scheme(format: str) -> Scheme:
         raise FormatError(
             f"{format!r}: files of the kind {spec.container} are not written yet; the same grid is {spec.scheme}"
         )
+    if spec.scheme.activations is not None and spec.scheme.activations.is_static:
+        raise FormatError(
+            f"{spec}: the scale of the activations is fixed from data; merge without a format first, then strop "
+            f"quantize --format {spec} --data FILE, or merge as int8-a8, which needs none"
+        )
     return spec.scheme
 
 
