@@ -4,6 +4,7 @@ base.py               what they have in common: shape [out, in], dense weight, b
 quant_linear.py       `QuantLinear`: over a frozen `QuantizedTensor`
 fake_quant_linear.py  `FakeQuantLinear`: a trainable weight, rounded on every call
 lora_linear.py        `LoraLinear`: any of them frozen, plus a trainable change of low rank
+quant_experts.py      `QuantExperts`: the experts of a mixture over frozen codes, and how they are computed
 surgery.py            find, choose, replace, undo
 rotation.py           the same model with a rotated residual stream
 """
