@@ -15,6 +15,7 @@ from strop.data.templates import Sample
 from strop.errors import DataError
 from strop.files.saving import save_model
 from strop.layers.base import dense_weight
+from strop.layers.quant_experts import expert_names
 from strop.layers.surgery import linear_modules
 from strop.models import load
 from strop.models.blocks import BlockwiseModel
@@ -45,7 +46,8 @@ def folder_of(path: Path, family: str) -> Path:
 
 
 def layers_of(model: BlockwiseModel, block: str) -> list[str]:
-    return [name for name in linear_modules(model.model) if name.startswith(f"{block}.")]
+    names = [*linear_modules(model.model), *expert_names(model.model)]
+    return [name for name in names if name.startswith(f"{block}.")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

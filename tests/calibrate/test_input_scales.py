@@ -51,9 +51,9 @@ def test_the_observed_range_is_that_of_the_real_tokens_alone(tmp_path: Path, fam
 
     for name in streamed.blocks:
         stream.through(name, layers_of(streamed, name), work)
-    assert found.keys() == ranges.keys()
-    for name, ends in found.items():
-        assert ends == pytest.approx(ranges[name], rel=1e-3, abs=1e-6)
+    assert found.keys() >= ranges.keys()  # experts too, which are no modules of the whole model
+    for name, ends in ranges.items():
+        assert found[name] == pytest.approx(ends, rel=1e-3, abs=1e-6)
 
 
 def test_inputs_that_overflow_fix_no_scale(tmp_path: Path) -> None:

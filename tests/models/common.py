@@ -12,8 +12,10 @@ from torch import nn
 
 from strop.files import bnb4, compressed_tensors
 from strop.layers import surgery
+from strop.layers.quant_experts import install_experts
 from strop.layers.quant_linear import QuantLinear
 from strop.numerics.formats import CodebookFormat
+from strop.numerics.qtensor import quantize_tensor
 from strop.numerics.scheme import parse_scheme
 from tests.tiny import tiny_input, tiny_model
 
@@ -33,10 +35,13 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return a.keys() == b.keys() and all(a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]) for name in a)
 
 
-def rounded(family: str, scheme: str, **changes: object) -> nn.Module:
-    """The tiny model with its linear layers rounded in place: what every other way to the same model must equal."""
+def rounded(family: str, scheme: str, *, experts: bool = True, **changes: object) -> nn.Module:
+    """The tiny model with its linear layers and experts rounded in place: what every other way to it must equal."""
     model = tiny_model(family, **changes)
-    surgery.quantize_linears(model, parse_scheme(scheme))
+    grid = parse_scheme(scheme)
+    surgery.quantize_linears(model, grid)
+    for name in surgery.experts(model) if experts else []:
+        install_experts(model, name, [quantize_tensor(weight, grid) for weight in model.get_parameter(name)])
     return model
 
 

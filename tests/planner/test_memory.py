@@ -211,10 +211,16 @@ def test_an_unknown_format_is_refused(llama3: ModelShape) -> None:
         plan_memory(llama3, "qlora", Step(format="int5-x"))
 
 
-def test_experts_are_kept_in_16_bits_and_only_the_active_ones_keep_activations() -> None:
+def test_experts_are_rounded_where_files_hold_them_and_only_the_active_ones_keep_activations() -> None:
     shape = read_shape(tiny_config("mixtral"))
     saved = 2 * shape.parameters - format_bytes(shape, parse_scheme("int8"))[0]
-    assert 0 < saved < shape.linear_weights
+    assert 0.9 * (shape.linear_weights + shape.expert_weights) < saved < shape.linear_weights + shape.expert_weights
+    for grid in ("nf4", "int4-asym"):
+        assert 2 * shape.parameters - format_bytes(shape, parse_scheme(grid))[0] < 2 * shape.linear_weights
+    own_way = replace(shape, experts=tuple(replace(expert, linear=None) for expert in shape.experts))
+    step = Step(format="int4-g32")
+    kept = plan_memory(own_way, "qlora", step).weights_bytes - plan_memory(shape, "qlora", step).weights_bytes
+    assert kept == shape.expert_weights * (16 - 4.5) / 8
     busy = replace(shape, active_experts=4)
     precision = Precision(2, 2, trained=False)
     kept = [sum(block.kept_bytes(precision) for block in blocks(each).values()) for each in (shape, busy)]

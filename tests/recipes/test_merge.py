@@ -55,7 +55,7 @@ def test_a_merged_fp32_model_answers_as_base_plus_adapter(tmp_path: Path, family
     assert load(tmp_path / "merged").adapter is None
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "qwen3_moe"])
 def test_an_adapter_over_four_bits_is_merged_onto_the_dequantized_base(tmp_path: Path, family: str) -> None:
     run = adapter(tmp_path, family, size=0.05, base_format="nf4-dq")
     result = merge(run, tmp_path / "merged")

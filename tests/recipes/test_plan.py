@@ -170,10 +170,10 @@ def test_data_are_counted_with_the_models_own_tokenizer(folder: Path, tmp_path: 
         plan_model(folder, data=broken, device="H200")
 
 
-def test_experts_are_reported_as_left_alone() -> None:
+def test_experts_are_reported_as_quantized_and_not_adapted() -> None:
     planned = plan_model(tiny_config("mixtral"), device="H200")
     text = "\n".join(planned.lines())
-    assert "neither adapted nor quantized" in text
+    assert "not adapted, quantized like linear layers" in text
     assert "2 of 4" in text
     assert planned.to_dict()["expert_weights"] > 0
 

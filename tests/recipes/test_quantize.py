@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import Llama4ForCausalLM, Llama4TextConfig
 
 from strop.errors import FormatError, MissingInputError, ModelError, UsageError
 from strop.files import saving
@@ -22,7 +23,7 @@ from strop.models import load
 from strop.numerics.qtensor import quantize_tensor
 from strop.numerics.scheme import parse_scheme
 from strop.recipes.quantize import quantize
-from tests.tiny import tiny_chat_file, tiny_folder, tiny_input, tiny_model
+from tests.tiny import tiny_chat_file, tiny_folder, tiny_input, tiny_model, tiny_tokenizer
 
 
 class Listener:
@@ -181,13 +182,23 @@ def test_kinds_of_layers_that_a_file_cannot_hold_are_refused_with_the_nearest(tm
         quantize(source, "int8", output=tmp_path / "out", keep_indivisible=True)
 
 
-def test_experts_are_left_alone_listed_and_said(tmp_path: Path) -> None:
+def test_experts_that_a_model_computes_its_own_way_are_left_alone_listed_and_said(tmp_path: Path) -> None:
+    config = Llama4TextConfig(
+        vocab_size=304, hidden_size=64, intermediate_size=64, intermediate_size_mlp=64, num_hidden_layers=2,
+        head_dim=16, num_attention_heads=4, num_key_value_heads=2, num_local_experts=2, interleave_moe_layer_step=1,
+        pad_token_id=0, max_position_embeddings=256, attention_chunk_size=64,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Llama4ForCausalLM(config).save_pretrained(tmp_path / "llama4")
+    tiny_tokenizer().save_pretrained(tmp_path / "llama4")
     listener = Listener()
-    result = quantize(tiny_folder(tmp_path, "mixtral"), "int4-g32", output=tmp_path / "out", reporter=listener)
-    assert result.receipt["left_alone"]
+    result = quantize(tmp_path / "llama4", "int4-g32", output=tmp_path / "out", reporter=listener)
+    assert len(result.receipt["left_alone"]) == 4
     assert any("experts" in note and "%" in note for note in listener.notes)
     assert any("experts are not quantized" in line for line in result.lines())
-    assert logits(load(result.path).model).isfinite().all()
+    source, opened = load(tmp_path / "llama4").model, load(result.path).model
+    for name in result.receipt["left_alone"]:
+        assert opened.get_parameter(name).equal(source.get_parameter(name))
 
 
 @pytest.mark.parametrize(

@@ -172,3 +172,17 @@ def test_the_command_line_chooses_the_observer_and_names_the_nearest(tmp_path: P
     wrong = CliRunner().invoke(app, [*asked, "--overwrite", "--activation-observer", "entropi"])
     assert wrong.exit_code != 0
     assert "did you mean 'entropy'?" in " ".join(wrong.stderr.split())
+
+
+def test_experts_do_not_round_what_comes_in_and_are_refused_or_kept_by_name(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path, "mixtral")
+    told = r"experts\.gate_up_proj: experts, which are computed with the activations that come; .* int8"
+    with pytest.raises(FormatError, match=told):
+        quantize(source, "int8-a8", output=tmp_path / "out")
+    with pytest.raises(FormatError, match=r"the nearest format is int8"):
+        load(source, format="int8-a8")
+    result = quantize(source, "int8-a8", output=tmp_path / "out", keep_indivisible=True)
+    opened = load(result.path)
+    assert opened.format == "int8-a8"
+    assert {type(module) for module in linear_modules(opened.model).values()} == {Int8Linear}
+    assert len(result.receipt["fallbacks"]) == result.receipt["experts"] > 0

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,11 @@ from transformers.pytorch_utils import Conv1D
 
 from strop.errors import DataError, ModelError
 from strop.layers.base import dense_weight
+from strop.layers.quant_experts import ExpertWeights, expert_weights, watching_experts
 from strop.methods import Statistics
+
+HESSIAN_BYTES: Final = 256 << 20
+"""Of second moments that experts of one parameter may have together; more experts take more passes over the rows."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a block."""
@@ -58,7 +62,8 @@ class CalibrationBlock:
         name: The block's full name.
         module: The block, in float32 and evaluation mode; left as it is.
         feed: Its inputs.
-        layers: Full names of the layers to quantize, each inside the block.
+        layers: Full names of the layers to quantize, each inside the block; of experts, those of
+            `ExpertWeights.names`, all of a parameter or none.
 
     Raises:
         ModelError: the block does not return hidden states of the size that it is given.
@@ -68,18 +73,64 @@ class CalibrationBlock:
         self.name, self.batches = name, len(feed.numbers)
         self._module, self._feed = module, feed
         self._rounding: Mapping[str, Callable[[Tensor], Tensor]] = {}
-        self._linears = {layer: module.get_submodule(layer.removeprefix(f"{name}.")) for layer in layers}
+        wanted = set(layers)
+        self._experts = {
+            own: (weights, expert)
+            for weights in expert_weights(module, name).values()
+            for expert, own in enumerate(weights.names)
+            if own in wanted
+        }
+        self._linears = {
+            layer: module.get_submodule(layer.removeprefix(f"{name}."))
+            for layer in layers
+            if layer not in self._experts
+        }
+        self._reached: dict[str, int] = {}
         order, unreached = self._order()
         self.shared: Sequence[tuple[str, ...]] = (*order, *((layer,) for layer in unreached))
         self.weights: Mapping[str, Tensor] = {
-            layer: dense_weight(self._linears[layer]).float() for group in self.shared for layer in group
+            layer: self._own_weight(layer).float() for group in self.shared for layer in group
         }
-        own = {f"{layer}.weight" for layer in self.weights}
+        own = {f"{layer}.weight" for layer in self._linears} | {weights.name for weights, _ in self._experts.values()}
         self.others: Mapping[str, Tensor] = {
             full: parameter.detach()
             for part, parameter in module.named_parameters()
             if (full := f"{name}.{part}") not in own and parameter.is_floating_point()
         }
+
+    @property
+    def token_count(self) -> int:
+        """Number of real tokens that calibrate."""
+        return sum(int(self._tokens(batch).sum()) for batch in range(self.batches))
+
+    def stages(self, *, hessian: bool) -> list[tuple[str, ...]]:
+        """Layers that are measured in one pass, in the order of use: one tuple of `shared`, or experts of a parameter.
+
+        Args:
+            hessian: Whether second moments are gathered, of which memory bounds how many there are at a time.
+        """
+        found: list[tuple[str, ...]] = []
+        open_for: ExpertWeights | None = None
+        for group in self.shared:
+            weights = self._experts[group[0]][0] if group[0] in self._experts else None
+            most = HESSIAN_BYTES // (4 * weights.shape[1] ** 2) if weights is not None and hessian else None
+            if weights is not None and weights is open_for and (most is None or len(found[-1]) < most):
+                found[-1] += group
+            else:
+                found.append(group)
+            open_for = weights
+        return found
+
+    def expert_tokens(self) -> dict[str, int]:
+        """How many of the tokens that calibrate each expert is given by the router; empty where there are none."""
+        missing = [layer for layer in self._experts if layer not in self._reached]
+        if missing:
+            self.statistics(missing, {})
+        return {layer: self._reached[layer] for layer in self._experts}
+
+    def is_expert(self, layer: str) -> bool:
+        """Whether a layer is an expert, that sees only the tokens which the router gives it."""
+        return layer in self._experts
 
     def target(self, batch: int) -> Tensor:
         """What the block gave in full precision for the inputs of the full-precision model."""
@@ -129,6 +180,9 @@ class CalibrationBlock:
             if leader in sums:
                 statistics = sums[leader].statistics(leader)
                 found.update({layer: statistics for layer in group if layer in layers})
+        for layer in layers:
+            if layer in self._experts:
+                self._reached[layer] = found[layer].rows if layer in found else 0
         return found
 
     def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:
@@ -147,7 +201,12 @@ class CalibrationBlock:
     def _parameters(self, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`changed` under the names that the module has for them, transposed where the module holds [in, out]."""
         parameters: dict[str, Tensor] = {}
+        for weights in {weights.name: weights for full in changed for weights in self._expert_of(full)}.values():
+            parts = [changed[own] if own in changed else self.weights[own] for own in weights.names]
+            parameters[weights.name.removeprefix(f"{self.name}.")] = weights.stacked(parts)
         for full, tensor in changed.items():
+            if full in self._experts:
+                continue
             if full in self._linears:
                 turned = tensor.t() if isinstance(self._linears[full], Conv1D) else tensor
                 parameters[f"{full.removeprefix(f'{self.name}.')}.weight"] = turned
@@ -155,24 +214,59 @@ class CalibrationBlock:
                 parameters[full.removeprefix(f"{self.name}.")] = tensor
         return parameters
 
+    def _expert_of(self, layer: str) -> list[ExpertWeights]:
+        return [self._experts[layer][0]] if layer in self._experts else []
+
+    def _own_weight(self, layer: str) -> Tensor:
+        if layer not in self._experts:
+            return dense_weight(self._linears[layer])
+        weights, expert = self._experts[layer]
+        return weights.dense(self._module.get_parameter(weights.name.removeprefix(f"{self.name}.")).detach(), expert)
+
     def _order(self) -> tuple[list[tuple[str, ...]], list[str]]:
         """Layers by the tensor that they receive, in the order of use, and those that the first batch did not reach."""
-        seen: list[tuple[Tensor, list[str]]] = []
+        seen: list[tuple[Tensor | None, list[str]]] = []
+        entered: set[str] = set()
 
         def see(layer: str, x: Tensor) -> None:
             for tensor, names in seen:
-                if tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape:
+                if tensor is not None and tensor.data_ptr() == x.data_ptr() and tensor.shape == x.shape:
                     names.append(layer)
                     return
             seen.append((x, [layer]))  # held, so that its memory is not used again while the pass goes on
 
+        def enter(layer: str, *_: Any) -> None:
+            owner = self._experts[layer][0].owner
+            if owner not in entered:  # all of its experts together, in the order of use, whoever is given tokens here
+                entered.add(owner)
+                seen.extend((None, [own]) for own, (weights, _) in self._experts.items() if weights.owner == owner)
+
         if not self.batches:
             raise DataError("calibration: there are no rows to run the model over")
-        with _listening(self._linears, see), torch.no_grad():
+        with _listening(self._linears, see), self._watching(self._experts, enter), torch.no_grad():
             self.forward(self._feed.numbers[0], self._feed.hidden(self._feed.numbers[0]), {})
         groups = [tuple(names) for _, names in seen]
         reached = {layer for group in groups for layer in group}
-        return groups, [layer for layer in self._linears if layer not in reached]
+        return groups, [layer for layer in (*self._linears, *self._experts) if layer not in reached]
+
+    @contextmanager
+    def _watching(self, layers: Iterable[str], see: Callable[[str, Tensor, int, Tensor], None]) -> Iterator[None]:
+        """Show `see` each of the experts among `layers` that is called: name, tokens, of how many, inputs."""
+        wanted = {layer for layer in layers if layer in self._experts}
+        if not wanted:
+            yield
+            return
+
+        def seen(owner: str) -> Callable[[str, int, Tensor, int, Tensor], None]:
+            def called(part: str, expert: int, token: Tensor, count: int, x: Tensor) -> None:
+                layer = f"{owner}.{part}.{expert}"
+                if layer in wanted:
+                    see(layer, token, count, x)
+
+            return called
+
+        with watching_experts(self._module, seen, self.name):
+            yield
 
     @torch.no_grad()
     def observe(
@@ -182,16 +276,27 @@ class CalibrationBlock:
         mask = self._tokens(batch)
         left = set(layers)
 
-        def hook(layer: str, x: Tensor) -> None:
-            if x.shape[:-1] == mask.shape:
-                x = x[mask]  # [rows, length, in] -> [tokens, in]
-            see(layer, x.reshape(-1, x.shape[-1]).float())
+        def done(layer: str) -> None:
             left.discard(layer)
             if not left:
                 raise _Reached
 
+        def hook(layer: str, x: Tensor) -> None:
+            if x.shape[:-1] == mask.shape:
+                x = x[mask]  # [rows, length, in] -> [tokens, in]
+            see(layer, x.reshape(-1, x.shape[-1]).float())
+            done(layer)
+
+        def expert_hook(layer: str, token: Tensor, count: int, x: Tensor) -> None:
+            if count == mask.numel():
+                x = x[mask.flatten().to(token.device)[token]]  # padding is routed too
+            if len(x):
+                see(layer, x.float())
+            done(layer)
+
         try:
-            with _listening({layer: self._linears[layer] for layer in layers}, hook):
+            linears = {layer: self._linears[layer] for layer in layers if layer in self._linears}
+            with _listening(linears, hook), self._watching(layers, expert_hook):
                 self.run(batch, changed)
         except _Reached:
             pass

@@ -7,6 +7,7 @@ every batch that calibrates; the hidden states that reach the block went through
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -44,7 +45,7 @@ def fix_input_scales(
             weights[layer] = weights[layer].with_activation_scale(scale)
         except FormatError as error:
             raise FormatError(f"{layer}: {error}") from None
-    return BlockResult(weights, result.others, result.notes)
+    return replace(result, weights=weights)
 
 
 def observe_inputs(

@@ -1,7 +1,8 @@
 """What calibrating block by block needs in memory, before it begins, and how to stay within a budget.
 
     always           embeddings, final norm and head in float32
-    one block        its weights, what they become (dequantized), and what the method works with
+    one block        its weights, what they become (dequantized; experts once more, in one tensor), and what the method
+                     works with
     one batch        tokens x (12 hidden + 4 widest + 2 vocabulary) float32: activations of a block, logits at the end
     hidden states    2 models x all tokens x hidden float32: in memory as far as the budget goes, else on the disk
 
@@ -14,9 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from strop.calibrate.block import HESSIAN_BYTES
 from strop.data.templates import Sample
 from strop.errors import UsageError
 from strop.layers.base import linear_shape
+from strop.layers.quant_experts import expert_weights
 from strop.layers.surgery import linear_modules
 from strop.models.blocks import BlockwiseModel
 
@@ -60,7 +63,9 @@ def plan_memory(
     Raises:
         UsageError: the budget is below what is needed at a batch size of 1; the message says how much would do.
     """
+    experts = list(expert_weights(model.model).values())
     shapes = [linear_shape(module) for module in linear_modules(model.model).values()]
+    shapes += [weights.shape for weights in experts]
     widest = max((max(shape) for shape in shapes), default=0)
     inputs = max((columns for _, columns in shapes), default=0)
     largest = max((rows * columns for rows, columns in shapes), default=0)
@@ -70,6 +75,8 @@ def plan_memory(
     longest = max((len(sample) for sample in samples), default=0)
     fixed = OWN_BYTES + model.outside_bytes + block * (6 if trains else 2) + 4 * 4 * largest
     fixed += 4 * 4 * inputs * inputs if hessian else 0
+    if experts:
+        fixed += max(model.block_bytes(name) for name in model.blocks) + (HESSIAN_BYTES if hessian else 0)
     need = 0
     for size in BATCH_SIZES:
         tokens = size * longest

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -24,6 +25,9 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 from strop.progress import SILENT, Reporter
 
+STARVED: Final = 32
+"""Calibration tokens below which an expert's own statistics are not used."""
+
 BlockWork = Callable[[Block, Mapping[str, Scheme], Callable[[str], None]], BlockResult]
 """(block, scheme by layer, told what is being done) to what the block becomes."""
 
@@ -36,11 +40,13 @@ class BlockReport:
         name: Its full name.
         error: How far its output is from full precision.
         notes: What a user should know.
+        tokens: Of the experts of a mixture: how many calibration tokens the router gave each.
     """
 
     name: str
     error: BlockError
     notes: tuple[str, ...]
+    tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 def quantize_blocks(
@@ -74,7 +80,7 @@ def quantize_blocks(
             error = stream.through(name, list(mine), run)
             if not results.has(index):
                 results.put(index, run.result, error)
-            reports.append(BlockReport(name, error, tuple(run.result.notes)))
+            reports.append(BlockReport(name, error, tuple(run.result.notes), run.result.tokens))
             reporter.advance(index + 1, block=name, error=error.calibration)
     finally:
         reporter.finish()
@@ -102,7 +108,9 @@ class _Run:
             made = self.work(block, self.schemes, lambda text: self.reporter.advance(self.index, step=text))
             # What follows must see the parameters as the model's files will hold them.
             others = {name: tensor.to(self.dtype).float() for name, tensor in made.others.items()}
-            made = BlockResult(made.weights, others, made.notes)
+            tokens = block.expert_tokens()
+            notes = [*_shares(tokens, block.token_count), *made.notes]
+            made = BlockResult(made.weights, others, notes, tokens)
             self.result = fix_input_scales(block, made, self.activation_observer)
         for layer, quantized in self.result.weights.items():
             self.weigh(layer, block.weights[layer], quantized)
@@ -115,7 +123,8 @@ def layer_by_layer(
 ) -> BlockResult:
     """Quantize a block's weights one after the other.
 
-    A layer that no row reached has no statistics: it is rounded by searched scales without them, and named.
+    A layer that no row reached has no statistics: it is rounded by searched scales without them, and named. So is an
+    expert of a mixture that is given fewer than `STARVED` tokens, whose statistics would be those of chance.
 
     Args:
         block: The block.
@@ -126,15 +135,40 @@ def layer_by_layer(
     made: dict[str, QuantizedTensor] = {}
     changed: dict[str, Tensor] = {}
     notes: list[str] = []
-    for group in block.shared:
+    for group in block.stages(hessian=hessian) if isinstance(block, CalibrationBlock) else block.shared:
         layers = [layer for layer in group if layer in schemes]
+        starved: dict[str, int] = {}
         statistics = block.statistics(layers, changed, hessian=hessian) if layers else {}
         for layer in layers:
             seen = statistics.get(layer)
-            if seen is None:
+            if isinstance(block, CalibrationBlock) and block.is_expert(layer):
+                rows = 0 if seen is None else seen.rows
+                if rows < STARVED:
+                    starved[layer], seen = rows, None
+            elif seen is None:
                 notes.append(f"{layer}: no calibration row reaches it; its scales are searched without data")
+            if seen is None:
                 made[layer] = search(block.weights[layer], schemes[layer], where=layer)
             else:
                 made[layer] = method(block.weights[layer], schemes[layer], seen, where=layer)
             changed[layer] = made[layer].dequantize()
+        if starved:
+            named = ", ".join(f"{layer} ({rows:,})" for layer, rows in starved.items())
+            notes.append(
+                f"starved, fewer than {STARVED} calibration tokens (how many in brackets), scales searched without "
+                f"data: {named}"
+            )
     return BlockResult({layer: made[layer] for layer in schemes}, {}, notes)
+
+
+def _shares(tokens: Mapping[str, int], count: int) -> list[str]:
+    """Each expert's share of the calibration tokens, a sentence for each block of experts."""
+    owners: dict[str, dict[str, int]] = {}
+    for layer, own in tokens.items():
+        parameter, _, expert = layer.rpartition(".")
+        owners.setdefault(parameter.rpartition(".")[0], {})[expert] = own  # its projections see the same tokens
+    return [
+        f"{owner}: of {count:,} calibration tokens its {len(seen)} experts are given "
+        + ", ".join(f"{100 * own / count:.1f}%" for own in seen.values())
+        for owner, seen in owners.items()
+    ]

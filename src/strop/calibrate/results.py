@@ -64,7 +64,8 @@ class Results:
         save_file(tensors, path)
         sync(path)
         layers = {name: {"scheme": q.scheme.name, "shape": list(q.shape)} for name, q in result.weights.items()}
-        _write(self._path(index, "json"), {"layers": layers, "notes": list(result.notes), "error": asdict(error)})
+        about = {"layers": layers, "notes": list(result.notes), "tokens": dict(result.tokens), "error": asdict(error)}
+        _write(self._path(index, "json"), about)
 
     def get(self, index: int) -> tuple[BlockResult, BlockError]:
         """A finished block, bit for bit."""
@@ -76,7 +77,7 @@ class Results:
             rows, columns = about["shape"]
             weights[layer] = QuantizedTensor.from_tensors(parts, parse_scheme(about["scheme"]), (rows, columns))
         others = {name.removeprefix(_OTHER): part for name, part in tensors.items() if name.startswith(_OTHER)}
-        return BlockResult(weights, others, listed["notes"]), BlockError(**listed["error"])
+        return BlockResult(weights, others, listed["notes"], listed["tokens"]), BlockError(**listed["error"])
 
     def others(self, index: int) -> dict[str, Tensor]:
         """Parameters beside the weights that changed in a finished block; nothing else is read."""

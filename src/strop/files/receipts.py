@@ -35,6 +35,9 @@ class TensorReceipt:
         relative_error: ||W - W'||^2 / ||W||^2; 0 where it was kept.
         max_error: the largest |W - W'|.
         nbytes: bytes of codes, scales and zero points, or of the kept weight.
+        calibration_tokens: of an expert: how many calibration tokens the router gave it; None for other layers, and
+            where nothing calibrated.
+        calibration_share: the share of all calibration tokens, 0 to 1.
     """
 
     name: str
@@ -45,6 +48,8 @@ class TensorReceipt:
     relative_error: float
     max_error: float
     nbytes: int
+    calibration_tokens: int | None = None
+    calibration_share: float | None = None
 
     @classmethod
     def of(cls, name: str, weight: Tensor, qtensor: QuantizedTensor, requested: str) -> TensorReceipt:
@@ -81,7 +86,8 @@ class Receipt:
         settings: how (method, observer, calibration data).
         tensors: one entry per linear layer inside the blocks.
         held_out: figures measured against the source on rows that calibrated nothing; empty where no data were given.
-        left_alone: weights that no format reaches (experts in one tensor).
+        left_alone: weights that no format reaches (experts in one tensor, where a model computes them its own way).
+        experts: how many of the entries in `tensors` are experts of a mixture.
         blocks: how far each block's output is from full precision, where rows calibrated.
     """
 
@@ -92,6 +98,7 @@ class Receipt:
     held_out: dict[str, Any] = field(default_factory=dict)
     left_alone: list[str] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)
+    experts: int = 0
 
     @property
     def fallbacks(self) -> list[TensorReceipt]:
@@ -112,6 +119,7 @@ class Receipt:
             "settings": self.settings,
             "bits_per_weight": self.bits_per_weight,
             "layers": len(self.tensors),
+            "experts": self.experts,
             "fallbacks": [tensor.name for tensor in self.fallbacks],
             "left_alone": self.left_alone,
             "held_out": self.held_out,

@@ -2,6 +2,7 @@
 
     config.json, generation_config.json     the architecture, with `quantization_config` where layers are quantized
     model.safetensors, or shards and index  dense tensors in their dtype; quantized layers as their format demands
+                                            (experts under the names that their checkpoint numbers one by one)
     tokenizer files, chat_template.jinja    where there is a tokenizer
     receipt.json                            what was lost, where something was
 
@@ -20,6 +21,7 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +32,13 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from strop.errors import FormatError, ModelError
-from strop.files import bnb4, compressed_tensors, mixed
+from strop.files import bnb4, compressed_tensors, expert_tensors, mixed
 from strop.files.folders import atomic_folder, read_json, write_json
 from strop.files.receipts import Receipt
 from strop.files.shards import MAX_SHARD_BYTES, Part, write_shards
 from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
+from strop.layers.quant_experts import ExpertWeights, expert_weights, quant_experts
 from strop.layers.quantized import QUANTIZED, QuantizedLinear
 from strop.numerics.formats import CodebookFormat
 from strop.numerics.qtensor import QuantizedTensor
@@ -115,11 +118,47 @@ def check_savable(model: PreTrainedModel) -> dict[str, Scheme]:
     quantized = _quantized(model)
     schemes = {name: module.scheme for name, module in quantized.items()}
     mixed.check_together(list(schemes.values()))
-    plain = skeleton(model) if schemes else model
+    plain = skeleton(model) if schemes or quant_experts(model) else model
     for scheme in dict.fromkeys(schemes.values()):
         shapes = {name: quantized[name].qtensor.shape for name, own in schemes.items() if own == scheme}
         check_expressible(scheme, shapes, plain)
+    check_experts({name: module.scheme for name, module in quant_experts(model).items()}, schemes, plain)
     return schemes
+
+
+def check_experts(experts: Mapping[str, Scheme], linears: Mapping[str, Scheme], plain: nn.Module) -> None:
+    """Refuse experts that no file can hold as transformers opens them, beside the linear layers' schemes.
+
+    Args:
+        experts: parameter of experts to its scheme.
+        linears: linear layer to its scheme.
+        plain: as for `check_expressible`.
+
+    Raises:
+        FormatError: every such parameter, or several schemes in one model.
+    """
+    known = expert_weights(plain) if experts else {}
+    problems = [
+        f"{name}: {reason}"
+        for name, own in experts.items()
+        if (reason := inexpressible_experts(own, known[name], plain))
+    ]
+    if problems:
+        raise FormatError(f"{len(problems)} tensor(s) of experts cannot be saved:\n  " + "\n  ".join(problems))
+    different = list(dict.fromkeys([*experts.values(), *linears.values()])) if experts else []
+    if len(different) > 1:
+        names = ", ".join(scheme.name for scheme in different)
+        raise FormatError(
+            f"one model with quantized experts cannot mix {names}: transformers opens experts by one format"
+        )
+
+
+def inexpressible_experts(scheme: Scheme, weights: ExpertWeights, plain: nn.Module) -> str | None:
+    """Why no file can hold a parameter of experts in this scheme; None where one can."""
+    reason = expert_tensors.inexpressible(scheme, weights, plain)
+    if reason is None:
+        compressed_tensors.check_scheme(scheme)
+    return reason
 
 
 def check_expressible(scheme: Scheme, shapes: Mapping[str, tuple[int, int]], plain: nn.Module) -> None:
@@ -174,13 +213,15 @@ def _parts(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> Iterator[Pa
     """The model's tensors under the names of its checkpoint, one block's dense ones or one quantized layer at a
     time.
     """
-    quantized = _quantized(model)
+    quantized, experts = _quantized(model), quant_experts(model)
     blocks: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _dense_state(model, quantized).items():
+    for name, tensor in _dense_state(model, [*quantized, *experts]).items():
         block = _BLOCK.match(name)
         blocks.setdefault(block[1] if block else name, {})[name] = tensor
     for tensors in blocks.values():
-        yield from _reverted(model, tensors, whole=_in_words(schemes))
+        yield from _reverted(model, tensors, whole=bool(experts) or _in_words(schemes))
+    if experts:
+        yield from _expert_parts(model)
     if not schemes:
         return
     encode = _encoder(model, schemes)
@@ -190,6 +231,21 @@ def _parts(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> Iterator[Pa
         specs = Part.of(made).specs
         del made
         yield Part(specs, lambda module=module, layer=layer: encode(module.qtensor, layer))
+
+
+def _expert_parts(model: PreTrainedModel) -> Iterator[Part]:
+    """The experts under the names of the checkpoint's layers, one layer at a time; scales in float32."""
+    plain = skeleton(model)
+    known = expert_weights(plain)
+
+    def encode(parameter: str, layer: str, place: expert_tensors.Place) -> dict[str, Tensor]:
+        piece = expert_tensors.cut(quant_experts(model)[parameter].qtensor(place.expert), place)
+        return compressed_tensors.encode(piece, layer, packed=False)
+
+    for name in quant_experts(model):
+        for layer, place in expert_tensors.places(plain, known[name]).items():
+            make = partial(encode, name, layer, place)
+            yield Part(Part.of(make()).specs, make)
 
 
 def _dense_state(model: PreTrainedModel, quantized: Iterable[str]) -> dict[str, Tensor]:
@@ -238,14 +294,15 @@ def _write_configs(model: PreTrainedModel, schemes: Mapping[str, Scheme], folder
             config.tie_word_embeddings = False  # else they would be tied again on opening
     vars(config).pop("quantization_config", None)
     config.save_pretrained(folder)
-    if schemes:
+    experts = {name: module.scheme for name, module in quant_experts(model).items()}
+    if schemes or experts:
         kept = [
             name
             for name, module in model.named_modules()
             if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QUANTIZED)
         ]
         fields = read_json(folder / "config.json")
-        fields["quantization_config"] = _quantization_config(model, schemes, kept)
+        fields["quantization_config"] = _quantization_config(model, schemes or experts, kept)
         write_json(folder / "config.json", fields)
     if model.can_generate() and model.generation_config is not None:
         # not its save_pretrained, which refuses settings that many published models carry
@@ -277,8 +334,9 @@ def _in_words(schemes: Mapping[str, Scheme]) -> bool:
 def _stays_packed(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> bool:
     """Whether compressed-tensors can keep all layers packed when it opens them."""
     plain = skeleton(model)
+    linears = [name for name in schemes if name not in quant_experts(model)]
     return all(compressed_tensors.opens_packed(scheme) for scheme in set(schemes.values())) and all(
-        type(plain.get_submodule(name)) is nn.Linear for name in schemes
+        type(plain.get_submodule(name)) is nn.Linear for name in linears
     )
 
 

@@ -19,6 +19,7 @@ from strop.errors import FormatError, TargetError, nearest
 from strop.layers.base import dense_weight, is_linear, linear_bias, linear_shape
 from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
+from strop.layers.quant_experts import QuantExperts
 from strop.layers.quantized import QUANTIZED, quantized_linear
 from strop.methods import METHODS, Statistics
 from strop.numerics.groups import plan_shape
@@ -44,11 +45,11 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def experts(model: nn.Module) -> list[str]:
-    """Full names of the 3-D parameters inside the blocks: weights of experts, held as one tensor, in order."""
+    """Full names of the dense 3-D parameters inside the blocks: weights of experts, held as one tensor, in order."""
     names = []
     for prefix, root in _blocks(model):
         for owner, module in root.named_modules(prefix=prefix):
-            if not isinstance(module, _ConvNd):  # a convolution's kernel has three dimensions too
+            if not isinstance(module, (_ConvNd, QuantExperts)):  # a kernel and stacked codes have three dimensions too
                 own = module.named_parameters(prefix=owner, recurse=False)
                 names.extend(name for name, parameter in own if parameter.dim() == 3)
     return names

@@ -110,11 +110,13 @@ class BlockResult:
         weights: The quantized weight of every layer that it was given a scheme for.
         others: Parameters beside the weights that changed, by full name.
         notes: What a user should know, a sentence each.
+        tokens: Of the experts of a mixture: how many calibration tokens the router gave each. Methods leave it empty.
     """
 
     weights: Mapping[str, QuantizedTensor]
     others: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
     notes: Sequence[str] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict[str, int])
 
 
 class BlockMethod(Protocol):

@@ -74,9 +74,16 @@ class Container:
                 suffixes.append("weight")
         return found
 
-    def decode(self, layer: str, tensors: Mapping[str, Tensor]) -> QuantizedTensor:
-        """The quantized weight of `layer`, codes and scales bit for bit, from its tensors by their endings."""
-        return self.format.decode(tensors, mixed.config_of(self.config, layer), where=layer)
+    def decode(self, layer: str, tensors: Mapping[str, Tensor], *, widened: bool = False) -> QuantizedTensor:
+        """The quantized weight of `layer`, codes and scales bit for bit, from its tensors by their endings.
+
+        Args:
+            layer: its name.
+            tensors: its tensors.
+            widened: whether scales in float32 may be narrower ones that were widened for the file, as experts' are.
+        """
+        config = mixed.config_of(self.config, layer)
+        return self.format.decode(tensors, {**config, "dequantize": True} if widened else config, where=layer)
 
 
 def container_for(folder: Path, config: Mapping[str, Any]) -> Container:

@@ -15,6 +15,7 @@ Registration with transformers is explicit (`register`) and happens once per pro
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
@@ -33,12 +34,14 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from strop.errors import ModelError, StropError
+from strop.errors import FormatError, ModelError, StropError
 from strop.files.shards import read_header
 from strop.layers.base import is_linear, linear_bias, linear_shape
+from strop.layers.quant_experts import ExpertWeights, expert_weights, install_experts, plan_experts
 from strop.layers.quantized import quantized_linear
 from strop.layers.surgery import blocks, plan_linears, replace, select
 from strop.models.containers import Container
+from strop.models.expert_pieces import ExpertPiece, decode_experts, expert_pieces
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
@@ -55,6 +58,8 @@ class Plan:
     Attributes:
         device: where the quantized weights are put.
         problems: what went wrong with single tensors, in the order of the file.
+        weights: full names of the parameters that it takes.
+        experts: those of them that hold all experts of a mixture.
         reads_codes: whether the folder's weights are quantized already.
     """
 
@@ -64,7 +69,9 @@ class Plan:
         self.device = device
         self.problems: list[StropError] = []
         self.weights: set[str] = set()
+        self.experts: dict[str, ExpertWeights] = {}
         self._made: dict[str, QuantizedTensor] = {}
+        self._made_experts: dict[str, list[QuantizedTensor]] = {}
 
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         """Choose the layers while the model stands on the meta device."""
@@ -90,15 +97,31 @@ class Plan:
         # The dense weight stays on the meta device, where it costs nothing; transformers must not draw a random one.
         module.get_parameter("weight")._is_hf_initialized = True  # type: ignore[attr-defined]
 
+    def keep_experts(self, model: nn.Module, name: str, make: Callable[[ExpertWeights], list[QuantizedTensor]]) -> None:
+        """As `keep`, for the parameter `name` that holds all experts."""
+        try:
+            made = make(self.experts[name])
+            needed = self.experts[name].shape
+            wrong = [q.shape for q in made if q.shape != needed]
+            if wrong:
+                raise ModelError(f"{name}: the file's experts are {wrong[0]}, the model needs {needed}")
+        except StropError as error:
+            self.problems.append(error)
+        else:
+            self._made_experts[name] = made
+        model.get_parameter(name)._is_hf_initialized = True  # type: ignore[attr-defined]
+
     def install(self, model: nn.Module) -> None:
-        """Put a layer over its codes where each layer whose weight was kept stands."""
+        """Put a layer over its codes where each layer whose weight was kept stands, and `QuantExperts` for experts."""
+        for name in list(self._made_experts):
+            install_experts(model, name, self._made_experts.pop(name))
         for name in list(self._made):
             layer = quantized_linear(self._made.pop(name), linear_bias(model.get_submodule(name)))
             replace(model, name, layer)
 
 
 class RoundingPlan(Plan):
-    """Round the linear layers of a full-precision checkpoint, each when its weight is read."""
+    """Round the linear layers and experts of a full-precision checkpoint, each when its weight is read."""
 
     reads_codes = False
 
@@ -116,13 +139,27 @@ class RoundingPlan(Plan):
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         """Choose the layers; FormatError if a shape does not fit, before anything is read.
 
-        They are those that a mapping names, or every linear layer inside the blocks.
+        They are those that a mapping names, or every linear layer and every expert inside the blocks.
         """
         names = [name for name in select(model, "all-linear") if name not in self.kept]
         if not isinstance(self.scheme, Scheme):
             names = [name for name in names if name in self.scheme]
         plan_linears(model, self.scheme, names)
-        self.weights = {f"{name}.weight" for name in names}
+        found = expert_weights(model)
+        schemes = {name: own for name in found if (own := self._scheme_of_experts(found[name])) is not None}
+        plan_experts(found, schemes)
+        self.experts = {name: found[name] for name in schemes}
+        self.weights = {*(f"{name}.weight" for name in names), *self.experts}
+
+    def _scheme_of_experts(self, weights: ExpertWeights) -> Scheme | None:
+        """The scheme of a parameter's experts; None where they stay as they are."""
+        if isinstance(self.scheme, Scheme):
+            return None if self.kept.intersection([weights.name, *weights.names]) else self.scheme
+        own = {self.scheme.get(name) for name in weights.names}
+        if len(own) > 1:
+            shown = ", ".join(sorted("none" if scheme is None else scheme.name for scheme in own))
+            raise FormatError(f"{weights.name}: all of its experts need one format, or none any; got {shown}")
+        return own.pop()
 
     def operation(self) -> _Round:
         """The operation that transformers applies to each weight of `self.weights`."""
@@ -157,6 +194,7 @@ class ReadingPlan(Plan):
         super().__init__(device)
         self.container = container
         self._parts: dict[str, list[str]] = {}
+        self._pieces: dict[str, dict[str, ExpertPiece]] = {}
         self._prefix = ""
 
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
@@ -168,23 +206,28 @@ class ReadingPlan(Plan):
             ModelError: the files hold a quantized weight for something that is no linear layer of this model.
         """
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
+        pieces = expert_pieces(model, renamings)
         keys = [apply_renamings(key, renamings) for file in checkpoint_files for key in read_header(file).entries]
         self._prefix = f"{model.base_model_prefix}."
         modules = dict(model.named_modules())
         strangers = []
         for found, parts in self.container.group(keys).items():
-            name = found if found in modules else f"{self._prefix}{found}"
+            name = found if found in modules or found in pieces else f"{self._prefix}{found}"
             if name in modules and is_linear(modules[name]):
                 self._parts[name] = parts
+            elif name in pieces:
+                piece = pieces[name]
+                self.experts[piece.weights.name] = piece.weights
+                self._pieces.setdefault(piece.weights.name, {})[name] = dataclasses.replace(piece, parts=tuple(parts))
             else:
                 strangers.append(found)
         if strangers:
             raise ModelError(
                 f"quantized weights for {len(strangers)} name(s) that are no linear layer of {type(model).__name__}: "
                 f"{', '.join(strangers[:5])}{', ...' if len(strangers) > 5 else ''}; "
-                "experts in one tensor are not opened quantized"
+                "of experts, those are opened that the model's own checkpoints number one by one"
             )
-        self.weights = {f"{name}.weight" for name in self._parts}
+        self.weights = {*(f"{name}.weight" for name in self._parts), *self.experts}
 
     def converters(self) -> list[WeightConverter]:
         """One converter per layer: all its tensors arrive together, under the name of its dense weight."""
@@ -193,7 +236,21 @@ class ReadingPlan(Plan):
             short = name.removeprefix(self._prefix)  # a checkpoint of the bare decoder has no prefix
             patterns = {rf"(?<!\w){re.escape(f'{short}.{suffix}')}$": suffix for suffix in parts}
             result.append(WeightConverter(list(patterns), [f"{short}.weight"], [_Read(self, name, patterns)]))
-        return result
+        return [*result, *self._expert_converters()]
+
+    def _expert_converters(self) -> list[WeightConverter]:
+        """One converter for each kind of parameter: what all its experts are made of arrives together, in order."""
+        kinds: dict[str, dict[str, None]] = {}
+        for name, pieces in self._pieces.items():
+            target = ".".join(name.split(".")[-2:])  # `experts.gate_up_proj`, the same in every block
+            patterns = kinds.setdefault(target, {})
+            for piece in pieces.values():
+                patterns.update(dict.fromkeys(map(piece.pattern_of, piece.parts)))
+        return [WeightConverter(list(patterns), [target], [_ReadExperts(self)]) for target, patterns in kinds.items()]
+
+    def decode_experts(self, name: str, arrived: Mapping[str, list[Tensor]]) -> list[QuantizedTensor]:
+        """The experts of the parameter `name` from all tensors that belong to it."""
+        return decode_experts(self.experts[name], self._pieces[name], arrived, self.container, self.device)
 
 
 class _PlannedOperation(ConversionOps):
@@ -228,6 +285,11 @@ class _Round(_PlannedOperation):
             name = key.removesuffix(".weight")
             tensor = value[0] if isinstance(value, list) else value
             del value
+            if key in self.plan.experts:
+                self.plan.keep_experts(model, key, lambda weights, tensor=tensor: self._round_experts(weights, tensor))
+                if missing_keys is not None:
+                    missing_keys.discard(key)
+                continue
             self.plan.keep(model, name, lambda module, name=name, tensor=tensor: self._round(module, name, tensor))
             if missing_keys is not None:
                 missing_keys.discard(key)
@@ -240,6 +302,16 @@ class _Round(_PlannedOperation):
         if isinstance(module, Conv1D):
             tensor = tensor.t()  # [in, out] -> [out, in]
         return self.plan.rounding(name, tensor.to(self.plan.device).contiguous())
+
+    def _round_experts(self, weights: ExpertWeights, tensor: Tensor) -> list[QuantizedTensor]:
+        rows, columns = reversed(weights.shape) if weights.transposed else weights.shape
+        if tuple(tensor.shape) != (weights.count, rows, columns):
+            needed = (weights.count, rows, columns)
+            raise ModelError(f"{weights.name}: the file holds {tuple(tensor.shape)}, the configuration needs {needed}")
+        return [
+            self.plan.rounding(name, weights.dense(tensor, expert).to(self.plan.device).contiguous())
+            for expert, name in enumerate(weights.names)
+        ]
 
 
 class _Drop(_PlannedOperation):
@@ -293,6 +365,30 @@ class _Read(_PlannedOperation):
         self.plan.keep(model, self.name, lambda _: self.plan.container.decode(self.name, tensors))
         if missing_keys is not None:
             missing_keys.discard(f"{self.name}.weight")
+        return {}
+
+
+class _ReadExperts(_PlannedOperation):
+    """{pattern: [tensor of each expert]} of one parameter -> {}; the plan keeps the quantized experts."""
+
+    def __init__(self, plan: ReadingPlan) -> None:
+        self.plan = plan
+
+    @torch.no_grad()
+    def convert(  # type: ignore[override]
+        self,
+        input_dict: dict[str, Any],
+        *,
+        model: nn.Module,
+        full_layer_name: str,
+        missing_keys: set[str] | None = None,
+        **_: object,
+    ) -> dict[str, Any]:
+        """Put every expert together from the layers that the files hold."""
+        arrived = {pattern: list(input_dict.pop(pattern)) for pattern in list(input_dict)}
+        self.plan.keep_experts(model, full_layer_name, lambda w: self.plan.decode_experts(w.name, arrived))
+        if missing_keys is not None:
+            missing_keys.discard(full_layer_name)
         return {}
 
 

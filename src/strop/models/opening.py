@@ -1,7 +1,7 @@
 """`load`: opens a causal language model, its tokenizer and its adapter through transformers' own loader.
 
     full precision            folder with config.json and safetensors       -> dense layers
-    the same, with `format`   rounded while it is read, one weight at a time -> `QuantLinear`
+    the same, with `format`   rounded while it is read, one weight at a time -> `QuantLinear`, `QuantExperts`
     compressed-tensors,       codes taken over bit for bit                   -> `QuantLinear`
     bitsandbytes 4-bit
     adapter (PEFT's layout)   its base by any of the above, then the adapter -> `LoraLinear` over it, fp32
@@ -29,12 +29,15 @@ from transformers.utils import logging as transformers_logging
 from strop.errors import ConfigError, FormatError, ModelError, StropError, nearest
 from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_config
 from strop.files.shards import tensor_files
+from strop.layers.quant_experts import QuantExperts
 from strop.layers.quantized import QUANTIZED
 from strop.models.containers import container_for
 from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
+
+_QUANTIZED = (*QUANTIZED, QuantExperts)
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -67,7 +70,7 @@ class OpenedModel:
     @property
     def format(self) -> str:
         """What the linear layers are held in: a scheme, several ("mixed: ..."), or the dtype."""
-        names = sorted({module.scheme.name for module in self.model.modules() if isinstance(module, QUANTIZED)})
+        names = sorted({module.scheme.name for module in self.model.modules() if isinstance(module, _QUANTIZED)})
         if not names:
             return str(self.model.dtype).removeprefix("torch.")
         return names[0] if len(names) == 1 else f"mixed: {', '.join(names)}"
@@ -100,9 +103,9 @@ def load(
 
     Args:
         path_or_id: a folder (model, adapter or run), or a hub id.
-        format: round the linear layers to this while loading (`int4-g32`, `nf4-dq`, ...). Over an adapter it says how
-        its
-            base is rounded, instead of how it was in training. A scheme for each layer, by full name, rounds those
+        format: round the linear layers and experts to this while loading (`int4-g32`, `nf4-dq`, ...). Over an adapter
+            it says how its base is rounded, instead of how it was in training. A scheme for each layer, by full name
+            (an expert's is that of its parameter and its number, `...experts.down_proj.3`), rounds those
             layers and no others.
         dtype: of the weights that stay dense, and of the activations; `"auto"` is the checkpoint's own. A weight that
         is to
@@ -283,7 +286,7 @@ def _nearest(name: str, weight: torch.Tensor, scheme: Scheme | Mapping[str, Sche
 
 def _true_scheme(model: nn.Module) -> Scheme | None:
     """The scheme of the quantized layers: their tensors know the scales' dtype, a configuration may not say it."""
-    schemes = {module.scheme for module in model.modules() if isinstance(module, QUANTIZED)}
+    schemes = {module.scheme for module in model.modules() if isinstance(module, _QUANTIZED)}
     return schemes.pop() if len(schemes) == 1 else None
 
 

@@ -33,11 +33,12 @@ from typing import Any, Literal, get_args
 
 from strop.errors import FormatError
 from strop.numerics.dynamic8 import BYTES_EACH
+from strop.numerics.formats import CodebookFormat
 from strop.numerics.groups import plan_shape
-from strop.numerics.scheme import Scheme, parse_scheme
+from strop.numerics.scheme import Mode, Scheme, parse_scheme
 from strop.planner.activations import Attention, Precision, blocks
 from strop.planner.hardware import Dtype
-from strop.planner.parameters import LinearShape, ModelShape, block_of, lora_parameters
+from strop.planner.parameters import ExpertShape, LinearShape, ModelShape, block_of, lora_parameters
 from strop.planner.process import SESSION_BYTES, pooled_bytes, products_bytes
 from strop.training.losses import CHUNK_LOGITS
 from strop.training.optimizers import OptimizerName
@@ -179,7 +180,7 @@ def plan_memory(
     else:
         frozen = element * shape.parameters
         if method == "qlora":
-            saved, kept_wide = _saved_by_format(shape, parse_scheme(step.format), element)
+            saved, kept_wide = _saved_by_format(shape, parse_scheme(step.format), element, shape.experts)
             frozen -= saved
         weights, gradients, optimizer = frozen + 4 * trained, 4 * trained, 8 * trained
     if step.optimizer == "adamw-8bit" and method != "full-bf16":
@@ -188,7 +189,8 @@ def plan_memory(
     logits = shape.vocabulary * step.tokens
     at_once = logits if shape.whole_logits else min(logits, CHUNK_LOGITS)
     on_cpu, widest = step.device == "cpu", max((block.widest_features for block in blocks(shape).values()), default=0)
-    largest = max((linear.weights for linear in shape.linears), default=0)
+    single = [expert.weights // expert.shape[0] for expert in shape.experts]  # one expert is dense at a time
+    largest = max([*(linear.weights for linear in shape.linears), *single], default=0)
     return MemoryPlan(
         method=method,
         step=step,
@@ -223,25 +225,32 @@ def plan_memory(
 
 
 def format_bytes(shape: ModelShape, scheme: Scheme, element_bytes: int = 2) -> tuple[int, tuple[str, ...]]:
-    """Return a quantized model's bytes, and the linear layers whose shape the format does not fit.
+    """Return the bytes of a quantized model's file, and the layers whose shape the format does not fit.
 
-    Those, the embeddings, the head, norms, biases and experts stay in `element_bytes` a parameter.
+    Those, the embeddings, the head, norms and biases stay in `element_bytes` a parameter, and so do experts where files
+    of the format hold none (codebooks, asymmetric grids).
     """
-    saved, kept_wide = _saved_by_format(shape, scheme, element_bytes)
+    held = not isinstance(scheme.format, CodebookFormat) and scheme.mode is not Mode.ASYMMETRIC
+    saved, kept_wide = _saved_by_format(shape, scheme, element_bytes, shape.experts if held else ())
     return element_bytes * shape.parameters - saved, kept_wide
 
 
-def _saved_by_format(shape: ModelShape, scheme: Scheme, element_bytes: int) -> tuple[int, tuple[str, ...]]:
-    """Return the bytes that a format saves on the linear layers, and the names of those that it does not fit."""
+def _saved_by_format(
+    shape: ModelShape, scheme: Scheme, element_bytes: int, experts: Sequence[ExpertShape]
+) -> tuple[int, tuple[str, ...]]:
+    """Return the bytes that a format saves on the linear layers and these experts, and the names that it does not
+    fit.
+    """
     saved_bits, kept_wide = 0.0, []
-    for linear in shape.linears:
-        size = (linear.out_features, linear.in_features)
+    sizes = [(linear.name, (linear.out_features, linear.in_features), linear.weights) for linear in shape.linears]
+    sizes += [(expert.name, expert.linear, expert.weights) for expert in experts if expert.linear is not None]
+    for name, size, weights in sizes:
         try:
             plan_shape(size, scheme)
         except FormatError:
-            kept_wide.append(linear.name)
+            kept_wide.append(name)
             continue
-        saved_bits += (8 * element_bytes - scheme.bits_per_weight(size)) * linear.weights
+        saved_bits += (8 * element_bytes - scheme.bits_per_weight(size)) * weights
     return round(saved_bits / 8), tuple(kept_wide)
 
 

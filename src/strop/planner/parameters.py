@@ -128,10 +128,15 @@ class LinearShape:
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """The weights of all experts of one layer, held as one tensor [experts, ., .]."""
+    """The weights of all experts of one layer, held as one tensor [experts, ., .].
+
+    `linear` is the shape (out, in) of one expert where formats reach it; None where the model computes experts its own
+    way, and they stay as they are.
+    """
 
     name: str
     shape: tuple[int, int, int]
+    linear: tuple[int, int] | None = None
 
     @property
     def weights(self) -> int:
@@ -144,8 +149,8 @@ class ModelShape:
     """What planning needs to know of a model.
 
     `linears` are the linear layers inside the blocks, as `strop.layers.surgery.linear_modules` finds them; embeddings
-    and output head are not among them. `experts` are a mixture's fused expert weights, which adapters and
-    quantization leave alone; `active_experts` of them work on each token. `norms` stand in all blocks together, on
+    and output head are not among them. `experts` are a mixture's fused expert weights, which adapters leave alone;
+    `active_experts` of them work on each token. `norms` stand in all blocks together, on
     the full hidden size; `query_features` is heads * head size, `key_value_features` the same of the key-value heads.
     `whole_logits` says that the logits are scaled behind the head in a way that the loss does not find, so that it
     cannot compute them piece by piece. All counts are of parameters; a tied head is counted once.
@@ -310,6 +315,7 @@ def _first_line(error: BaseException) -> str:
 
 def _shape_of(model: nn.Module, name: str) -> ModelShape:
     from strop.layers.base import linear_shape
+    from strop.layers.quant_experts import expert_weights
     from strop.layers.surgery import experts, linear_modules
 
     linears = []
@@ -317,7 +323,8 @@ def _shape_of(model: nn.Module, name: str) -> ModelShape:
         out_features, in_features = linear_shape(module)
         linears.append(LinearShape(path, in_features, out_features))
     weights = dict(model.named_parameters())
-    fused = tuple(ExpertShape(path, _three(weights[path].shape)) for path in experts(model))
+    reached = {path: found.shape for path, found in expert_weights(model).items()}
+    fused = tuple(ExpertShape(path, _three(weights[path].shape), reached.get(path)) for path in experts(model))
     text = model.config.get_text_config()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     embedding = model.get_input_embeddings().weight  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]
     head = model.get_output_embeddings()  # pyright: ignore[reportAttributeAccessIssue, reportCallIssue]

@@ -196,6 +196,9 @@ def calibrate_model(
         )
         held = stream.batches[stream.calibrating :]
         held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
+        count = sum(int(batch.lengths.sum()) for batch in stream.batches[: stream.calibrating])
+    for name, tokens in [item for report in reports for item in report.tokens.items()]:
+        receipts[name] = replace(receipts[name], calibration_tokens=tokens, calibration_share=tokens / count)
     return Calibrated(results, reports, receipts, bench.rows, held_out)
 
 

@@ -43,6 +43,7 @@ from strop.files.peft_adapter import AdapterConfig, base_digest
 from strop.files.saving import check_expressible, skeleton, write_model
 from strop.layers.base import dense_weight, linear_bias, linear_shape
 from strop.layers.lora_linear import LoraLinear
+from strop.layers.quant_experts import quant_experts, restore_experts
 from strop.layers.quantized import QUANTIZED, QuantizedLinear, quantized_linear
 from strop.layers.surgery import detach_lora, linear_modules, lora_modules, plan_linears, replace
 from strop.models import OpenedModel, load
@@ -378,6 +379,9 @@ def _store(model: PreTrainedModel, plain: nn.Module, scheme: Scheme | None) -> s
     stored.
     """
     dtype = _embedding(model).dtype
+    for name, held in quant_experts(model).items():
+        if held.scheme != scheme:
+            restore_experts(model, name, dtype)
     for name, module in linear_modules(model).items():
         if scheme is not None:
             if not (isinstance(module, QUANTIZED) and module.scheme == scheme):

@@ -229,10 +229,11 @@ class ModelPlan:
             f"embedding: {shape.embedding_parameters:,}; head: {head}",
         ]
         if shape.experts:
+            reached = all(expert.linear is not None for expert in shape.experts)
             lines.append(
                 f"  experts: {shape.expert_weights:,} ({shape.expert_weights / shape.parameters:.0%} of all), "
                 f"{shape.active_experts} of {shape.experts[0].shape[0]} at work on a token; "
-                "neither adapted nor quantized"
+                f"not adapted, {'quantized like linear layers' if reached else 'nor quantized'}"
             )
         sizes = ", ".join(f"{name} {size_text(size)}" for name, size in self.file_bytes.items())
         return [*lines, f"  weights on disk: {sizes}"]

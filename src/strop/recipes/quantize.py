@@ -1,5 +1,7 @@
 """`quantize`: post-training quantization of a model's linear layers, saved with a receipt of what each one lost.
 
+An expert of a mixture is a linear layer like any other, `<parameter>.<number>`; see `strop.layers.quant_experts`.
+
     no rows are needed or given   each weight is rounded when transformers' loader reads it
     rows (`data`)                 blocks come one at a time (`strop.calibrate`): a method over its inputs, the result in
                                   place before the next block runs; rows held out flow along and judge both models
@@ -14,6 +16,7 @@ refused before any work, all of it at once, or kept in its own dtype and listed 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +29,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from strop.calibrate.quantizing import BlockWork, layer_by_layer
-from strop.errors import FormatError, GateError, UsageError, nearest
+from strop.errors import FormatError, UsageError, nearest
 from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
-from strop.files.saving import inexpressible, write_model
+from strop.files.saving import inexpressible, inexpressible_experts, write_model
 from strop.layers.base import dense_weight, linear_shape
-from strop.layers.surgery import coverage, experts, linear_modules
+from strop.layers.quant_experts import ExpertWeights, expert_weights
+from strop.layers.surgery import blocks, experts, linear_modules
 from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
@@ -46,6 +50,7 @@ from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
 from strop.recipes.budget import FORMATS, choose_formats, parse_budget
 from strop.recipes.calibrated import Calibrated, calibrate_model, open_bench
+from strop.recipes.gate import Gate, more_bits
 from strop.recipes.rows import Rows
 
 
@@ -68,8 +73,9 @@ class QuantizeResult:
         receipt = self.receipt
         worst = max(receipt["tensors"], key=lambda tensor: tensor["relative_error"])
         lines = [
-            f"{receipt['layers'] - len(receipt['fallbacks'])} of {receipt['layers']} linear layers as "
-            f"{receipt['requested']}: {receipt['bits_per_weight']:.3f} bits per weight over all of them",
+            f"{receipt['layers'] - len(receipt['fallbacks'])} of {receipt['layers']} linear layers"
+            f"{_with_experts(receipt)} as {receipt['requested']}: "
+            f"{receipt['bits_per_weight']:.3f} bits per weight over all of them",
             f"largest relative squared error {worst['relative_error']:.2e}, in {worst['name']}",
         ]
         if receipt["fallbacks"]:
@@ -168,19 +174,27 @@ def quantize(
     check_together([*known.values(), scheme] if repair else list(known.values()))
     misfits = {} if asked is not None else _misfits(plain, scheme)
     if misfits and not keep_indivisible:
-        raise FormatError(_refusal(source, scheme, misfits))
-    names = [name for name in linear_modules(plain) if name not in misfits]
+        raise FormatError(_refusal(source, scheme, misfits, expert_weights(plain)))
+    found = {} if asked is not None else expert_weights(plain)
+    if repair and found:
+        raise UsageError(
+            "repair gives layers formats of their own, and transformers opens one format beside quantized experts; "
+            "leave --repair out, and choose a format with more bits if the gate does not pass"
+        )
+    shapes = _layers(plain, found)
+    names = [name for name in shapes if name not in misfits]
     if not names:
         raise FormatError(f"{source}: no linear layer fits {scheme}; nothing would be quantized. {_first(misfits)}")
     settings: dict[str, Any] = {"method": method, "observer": observer if method == "rtn" else None}
     if observing is not None:
         settings["activation_observer"] = activation_observer
     receipt = Receipt(str(model), budget or scheme.name, settings)
-    receipt.left_alone = experts(plain)
+    receipt.left_alone = [name for name in experts(plain) if name not in found]
+    receipt.experts = sum(weights.count for weights in found.values())
     if receipt.left_alone:
         reporter.note(
             f"{len(receipt.left_alone)} tensors of experts stay in their dtype; the layers that are rounded hold "
-            f"{coverage(plain, names):.0%} of the weights"
+            f"{sum(math.prod(shapes[name]) for name in names) / _weights(plain):.0%} of the weights"
         )
     schemes = dict.fromkeys(names, scheme)
     calibrated, allocation = None, None
@@ -220,7 +234,7 @@ def quantize(
             schemes = dict(allocation.schemes)
         calibrated = calibrate(schemes)
         while repair and gate.problems(calibrated.held_out):
-            schemes = _more_bits(calibrated, schemes, list(known.values()), fits, reporter)
+            schemes = more_bits(calibrated, schemes, list(known.values()), fits, reporter)
             calibrated = calibrate(schemes)
         _record(calibrated, receipt, reporter)
         gate.check(receipt)
@@ -234,8 +248,8 @@ def quantize(
             reporter.finish()
         for name, parameter in ({} if calibrated is None else calibrated.others()).items():
             opened.model.get_parameter(name).data.copy_(parameter)
-        for name, module in linear_modules(opened.model).items():  # in the model's order, not the files'
-            receipt.tensors.append(made.get(name) or _kept(name, module, scheme, misfits[name]))
+        for name in shapes:  # in the model's order, not the files'
+            receipt.tensors.append(made.get(name) or _kept(opened.model, name, shapes[name], scheme, misfits[name]))
         write_model(opened.model, opened.tokenizer, temporary)
         receipt.write(temporary)
         if allocation is not None:
@@ -243,90 +257,6 @@ def quantize(
     if calibrated is not None:
         calibrated.results.remove()
     return QuantizeResult(Path(output), receipt.to_dict(), [] if allocation is None else allocation.lines())
-
-
-@dataclass(frozen=True)
-class Gate:
-    """How far the result may be from its source on held-out rows.
-
-    Attributes:
-        max_kl: Most nats per token; None: any.
-        min_agreement: Least share of tokens on which both choose the same; None: any.
-    """
-
-    max_kl: float | None
-    min_agreement: float | None
-
-    @property
-    def asked(self) -> bool:
-        """Whether there is a gate."""
-        return self.max_kl is not None or self.min_agreement is not None
-
-    def problems(self, held_out: Mapping[str, Any]) -> list[str]:
-        """What lies past the gate.
-
-        Raises:
-            UsageError: there are no held-out figures.
-        """
-        if not self.asked:
-            return []
-        if not held_out:
-            raise UsageError("a gate needs rows to judge by, and all of them calibrate; give more rows")
-        problems: list[str] = []
-        if self.max_kl is not None and held_out["kl"] > self.max_kl:
-            problems.append(f"KL {held_out['kl']:.4g} nats per token, at most {self.max_kl:g} is allowed")
-        if self.min_agreement is not None and held_out["top1_agreement"] < self.min_agreement:
-            problems.append(
-                f"top-1 agreement {held_out['top1_agreement']:.4f}, at least {self.min_agreement:g} is needed"
-            )
-        return problems
-
-    def check(self, receipt: Receipt) -> None:
-        """Refuse a result that lies past the gate, and name the blocks to blame.
-
-        Raises:
-            GateError: it does.
-        """
-        problems = self.problems(receipt.held_out)
-        if problems:
-            worst = sorted(receipt.blocks, key=lambda block: -(block["held_out_error"] or 0.0))[:3]
-            names = ", ".join(f"{block['name']} ({block['held_out_error']:.2e} of its output)" for block in worst)
-            raise GateError(
-                f"past the gate on {receipt.held_out['rows']} held-out rows: {'; '.join(problems)}. Furthest from full "
-                f"precision: {names}. Nothing was written; use more bits, smaller groups, another method or more rows, "
-                "or let --repair give bits to the layers to blame"
-            )
-
-
-def _more_bits(
-    calibrated: Calibrated,
-    schemes: Mapping[str, Scheme],
-    known: Sequence[Scheme],
-    fits: Callable[[str, Scheme], bool],
-    reporter: Reporter,
-) -> dict[str, Scheme]:
-    """The next format with more bits for the quarter of the layers with the largest error.
-
-    Raises:
-        GateError: all of them have the most bits that there are.
-    """
-    larger: dict[str, Scheme] = {}
-    for layer, own in schemes.items():
-        above = sorted((s for s in known if s.bits > own.bits and fits(layer, s)), key=lambda s: s.bits)
-        if above:
-            larger[layer] = above[0]
-    if not larger:
-        raise GateError(
-            "repair: every layer has the most bits that --formats allows, and the gate does not pass "
-            f"(KL {calibrated.held_out['kl']:.4g}); nothing was written"
-        )
-    worst = sorted(larger, key=lambda layer: -calibrated.receipts[layer].relative_error)
-    chosen = worst[: max(1, len(schemes) // 4)]
-    reporter.note(
-        f"repair: KL {calibrated.held_out['kl']:.4g}, agreement {calibrated.held_out['top1_agreement']:.4f}; more bits "
-        f"for {len(chosen)} layers, {chosen[0]} first"
-    )
-    return {**schemes, **{layer: larger[layer] for layer in chosen}}
 
 
 def needs_rows(method: str) -> bool:
@@ -450,7 +380,17 @@ def _skeleton(source: Path, scheme: Scheme) -> nn.Module:
 def _misfits(plain: nn.Module, scheme: Scheme) -> dict[str, str]:
     """Layer name to why the format cannot hold it; decided by shapes and kinds of layers, before a weight is read."""
     found = {name: _misfit(plain, name, scheme) for name in linear_modules(plain)}
+    for weights in expert_weights(plain).values():
+        found.update(dict.fromkeys(weights.names, _misfit_of_experts(plain, weights, scheme)))
     return {name: reason for name, reason in found.items() if reason is not None}
+
+
+def _misfit_of_experts(plain: nn.Module, weights: ExpertWeights, scheme: Scheme) -> str | None:
+    try:
+        plan_shape(weights.shape, scheme, where=weights.name)
+    except FormatError as error:
+        return str(error).removeprefix(f"{weights.name}: ")
+    return inexpressible_experts(scheme, weights, plain)
 
 
 def _misfit(plain: nn.Module, name: str, scheme: Scheme) -> str | None:
@@ -463,10 +403,12 @@ def _misfit(plain: nn.Module, name: str, scheme: Scheme) -> str | None:
     return inexpressible(scheme, name, shape, plain)
 
 
-def _refusal(source: Path, scheme: Scheme, misfits: Mapping[str, str]) -> str:
-    shown = [f"{name}: {reason}" for name, reason in list(misfits.items())[:20]]
-    if len(misfits) > 20:
-        shown.append(f"... and {len(misfits) - 20} more")
+def _refusal(source: Path, scheme: Scheme, misfits: Mapping[str, str], experts: Mapping[str, ExpertWeights]) -> str:
+    together = {own: weights.name for weights in experts.values() for own in weights.names}
+    lines = list(dict.fromkeys(f"{together.get(name, name)}: {reason}" for name, reason in misfits.items()))
+    shown = lines[:20]
+    if len(lines) > 20:
+        shown.append(f"... and {len(lines) - 20} more")
     return (
         f"{source}: {len(misfits)} layer(s) do not fit {scheme}; choose a format that they fit, or leave them as they "
         "are "
@@ -478,8 +420,32 @@ def _first(misfits: Mapping[str, str]) -> str:
     return next((f"{name}: {reason}" for name, reason in misfits.items()), "It has none inside its blocks")
 
 
-def _kept(name: str, module: nn.Module, scheme: Scheme, reason: str) -> TensorReceipt:
-    return TensorReceipt.kept(name, dense_weight(module), linear_shape(module), scheme.name, reason)
+def _kept(model: nn.Module, name: str, shape: tuple[int, int], scheme: Scheme, reason: str) -> TensorReceipt:
+    parent, _, number = name.rpartition(".")
+    parameter = dict(model.get_submodule(parent.rpartition(".")[0]).named_parameters()).get(parent.rpartition(".")[2])
+    if parameter is None:  # a layer, not an expert within a parameter
+        return TensorReceipt.kept(name, dense_weight(model.get_submodule(name)), shape, scheme.name, reason)
+    return TensorReceipt.kept(name, parameter[int(number)], shape, scheme.name, reason)
+
+
+def _layers(plain: nn.Module, experts: Mapping[str, ExpertWeights]) -> dict[str, tuple[int, int]]:
+    """Shape (out, in) of each linear layer and each of these experts by name, block by block."""
+    linears = {name: linear_shape(module) for name, module in linear_modules(plain).items()}
+    found: dict[str, tuple[int, int]] = {}
+    for block in blocks(plain):
+        found.update({layer: shape for layer, shape in linears.items() if layer.startswith(f"{block}.")})
+        for weights in experts.values():
+            if weights.name.startswith(f"{block}."):
+                found.update(dict.fromkeys(weights.names, weights.shape))
+    return found or linears
+
+
+def _weights(plain: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in plain.parameters())
+
+
+def _with_experts(receipt: Mapping[str, Any]) -> str:
+    return f" ({receipt['experts']} of them experts)" if receipt["experts"] else ""
 
 
 def _between(interval: list[float | None]) -> str:

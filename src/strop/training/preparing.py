@@ -23,6 +23,7 @@ from strop.errors import ConfigError, UsageError
 from strop.files.peft_adapter import AdapterConfig, BaseRecord, base_digest, load_adapter, read_adapter_config
 from strop.files.saving import check_expressible
 from strop.layers.base import linear_shape
+from strop.layers.quant_experts import quant_experts
 from strop.layers.quantized import QUANTIZED
 from strop.layers.surgery import attach_fake_quant, attach_lora, coverage, experts, lora_modules, select
 from strop.models import load
@@ -176,7 +177,7 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
     if names:
         what = f"trained through {scheme}" if isinstance(method, Qat) else "adapted"
         reporter.note(f"{len(names)} linear layers, {coverage(model, names):.1%} of the weights, are {what}")
-        left = experts(model)
+        left = [*experts(model), *quant_experts(model)]
         if left:
             reporter.note(f"{len(left)} tensors of experts are no linear layers and stay as they are ({left[0]}, ...)")
     return trained
@@ -237,8 +238,9 @@ def _targets(method: Lora | QLora | Qat) -> str | tuple[str, ...]:
 def _count_parameters(model: PreTrainedModel) -> int:
     """Parameters as they are counted before any packing."""
     quantized = [module for module in model.modules() if isinstance(module, QUANTIZED)]
-    packed = {id(value) for module in quantized for value in module.parameters()}
+    experts = quant_experts(model).values()
+    packed = {id(value) for module in [*quantized, *experts] for value in module.parameters()}
     count = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
     for module in quantized:
         count += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
-    return count
+    return count + sum(module.count * module.in_features * module.out_features for module in experts)

@@ -10,6 +10,7 @@ import torch
 from strop.config import Minutes
 from strop.data.packing import check_isolation
 from strop.errors import TrainingError
+from strop.layers.quant_experts import quant_experts
 from strop.layers.surgery import experts
 from strop.memory import resident_bytes
 from strop.planner.hardware import this_machine
@@ -54,10 +55,13 @@ def check_packing(session: Session, seen: Seen) -> list[Finding]:
 def check_coverage(session: Session) -> Finding:
     """How much of the model is trained; experts that no adapter or grid reaches are named."""
     trained = session.trained
-    left = experts(session.model) if trained.layers else []
     names = dict(session.model.named_parameters())
-    frozen = [name for name in left if session.config.method.name != "qat" and not names[name].requires_grad]
-    weights = sum(names[name].numel() for name in left)
+    left = {name: names[name].numel() for name in experts(session.model)} if trained.layers else {}
+    for name, held in quant_experts(session.model).items():
+        left[name] = held.count * held.out_features * held.in_features
+    frozen = [name for name in left if name not in names or not names[name].requires_grad]
+    frozen = frozen if session.config.method.name != "qat" else []
+    weights = sum(left.values())
     figures = {
         "trained": trained.parameters,
         "total": trained.total_parameters,
