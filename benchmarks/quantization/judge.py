@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from strop.evaluation.scratch import Scratch
 from texts import read_windows
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +28,7 @@ from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import score
 from strop.evaluation.statistics import bootstrap_mean
+from strop.scratch import Scratch
 
 
 def samples_of(windows: np.ndarray) -> list[Sample]:

@@ -47,15 +47,15 @@ BLOCK_METHODS: Mapping[str, BlockMethod] = MappingProxyType(
         "smooth": smoothquant,
         "smooth-search": partial(smoothquant, alpha=None),
         "autoround": autoround,
-        "autoround-light": partial(autoround, iterations=50, rate=5e-3),
+        "autoround-light": partial(autoround, iterations=50, rate=2e-3),
         "autoround-best": partial(autoround, iterations=1000),
         "blockwise": blockwise,
     }
 )
 """Methods of a whole block, by name; they need calibration rows."""
 
-HESSIAN: frozenset[str] = frozenset({"gptq"})
-"""Methods of `METHODS` that need the second moments of the inputs."""
+HESSIAN: frozenset[str] = frozenset({"gptq", "awq", "autoround", "autoround-light", "autoround-best"})
+"""Methods that need the second moments of the inputs."""
 
 __all__ = [
     "BLOCK_METHODS",

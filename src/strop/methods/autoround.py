@@ -1,17 +1,21 @@
-"""AutoRound: each weight's rounding and each group's clipping, by signed gradient descent on a block's output.
+"""AutoRound: each weight's rounding and each group's clipping, by gradient descent on a block's output.
 
 "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs", Cheng and others, 2023 (arXiv
 2309.05516):
 
     W~ = s * clip(round(W / s + V), n, m)        V for each weight
     s = (max(W) * beta - min(W) * alpha) / (2^b - 1)        alpha, beta for each group
-    V, alpha, beta  <-  their value - rate * sign(gradient of the block's mean squared output error)
+    V, alpha, beta  <-  descend the block's mean squared output error, at a rate that falls linearly to 0
 
-with a rate that falls linearly from 1 / iterations to 0: no offset can travel further than about 0.5. Deviations:
+Deviations, each with its gain in `benchmarks/LOG.md` (2026-11-25):
 
 - It starts from what GPTQ makes of the block, layer after layer, not from rounding to nearest: V is 0 where GPTQ takes
-  the nearest value, and elsewhere such that W / s + V lies beyond the threshold as far as W / s lies before it. (The
-  paper keeps V within 0.5 of zero; here nothing but the rate bounds it.)
+  the nearest value, and elsewhere such that W / s + V lies beyond the threshold as far as W / s lies before it. From
+  there only a fifth of the paper's way is left to go: the rate is 0.001 or 0.002, not 1 / iterations.
+- The paper steps by the sign of the gradient; here Adam steps by its running mean over its running magnitude, at most
+  about the rate too. The sign moves weights that the error hardly depends on as far as any, and leaves GPTQ's optimum
+  before it finds a better one. The clipping factors move at a tenth of the rate, and weights are not bound to the two
+  values around them but by how far the rate can take them.
 - min(W) and max(W) are those of the range that GPTQ's scale has, which may be wider or narrower than the group's own,
   so the factors may pass 1 (0.5 to 1.5). Grids without a zero point have one range and one factor.
 - The best is that of ten measurements on batches that train nothing (one in eight; with fewer than four batches, all
@@ -30,16 +34,15 @@ from torch import Tensor
 
 from strop.methods.base import Block, BlockResult
 from strop.methods.reconstruction import gptq_start, held_out, train
-from strop.methods.rounding import round_through, settled, steps_between, stored_scale, whole
+from strop.methods.rounding import beside, round_through, settled, steps_between, stored_scale, whole
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import restore, split, spread
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 200
-LONG = 1000
-"""Iterations from which the rate doubles for formats of at most 3 bits."""
-
+_RATE, _COARSE_RATE = 1e-3, 2e-3  # steps of the grid: above 3 bits, and at 3 bits and fewer
+_FACTOR_SHARE = 0.1
 _FACTORS = (0.5, 1.5)
 
 
@@ -59,8 +62,8 @@ def autoround(
         block: The block over its calibration inputs.
         schemes: A scheme for each layer to quantize.
         iterations: Steps of training, a batch each; 0 gives GPTQ.
-        rate: How far a step moves V and the clipping factors at first, None for 1 / iterations (2 / iterations for
-            layers of at most 3 bits from 1,000 iterations on).
+        rate: How far the first step moves V at the most, in steps of the grid (clipping factors: a tenth of it); None for
+            0.002 at 3 bits and fewer, else 0.001.
         seed: Decides the order of the batches.
         step: Told what is being done.
 
@@ -81,28 +84,19 @@ def autoround(
     }
     if not layers or not iterations:
         return BlockResult(start.weights, notes=notes)
-    rates = {layer: rate if rate is not None else _rate(schemes[layer], iterations) for layer in layers}
-
-    def update(iteration: int) -> None:
-        for layer, part in layers.items():
-            part.descend(rates[layer] * (1 - iteration / iterations))
-
+    groups = [group for part in layers.values() for group in part.groups(rate)]
     weights = train(
         block,
         layers,
         start,
+        groups,
         batches=batches,
         measured=measured,
         iterations=iterations,
-        update=update,
         seed=seed,
         say=lambda text: step(f"{block.name}: AutoRound {text}"),
     )
     return BlockResult(weights, notes=notes)
-
-
-def _rate(scheme: Scheme, iterations: int) -> float:
-    return (2.0 if scheme.bits <= 3 and iterations >= LONG else 1.0) / iterations
 
 
 class Rounding:
@@ -117,7 +111,15 @@ class Rounding:
             self.low = start.zero_point.float() * self.scale  # below zero, as a positive number
         sides = 1 if self.low is None else 2
         self.factors = [torch.ones_like(self.scale).requires_grad_() for _ in range(sides)]
-        self.offset = self._offset_of(start).requires_grad_()
+        moved = beside(weight, start, *self.grid(), where=name) - weight
+        size = spread(self.scale)
+        offset = restore(split(moved, scheme) / torch.where(size == 0, 1.0, size), (weight.shape[0], weight.shape[1]))
+        self.offset = (offset if self.unit is None else offset / self.unit).detach().requires_grad_()
+
+    def groups(self, rate: float | None) -> list[dict[str, object]]:
+        """What the optimizer trains, each kind at its rate."""
+        own = rate or (_COARSE_RATE if self.scheme.bits <= 3 else _RATE)
+        return [{"params": [self.offset], "lr": own}, {"params": self.factors, "lr": own * _FACTOR_SHARE}]
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point for the factors as they are."""
@@ -142,33 +144,10 @@ class Rounding:
         return settled(self.weight, self.scheme, scale, zero_point, self._offset(), where=self.name)
 
     @torch.no_grad()
-    def descend(self, rate: float) -> None:
-        """One step against the sign of the gradients, which are cleared."""
-        for tensor in (self.offset, *self.factors):
-            if tensor.grad is not None:
-                tensor.add_(tensor.grad.sign_(), alpha=-rate)
-                tensor.grad = None
+    def keep_in_bounds(self) -> None:
+        """No factor leaves its range."""
         for factor in self.factors:
             factor.clamp_(*_FACTORS)
-
-    @torch.no_grad()
-    def _offset_of(self, start: QuantizedTensor) -> Tensor:
-        """Offsets under which the weight rounds to what it starts from: 0 where that is the nearest value anyway.
-
-        Elsewhere the place of the weight is mirrored in the threshold between the two values, or, from further away,
-        the value itself.
-        """
-        scale, zero_point = self.grid()
-        nearest = settled(self.weight, self.scheme, scale, zero_point, where=self.name).dequantize()
-        chosen = start.dequantize()
-        size = spread(self.scale)
-        distance = split(chosen - self.weight, self.scheme) / torch.where(size == 0, 1.0, size)
-        distance = restore(distance, (self.weight.shape[0], self.weight.shape[1]))
-        if self.unit is not None:
-            distance /= self.unit
-        beyond = distance.abs()
-        offset = torch.minimum((2 * (beyond - 0.5)).clamp_(min=beyond - 0.49), beyond).copysign(distance)
-        return torch.where(nearest == chosen, 0.0, offset)
 
     def _offset(self) -> Tensor:
         return self.offset if self.unit is None else self.offset * self.unit

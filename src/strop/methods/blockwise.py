@@ -18,15 +18,14 @@ paper's second phase, scales alone end to end, is a training of the whole model 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from strop.methods.base import Block, BlockResult
-from strop.methods.reconstruction import held_out, searched_start, train
-from strop.methods.rounding import round_through, settled, steps_between, stored_scale, whole
+from strop.methods.reconstruction import gptq_start, held_out, train
+from strop.methods.rounding import beside, round_through, settled, steps_between, stored_scale, whole
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import split, spread
 from strop.numerics.qtensor import QuantizedTensor
@@ -36,7 +35,6 @@ ITERATIONS = 400
 _SCALE_RATE = 1e-2  # of the start's scale
 _ZERO_RATE = 2e-2  # steps of the grid
 _WEIGHT_RATE = 2e-2  # of the mean distance between two values of the layer's grid
-_LAST = 0.05  # the rates fall to this share along a cosine
 _FACTORS = (0.05, 20.0)
 
 
@@ -66,38 +64,28 @@ def blockwise(
         DataError: The calibration inputs or the block's output are not finite.
         FormatError: A weight does not fit its scheme, or is not finite.
     """
-    start = searched_start(block, schemes)
+    notes: list[str] = []
+    batches, measured = held_out(block, notes)
+    start = gptq_start(block, schemes, measured)
+    notes += start.notes
     layers = {
         layer: _Weight(layer, block.weights[layer], schemes[layer], start.weights[layer]) for layer in start.reached
     }
     if not layers or not iterations:
-        return BlockResult(start.weights, notes=start.notes)
-    batches, measured = held_out(block, start.notes)
+        return BlockResult(start.weights, notes=notes)
     groups = [group for part in layers.values() for group in part.groups()]
-    optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-
-    def update(iteration: int) -> None:
-        fall = _LAST + (1 - _LAST) * (1 + math.cos(math.pi * iteration / iterations)) / 2
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * fall
-        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
-        optimizer.zero_grad()
-        for part in layers.values():
-            part.keep_in_bounds()
-
     weights = train(
         block,
         layers,
         start,
+        groups,
         batches=batches,
         measured=measured,
         iterations=iterations,
-        update=update,
         seed=seed,
         say=lambda text: step(f"{block.name}: block-wise training {text}"),
     )
-    return BlockResult(weights, notes=start.notes)
+    return BlockResult(weights, notes=notes)
 
 
 class _Weight:
@@ -106,11 +94,11 @@ class _Weight:
     def __init__(self, name: str, weight: Tensor, scheme: Scheme, start: QuantizedTensor) -> None:
         self.name, self.scheme = name, scheme
         self.scale = start.scales() if start.scale is None else start.scale.float()
-        self.weight = weight.detach().clone().requires_grad_()
         self.factor = torch.ones_like(self.scale).requires_grad_()
         self.zero_point: Tensor | None = None
         if start.zero_point is not None:
             self.zero_point = start.zero_point.float().requires_grad_()
+        self.weight = beside(weight.detach(), start, *self.grid(), where=name).detach().requires_grad_()
 
     def groups(self) -> list[dict[str, object]]:
         """What the optimizer trains, each kind at its rate."""

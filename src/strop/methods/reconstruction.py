@@ -27,6 +27,8 @@ from strop.numerics.scheme import Scheme
 MEASUREMENTS = 10
 """How often a training looks at its error, the start left out."""
 
+_BETAS = (0.9, 0.99)
+_EPS = 1e-30  # gradients of a mean over a block's outputs may be as small as they like
 _LEAST_BATCHES = 4  # from here on one in eight is held out
 
 
@@ -39,6 +41,10 @@ class Trainable(Protocol):
 
     def settled(self) -> QuantizedTensor:
         """The quantized tensor that dequantizes to `rounded`, bit for bit."""
+        ...
+
+    def keep_in_bounds(self) -> None:
+        """Bring back what a step took out of its range."""
         ...
 
 
@@ -109,24 +115,24 @@ def train(
     block: Block,
     layers: Mapping[str, Trainable],
     start: Start,
+    groups: Sequence[dict[str, object]],
     *,
     batches: Sequence[int],
     measured: Sequence[int],
     iterations: int,
-    update: Callable[[int], None],
     seed: int,
     say: Callable[[str], None],
 ) -> dict[str, QuantizedTensor]:
-    """Train layers on the block's output, a batch at a time, and keep the best that was measured.
+    """Train layers on the block's output by Adam, a batch at a time, and keep the best that was measured.
 
     Args:
         block: The block.
         layers: What is trained.
         start: Where it starts; its weights stand where nothing is trained.
+        groups: The parameters, each group with the rate at which it begins (`lr`); rates fall linearly to 0.
         batches: Batches to train on, each once in a random order, then again.
         measured: Batches whose error decides.
         iterations: Batches to train on in all.
-        update: Told the iteration (from 0) once gradients are there; moves what is trained and clears the gradients.
         seed: Decides the order.
         say: Told how far it is.
 
@@ -143,6 +149,8 @@ def train(
             "the model's weights"
         )
     fixed = {layer: weight.dequantize() for layer, weight in start.weights.items() if layer not in layers}
+    optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPS)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
     order = _order(batches, torch.Generator().manual_seed(seed))
     first = best
     for iteration in range(iterations):
@@ -150,7 +158,12 @@ def train(
         changed = fixed | {layer: part.rounded() for layer, part in layers.items()}
         loss = (block.run(batch, changed) - block.target(batch)).square().mean()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
-        update(iteration)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * (1 - iteration / iterations)
+        optimizer.step()  # pyright: ignore[reportUnknownMemberType]
+        optimizer.zero_grad()
+        for part in layers.values():
+            part.keep_in_bounds()
         done = iteration + 1
         if done * MEASUREMENTS // iterations > iteration * MEASUREMENTS // iterations:
             found = start.weights | {layer: part.settled() for layer, part in layers.items()}

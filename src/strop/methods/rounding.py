@@ -108,6 +108,34 @@ def steps_between(weight: Tensor, scheme: Scheme, scale: Tensor) -> Tensor | Non
     return restore(levels[above] - levels[above - 1], _sizes(weight))
 
 
+def beside(
+    weight: Tensor, chosen: QuantizedTensor, scale: Tensor, zero_point: Tensor | None = None, *, where: str = "weight"
+) -> Tensor:
+    """The weight, moved no further than it takes for it to round to the values that were chosen for it.
+
+    Where the nearest value was chosen it stays as it is. Elsewhere it is mirrored in the threshold between the two
+    values around it or, from further away than that, becomes the chosen value.
+
+    Args:
+        weight: [out, in], float32.
+        chosen: Its values on the grid of `scale` and `zero_point`.
+        scale: As `round_through`.
+        zero_point: As `round_through`.
+        where: The weight's name, for messages.
+    """
+    scheme, values = chosen.scheme, chosen.dequantize()
+    nearest = settled(weight, scheme, scale, zero_point, where=where).dequantize()
+    unit = restore(split(torch.ones_like(weight), scheme) * spread(scale).abs(), _sizes(weight))
+    steps = steps_between(weight, scheme, scale)
+    if steps is not None:
+        unit *= steps
+    way = values - weight
+    beyond = way.abs()
+    least = beyond - 0.49 * unit
+    moved = weight + torch.minimum(torch.maximum(2 * (beyond - 0.5 * unit), least), beyond).copysign(way)
+    return torch.where(nearest == values, weight, moved)
+
+
 class _Round(torch.autograd.Function):
     """Both ways a piece of the weight at a time; what is kept is the result and where the grid did not clip."""
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from strop.calibrate.quantizing import BlockWork
-from strop.errors import FormatError, GateError, UsageError, nearest
+from strop.errors import FormatError, UsageError, nearest
 from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.mixed import check_together
@@ -43,12 +43,15 @@ from strop.methods.sequential import layer_by_layer
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
 from strop.numerics import OBSERVERS
+from strop.numerics.activation_observers import ActivationObserver, MinMax
+from strop.numerics.activation_observers import activation_observer as activation_observer_of
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
 from strop.recipes.budget import FORMATS, choose_formats, parse_budget
 from strop.recipes.calibrated import Calibrated, calibrate_model, open_bench
+from strop.recipes.gate import Gate, more_bits
 from strop.recipes.rows import Rows
 
 
@@ -102,6 +105,7 @@ def quantize(
     output: str | os.PathLike[str],
     method: str = "rtn",
     observer: str = "minmax",
+    activation_observer: str = "minmax",
     budget: str | None = None,
     formats: Sequence[str] = FORMATS,
     data: Rows | None = None,
@@ -126,6 +130,8 @@ def quantize(
         method: A name of `strop.methods.METHODS` or `BLOCK_METHODS`; those that need rows take built-in paragraphs
             where no `data` are given.
         observer: How rtn finds the range: minmax, percentile or mse.
+        activation_observer: How the range of a layer's inputs is found for a format with one scale for all of them
+            (`int8-a8-static`, which needs data): minmax, average, percentile or entropy.
         budget: "3.5bits", "300MB" or "kl<0.02" instead of a format: see `strop.recipes.budget`.
         formats: What layers may become under a budget, and what a repair may give them.
         data: Rows to calibrate with, of the kind that the model will see, as `tune` takes them.
@@ -144,8 +150,8 @@ def quantize(
 
     Raises:
         UsageError: A method or observer that is unknown, an observer with a method that uses none, neither or both of
-            format and budget, a gate without rows to judge by, something stands at `output`, `model` is an adapter,
-            or `max_memory` or the budget is too little.
+            format and budget, a gate without rows to judge by, static activations without data, something stands at
+            `output`, `model` is an adapter, or `max_memory` or the budget is too little.
         FormatError: A format that is unknown, needs a container that is not written, or does not fit the layers.
         GateError: The result lies past the gate; nothing is written.
         MissingInputError, ModelError, FileFormatError, DataError: As the steps raise them.
@@ -161,6 +167,8 @@ def quantize(
     asked = None if budget is None else parse_budget(budget)
     known = {scheme.name: scheme for scheme in map(_scheme, formats)} if asked is not None or repair else {}
     scheme = next(iter(known.values())) if format is None else _scheme(format)
+    _check_weights_only([*known.values(), scheme] if repair else list(known.values()))
+    observing = _activation_observer(scheme, activation_observer, data)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
     plain = _skeleton(source, scheme)
@@ -178,7 +186,9 @@ def quantize(
     names = [name for name in shapes if name not in misfits]
     if not names:
         raise FormatError(f"{source}: no linear layer fits {scheme}; nothing would be quantized. {_first(misfits)}")
-    settings = {"method": method, "observer": observer if method == "rtn" else None}
+    settings: dict[str, Any] = {"method": method, "observer": observer if method == "rtn" else None}
+    if observing is not None:
+        settings["activation_observer"] = activation_observer
     receipt = Receipt(str(model), budget or scheme.name, settings)
     receipt.left_alone = [name for name in experts(plain) if name not in found]
     receipt.experts = sum(weights.count for weights in found.values())
@@ -201,14 +211,23 @@ def quantize(
             chat_template=chat_template,
             reporter=reporter,
         )
-        work, plan = _block_work(method, observer, seed), {"method": method, "observer": observer, "seed": seed}
+        work = _block_work(method, observer, seed)
+        plan = {"method": method, "observer": observer, "activation_observer": activation_observer, "seed": seed}
         folder = Path(output).parent / f".{Path(output).name}.blocks"
 
         def fits(layer: str, own: Scheme) -> bool:
             return _misfit(plain, layer, own) is None
 
         def calibrate(chosen: Mapping[str, Scheme]) -> Calibrated:
-            return calibrate_model(bench, chosen, work, plan=plan, folder=folder, reporter=reporter)
+            return calibrate_model(
+                bench,
+                chosen,
+                work,
+                plan=plan,
+                folder=folder,
+                activation_observer=observing or MinMax,
+                reporter=reporter,
+            )
 
         if asked is not None:
             trials = folder.with_name(f"{folder.name}.trial")
@@ -216,7 +235,7 @@ def quantize(
             schemes = dict(allocation.schemes)
         calibrated = calibrate(schemes)
         while repair and gate.problems(calibrated.held_out):
-            schemes = _more_bits(calibrated, schemes, list(known.values()), fits, reporter)
+            schemes = more_bits(calibrated, schemes, list(known.values()), fits, reporter)
             calibrated = calibrate(schemes)
         _record(calibrated, receipt, reporter)
         gate.check(receipt)
@@ -239,90 +258,6 @@ def quantize(
     if calibrated is not None:
         calibrated.results.remove()
     return QuantizeResult(Path(output), receipt.to_dict(), [] if allocation is None else allocation.lines())
-
-
-@dataclass(frozen=True)
-class Gate:
-    """How far the result may be from its source on held-out rows.
-
-    Attributes:
-        max_kl: Most nats per token; None: any.
-        min_agreement: Least share of tokens on which both choose the same; None: any.
-    """
-
-    max_kl: float | None
-    min_agreement: float | None
-
-    @property
-    def asked(self) -> bool:
-        """Whether there is a gate."""
-        return self.max_kl is not None or self.min_agreement is not None
-
-    def problems(self, held_out: Mapping[str, Any]) -> list[str]:
-        """What lies past the gate.
-
-        Raises:
-            UsageError: there are no held-out figures.
-        """
-        if not self.asked:
-            return []
-        if not held_out:
-            raise UsageError("a gate needs rows to judge by, and all of them calibrate; give more rows")
-        problems: list[str] = []
-        if self.max_kl is not None and held_out["kl"] > self.max_kl:
-            problems.append(f"KL {held_out['kl']:.4g} nats per token, at most {self.max_kl:g} is allowed")
-        if self.min_agreement is not None and held_out["top1_agreement"] < self.min_agreement:
-            problems.append(
-                f"top-1 agreement {held_out['top1_agreement']:.4f}, at least {self.min_agreement:g} is needed"
-            )
-        return problems
-
-    def check(self, receipt: Receipt) -> None:
-        """Refuse a result that lies past the gate, and name the blocks to blame.
-
-        Raises:
-            GateError: it does.
-        """
-        problems = self.problems(receipt.held_out)
-        if problems:
-            worst = sorted(receipt.blocks, key=lambda block: -(block["held_out_error"] or 0.0))[:3]
-            names = ", ".join(f"{block['name']} ({block['held_out_error']:.2e} of its output)" for block in worst)
-            raise GateError(
-                f"past the gate on {receipt.held_out['rows']} held-out rows: {'; '.join(problems)}. Furthest from full "
-                f"precision: {names}. Nothing was written; use more bits, smaller groups, another method or more rows, "
-                "or let --repair give bits to the layers to blame"
-            )
-
-
-def _more_bits(
-    calibrated: Calibrated,
-    schemes: Mapping[str, Scheme],
-    known: Sequence[Scheme],
-    fits: Callable[[str, Scheme], bool],
-    reporter: Reporter,
-) -> dict[str, Scheme]:
-    """The next format with more bits for the quarter of the layers with the largest error.
-
-    Raises:
-        GateError: all of them have the most bits that there are.
-    """
-    larger: dict[str, Scheme] = {}
-    for layer, own in schemes.items():
-        above = sorted((s for s in known if s.bits > own.bits and fits(layer, s)), key=lambda s: s.bits)
-        if above:
-            larger[layer] = above[0]
-    if not larger:
-        raise GateError(
-            "repair: every layer has the most bits that --formats allows, and the gate does not pass "
-            f"(KL {calibrated.held_out['kl']:.4g}); nothing was written"
-        )
-    worst = sorted(larger, key=lambda layer: -calibrated.receipts[layer].relative_error)
-    chosen = worst[: max(1, len(schemes) // 4)]
-    reporter.note(
-        f"repair: KL {calibrated.held_out['kl']:.4g}, agreement {calibrated.held_out['top1_agreement']:.4f}; more bits "
-        f"for {len(chosen)} layers, {chosen[0]} first"
-    )
-    return {**schemes, **{layer: larger[layer] for layer in chosen}}
 
 
 def needs_rows(method: str) -> bool:
@@ -397,6 +332,35 @@ def _check_method(method: str, observer: str) -> None:
         )
     if observer != "minmax" and method != "rtn":
         raise UsageError(f"observer {observer}: method {method} finds its scales itself; leave the observer out")
+
+
+def _check_weights_only(schemes: Sequence[Scheme]) -> None:
+    """Refuse formats that round activations among those to choose from."""
+    found = [scheme.name for scheme in schemes if scheme.activations is not None]
+    if found:
+        raise FormatError(
+            f"{', '.join(found)}: a budget and a repair choose among formats of weights, and 8-bit activations take no "
+            "bits of the model; name formats such as int4-g32-full and int8-g32 with --formats, or round all layers "
+            "alike (--format int8-a8)"
+        )
+
+
+def _activation_observer(scheme: Scheme, name: str, data: Rows | None) -> Callable[[], ActivationObserver] | None:
+    """What observes the inputs of each layer; None where the format fixes no scale for them."""
+    make = activation_observer_of(name)
+    if scheme.activations is None or not scheme.activations.is_static:
+        if name != "minmax":
+            raise UsageError(
+                f"activation observer {name}: {scheme} fixes no scale for activations; leave it out, or use "
+                "int8-a8-static"
+            )
+        return None
+    if data is None:
+        raise UsageError(
+            f"{scheme}: the scale of the activations is fixed from data; give rows of the kind that the model will see "
+            "(--data FILE), or use int8-a8, which needs none"
+        )
+    return make
 
 
 def _skeleton(source: Path, scheme: Scheme) -> nn.Module:
