@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,13 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from strop.calibrate.quantizing import BlockWork, layer_by_layer
-from strop.errors import FormatError, GateError, UsageError, nearest
+from strop.errors import FormatError, UsageError, nearest
 from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, inexpressible_experts, write_model
+from strop.files.shards import weight_bytes
 from strop.layers.base import dense_weight, linear_shape
 from strop.layers.quant_experts import ExpertWeights, expert_weights
 from strop.layers.surgery import blocks, experts, linear_modules
@@ -45,9 +46,12 @@ from strop.numerics import OBSERVERS
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
+from strop.pages.receipt import RECEIPT_PAGE, write_receipt_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.budget import FORMATS, choose_formats, parse_budget
 from strop.recipes.calibrated import Calibrated, calibrate_model, open_bench
+from strop.recipes.gate import Gate, layers_to_blame, more_bits
+from strop.recipes.recording import record, recorded
 from strop.recipes.rows import Rows
 
 
@@ -94,6 +98,7 @@ class QuantizeResult:
         return [*lines, *self.choice, f"the model: {self.path}"]
 
 
+@recorded
 def quantize(
     model: str | os.PathLike[str],
     format: str | None = None,
@@ -181,13 +186,14 @@ def quantize(
     receipt = Receipt(str(model), budget or scheme.name, settings)
     receipt.left_alone = [name for name in experts(plain) if name not in found]
     receipt.experts = sum(weights.count for weights in found.values())
+    receipt.parameters = _weights(plain)
     if receipt.left_alone:
         reporter.note(
             f"{len(receipt.left_alone)} tensors of experts stay in their dtype; the layers that are rounded hold "
             f"{sum(math.prod(shapes[name]) for name in names) / _weights(plain):.0%} of the weights"
         )
     schemes = dict.fromkeys(names, scheme)
-    calibrated, allocation = None, None
+    calibrated, allocation, repairs = None, None, 0
     if data is not None or needs_rows(method) or asked is not None:
         bench = open_bench(
             source,
@@ -214,11 +220,14 @@ def quantize(
             allocation = choose_formats(bench, asked, known, fits, work, plan=plan, folder=trials, reporter=reporter)
             schemes = dict(allocation.schemes)
         calibrated = calibrate(schemes)
-        while repair and gate.problems(calibrated.held_out):
-            schemes = _more_bits(calibrated, schemes, list(known.values()), fits, reporter)
-            calibrated = calibrate(schemes)
+        while problems := gate.problems(calibrated.held_out):
+            blamed = layers_to_blame(bench, calibrated)
+            if not repair:
+                raise gate.error(problems, calibrated, blamed)
+            schemes = more_bits(calibrated, schemes, list(known.values()), fits, blamed, reporter)
+            calibrated, repairs = calibrate(schemes), repairs + 1
         _record(calibrated, receipt, reporter)
-        gate.check(receipt)
+        receipt.gate = gate.passed(repairs)
     made = {} if calibrated is None else dict(calibrated.receipts)
     rounding = _round_on_reading(schemes, method, observer, made, reporter) if calibrated is None else calibrated.stored
     with atomic_folder(output, overwrite=overwrite) as temporary:
@@ -230,98 +239,18 @@ def quantize(
         for name, parameter in ({} if calibrated is None else calibrated.others()).items():
             opened.model.get_parameter(name).data.copy_(parameter)
         for name in shapes:  # in the model's order, not the files'
-            receipt.tensors.append(made.get(name) or _kept(opened.model, name, shapes[name], scheme, misfits[name]))
+            entry = made.get(name) or _kept(opened.model, name, shapes[name], scheme, misfits[name])
+            receipt.tensors.append(replace(entry, requested=scheme.name) if repairs else entry)
         write_model(opened.model, opened.tokenizer, temporary)
+        receipt.weights_bytes, receipt.source_weights_bytes = weight_bytes(temporary), weight_bytes(source)
+        receipt.made_by = {**record(), "seed": seed}
         receipt.write(temporary)
+        write_receipt_page(receipt.to_dict(), temporary / RECEIPT_PAGE)
         if allocation is not None:
             allocation.write(temporary)
     if calibrated is not None:
         calibrated.results.remove()
     return QuantizeResult(Path(output), receipt.to_dict(), [] if allocation is None else allocation.lines())
-
-
-@dataclass(frozen=True)
-class Gate:
-    """How far the result may be from its source on held-out rows.
-
-    Attributes:
-        max_kl: Most nats per token; None: any.
-        min_agreement: Least share of tokens on which both choose the same; None: any.
-    """
-
-    max_kl: float | None
-    min_agreement: float | None
-
-    @property
-    def asked(self) -> bool:
-        """Whether there is a gate."""
-        return self.max_kl is not None or self.min_agreement is not None
-
-    def problems(self, held_out: Mapping[str, Any]) -> list[str]:
-        """What lies past the gate.
-
-        Raises:
-            UsageError: there are no held-out figures.
-        """
-        if not self.asked:
-            return []
-        if not held_out:
-            raise UsageError("a gate needs rows to judge by, and all of them calibrate; give more rows")
-        problems: list[str] = []
-        if self.max_kl is not None and held_out["kl"] > self.max_kl:
-            problems.append(f"KL {held_out['kl']:.4g} nats per token, at most {self.max_kl:g} is allowed")
-        if self.min_agreement is not None and held_out["top1_agreement"] < self.min_agreement:
-            problems.append(
-                f"top-1 agreement {held_out['top1_agreement']:.4f}, at least {self.min_agreement:g} is needed"
-            )
-        return problems
-
-    def check(self, receipt: Receipt) -> None:
-        """Refuse a result that lies past the gate, and name the blocks to blame.
-
-        Raises:
-            GateError: it does.
-        """
-        problems = self.problems(receipt.held_out)
-        if problems:
-            worst = sorted(receipt.blocks, key=lambda block: -(block["held_out_error"] or 0.0))[:3]
-            names = ", ".join(f"{block['name']} ({block['held_out_error']:.2e} of its output)" for block in worst)
-            raise GateError(
-                f"past the gate on {receipt.held_out['rows']} held-out rows: {'; '.join(problems)}. Furthest from full "
-                f"precision: {names}. Nothing was written; use more bits, smaller groups, another method or more rows, "
-                "or let --repair give bits to the layers to blame"
-            )
-
-
-def _more_bits(
-    calibrated: Calibrated,
-    schemes: Mapping[str, Scheme],
-    known: Sequence[Scheme],
-    fits: Callable[[str, Scheme], bool],
-    reporter: Reporter,
-) -> dict[str, Scheme]:
-    """The next format with more bits for the quarter of the layers with the largest error.
-
-    Raises:
-        GateError: all of them have the most bits that there are.
-    """
-    larger: dict[str, Scheme] = {}
-    for layer, own in schemes.items():
-        above = sorted((s for s in known if s.bits > own.bits and fits(layer, s)), key=lambda s: s.bits)
-        if above:
-            larger[layer] = above[0]
-    if not larger:
-        raise GateError(
-            "repair: every layer has the most bits that --formats allows, and the gate does not pass "
-            f"(KL {calibrated.held_out['kl']:.4g}); nothing was written"
-        )
-    worst = sorted(larger, key=lambda layer: -calibrated.receipts[layer].relative_error)
-    chosen = worst[: max(1, len(schemes) // 4)]
-    reporter.note(
-        f"repair: KL {calibrated.held_out['kl']:.4g}, agreement {calibrated.held_out['top1_agreement']:.4f}; more bits "
-        f"for {len(chosen)} layers, {chosen[0]} first"
-    )
-    return {**schemes, **{layer: larger[layer] for layer in chosen}}
 
 
 def needs_rows(method: str) -> bool:
