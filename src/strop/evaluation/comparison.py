@@ -73,6 +73,7 @@ class ModelResult:
         score_difference: Score minus the reference's.
         layer_errors: Linear layer to relative squared weight error against the reference; None where not comparable.
         flips: Rows won and lost against the reference; None without a task.
+        receipt: What the receipt beside it says of how it was quantized; None where there is none.
     """
 
     name: str
@@ -92,6 +93,7 @@ class ModelResult:
     score_difference: Difference | None = None
     layer_errors: dict[str, float] | None = None
     flips: Flips | None = None
+    receipt: dict[str, Any] | None = None
 
     @property
     def judged_by(self) -> Literal["score", "loss"]:

@@ -25,6 +25,7 @@ from strop.files.shards import weight_bytes
 from strop.models.sources import find_folder, is_adapter
 from strop.pages.page import write_page
 from strop.progress import SILENT, Reporter
+from strop.recipes.model_receipts import with_receipts
 from strop.recipes.rows import Rows, held_out_records, rows_name
 from strop.scratch import DEFAULT_LIMIT_BYTES, Scratch
 
@@ -117,7 +118,7 @@ def compare(
                 reporter.advance(index + 1, model=place.name)
     finally:
         reporter.finish()
-    comparison = run.comparison(rows_name(data))
+    comparison = with_receipts(run.comparison(rows_name(data)), [place.path for place in places], data)
     for note in comparison.notes:
         reporter.note(note)
     if page is not None:
