@@ -16,6 +16,7 @@ from torch import Tensor
 from strop.calibrate.block import CalibrationBlock
 from strop.calibrate.results import Results
 from strop.calibrate.stream import BlockError, BlockStream
+from strop.errors import FormatError
 from strop.methods import Block, BlockResult, Method, search
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -81,6 +82,16 @@ def quantize_blocks(
     return reports
 
 
+def _check_finite(block: CalibrationBlock) -> None:
+    """Refuse weights with NaN or infinities before they reach the inputs of innocent layers; all of them are named."""
+    broken = [layer for layer, weight in block.weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise FormatError(
+            f"{', '.join(broken)}: the weights hold NaN or infinite values; there is no grid for them: check the "
+            "training that made them, or take an earlier checkpoint"
+        )
+
+
 @dataclass
 class _Run:
     """One block's turn: the work over it, or its finished result."""
@@ -98,6 +109,7 @@ class _Run:
         if self.results.has(self.index):
             self.result, _ = self.results.get(self.index)
         else:
+            _check_finite(block)
             made = self.work(block, self.schemes, lambda text: self.reporter.advance(self.index, step=text))
             # What follows must see the parameters as the model's files will hold them.
             others = {name: tensor.to(self.dtype).float() for name, tensor in made.others.items()}

@@ -186,7 +186,8 @@ def calibrate_model(
 
     with Scratch(DISK_BYTES) as scratch:
         stream = bench.stream(scratch)
-        reports = quantize_blocks(stream, schemes, work, results, weigh=weigh, reporter=reporter)
+        with results.kept_if_of_use():
+            reports = quantize_blocks(stream, schemes, work, results, weigh=weigh, reporter=reporter)
         held = stream.batches[stream.calibrating :]
         held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
         count = sum(int(batch.lengths.sum()) for batch in stream.batches[: stream.calibrating])

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from strop.calibrate.quantizing import BlockWork, layer_by_layer
 from strop.errors import FormatError, UsageError, nearest
+from strop.evaluation.comparison import significant
 from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.mixed import check_together
@@ -81,21 +82,25 @@ class QuantizeResult:
         ]
         if receipt["fallbacks"]:
             names = ", ".join(receipt["fallbacks"][:5]) + (", ..." if len(receipt["fallbacks"]) > 5 else "")
-            lines.append(f"{len(receipt['fallbacks'])} of these layers kept in their own dtype: {names}")
+            lines.append(
+                f"{len(receipt['fallbacks'])} of these layers kept in their own dtype, "
+                f"{receipt['fallback_share']:.1%} of their parameters: {names}"
+            )
         if receipt["left_alone"]:
             lines.append(f"{len(receipt['left_alone'])} tensors of experts are not quantized")
         held_out = receipt["held_out"]
         if held_out:
             lines.append(
                 f"on {held_out['rows']} held-out rows: KL {held_out['kl']:.2e} nats per token from the source"
-                f"{_between(held_out['kl_interval'])}, top-1 agreement {100 * held_out['top1_agreement']:.1f}%, "
-                f"perplexity {held_out['perplexity']:.4g} (source {held_out['source_perplexity']:.4g})"
+                f"{_between(held_out['kl_interval'])}, top-1 agreement {100 * held_out['top1_agreement']:.1f}%"
+                f"{_between(held_out['top1_agreement_interval'], percent=True)}, "
+                f"perplexity {significant(held_out['perplexity'])} (source {significant(held_out['source_perplexity'])})"
             )
             furthest = max(receipt["blocks"], key=lambda block: block["held_out_error"] or 0.0)
             lines.append(
                 f"furthest from full precision: {furthest['name']}, {furthest['held_out_error']:.2e} of its output"
             )
-        return [*lines, *self.choice, f"the model: {self.path}"]
+        return [*lines, *self.choice, f"the receipt: {self.path / RECEIPT_PAGE}", f"the model: {self.path}"]
 
 
 @recorded
@@ -413,6 +418,8 @@ def _with_experts(receipt: Mapping[str, Any]) -> str:
     return f" ({receipt['experts']} of them experts)" if receipt["experts"] else ""
 
 
-def _between(interval: list[float | None]) -> str:
+def _between(interval: list[float | None], *, percent: bool = False) -> str:
     low, high = interval
-    return "" if low is None or high is None else f" (95% {low:.2e} to {high:.2e})"
+    if low is None or high is None:
+        return ""
+    return f" (95% {100 * low:.1f} to {100 * high:.1f}%)" if percent else f" (95% {low:.2e} to {high:.2e})"
