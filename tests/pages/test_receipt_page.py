@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,10 @@ def test_fallbacks_have_their_share_and_their_reason() -> None:
     assert "int4-g32 → bfloat16" in text
     assert "30 is not divisible" in text
     assert "layers.0.experts" in text
+    many = [replace(kept, name=f"layers.{n}.down") for n in range(20)]
+    text = words(receipt(tensors=[layer, *many]))
+    assert "layers.7.down and 12 more" in text  # those alike share a row
+    assert text.count("30 is not divisible") == 1
 
 
 def test_names_and_notes_are_escaped() -> None:

@@ -24,6 +24,9 @@ RECEIPT_PAGE: Final = "receipt.html"
 MOST_LAYERS: Final = 400
 """Rows of the table of layers; where there are more (experts), those of the largest error are shown."""
 
+MOST_NAMES: Final = 8
+"""Layers that a row of the fallbacks names."""
+
 Values = Mapping[str, Any]
 
 
@@ -59,7 +62,7 @@ def render_receipt_page(receipt: Values) -> str:
         charts=measured and {name: _block_chart(measured, width) for name, width in (("wide", 960), ("narrow", 360))},
         layers=[_layer(layer, max(one["relative_error"] for one in layers)) for layer in layers],
         left_out=len(receipt["tensors"]) - len(layers),
-        fallbacks=[_fallback(tensor, receipt) for tensor in receipt["tensors"] if tensor["reason"] is not None],
+        fallbacks=_fallbacks(receipt),
         left_alone=receipt["left_alone"],
         notes=[note for block in receipt["blocks"] for note in block["notes"]],
         rows=_rows(receipt),
@@ -251,14 +254,20 @@ def _layer(tensor: Values, largest: float) -> dict[str, Any]:
     }
 
 
-def _fallback(tensor: Values, receipt: Values) -> tuple[str, str, str, str]:
-    whole = sum(math.prod(one["shape"]) for one in receipt["tensors"])
-    return (
-        tensor["name"],
-        f"{tensor['requested']} → {tensor['actual']}",
-        _share(math.prod(tensor["shape"]) / whole),
-        tensor["reason"],
-    )
+def _fallbacks(receipt: Values) -> list[tuple[str, str, str, str]]:
+    """Names, what was asked for and what they have, share of the parameters, why; those alike in one row."""
+    whole = sum(math.prod(tensor["shape"]) for tensor in receipt["tensors"])
+    alike: dict[tuple[str, str], list[Values]] = {}
+    for tensor in receipt["tensors"]:
+        if tensor["reason"] is not None:
+            alike.setdefault((f"{tensor['requested']} → {tensor['actual']}", tensor["reason"]), []).append(tensor)
+    found: list[tuple[str, str, str, str]] = []
+    for (change, reason), tensors in alike.items():
+        names = ", ".join(tensor["name"] for tensor in tensors[:MOST_NAMES])
+        if len(tensors) > MOST_NAMES:
+            names += f" and {len(tensors) - MOST_NAMES:,} more"
+        found.append((names, change, _share(sum(math.prod(tensor["shape"]) for tensor in tensors) / whole), reason))
+    return found
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------

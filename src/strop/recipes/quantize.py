@@ -94,7 +94,8 @@ class QuantizeResult:
                 f"on {held_out['rows']} held-out rows: KL {held_out['kl']:.2e} nats per token from the source"
                 f"{_between(held_out['kl_interval'])}, top-1 agreement {100 * held_out['top1_agreement']:.1f}%"
                 f"{_between(held_out['top1_agreement_interval'], percent=True)}, "
-                f"perplexity {significant(held_out['perplexity'])} (source {significant(held_out['source_perplexity'])})"
+                f"perplexity {significant(held_out['perplexity'])} "
+                f"(source {significant(held_out['source_perplexity'])})"
             )
             furthest = max(receipt["blocks"], key=lambda block: block["held_out_error"] or 0.0)
             lines.append(
