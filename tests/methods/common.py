@@ -17,6 +17,10 @@ from strop.layers.surgery import linear_modules
 from strop.methods.base import BlockResult
 from strop.models.blocks import BlockwiseModel
 from strop.numerics import Scheme, parse_scheme
+from tests.tiny import tiny_folder
+
+PLANTED = (5, 40)
+"""Channels of the inputs that `planted` makes large."""
 
 Work = Callable[[CalibrationBlock], Mapping[str, Tensor]]
 
@@ -61,3 +65,15 @@ def alter(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
     change(tensors)
     save_file(tensors, path, metadata={"format": "pt"})
     return folder
+
+
+def planted(folder: Path) -> Path:
+    """A tiny Llama that computes what it did, two channels of its attention's inputs 60 times as large."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        for layer in range(2):
+            tensors[f"model.layers.{layer}.input_layernorm.weight"][list(PLANTED)] *= 60
+            for name in ("q_proj", "k_proj", "v_proj"):
+                tensors[f"model.layers.{layer}.self_attn.{name}.weight"][:, list(PLANTED)] /= 60
+
+    return alter(tiny_folder(folder, "llama"), change)

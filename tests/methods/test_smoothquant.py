@@ -10,27 +10,15 @@ import torch
 from torch import Tensor
 
 from strop.calibrate.block import CalibrationBlock
+from strop.calibrate.input_scales import fix_input_scales
 from strop.errors import ConfigError
 from strop.methods import BLOCK_METHODS
 from strop.methods.base import BlockResult
-from strop.methods.smoothquant import largest_inputs, smoothquant
+from strop.methods.smoothquant import smoothquant
 from strop.numerics import fake_quantize, parse_scheme
-from tests.methods.common import alter, changed_by, fitting, through_blocks
+from strop.numerics.activation_observers import MinMax
+from tests.methods.common import PLANTED, alter, changed_by, fitting, planted, through_blocks
 from tests.tiny import tiny_folder
-
-PLANTED = (5, 40)
-
-
-def planted(folder: Path) -> Path:
-    """A tiny Llama that computes what it did, two channels of its attention's inputs 60 times as large."""
-
-    def change(tensors: dict[str, Tensor]) -> None:
-        for layer in range(2):
-            tensors[f"model.layers.{layer}.input_layernorm.weight"][list(PLANTED)] *= 60
-            for name in ("q_proj", "k_proj", "v_proj"):
-                tensors[f"model.layers.{layer}.self_attn.{name}.weight"][:, list(PLANTED)] /= 60
-
-    return alter(tiny_folder(folder, "llama"), change)
 
 
 def product_error(
@@ -86,8 +74,9 @@ def test_the_block_keeps_its_output_but_for_8_bit_rounding(tmp_path: Path, famil
 
 def test_the_static_scale_covers_the_smoothed_inputs(tmp_path: Path) -> None:
     def work(block: CalibrationBlock) -> Mapping[str, Tensor]:
-        result = smoothquant(block, fitting(block, "int8"))
-        largest = largest_inputs(block, result)
+        result = fix_input_scales(block, smoothquant(block, fitting(block, "int8-a8-static")), MinMax)
+        assert all(weight.activation_scale is not None for weight in result.weights.values())
+        largest = {layer: 127.5 * float(weight.activation_scale or 0) for layer, weight in result.weights.items()}
         assert largest.keys() == block.weights.keys()
         for layers in block.shared:
             x = block.inputs(layers[0], changed_by(result), most=10_000)

@@ -212,6 +212,8 @@ def test_a_format_that_cannot_hold_the_layers_is_refused_before_any_work(tmp_pat
         merge(run, tmp_path / "merged", format="int8")
     with pytest.raises(FormatError, match="not written yet"):
         merge(run, tmp_path / "merged", format="gguf:q8_0")
+    with pytest.raises(FormatError, match="fixed from data; merge without a format first"):
+        merge(run, tmp_path / "merged", format="int8-a8-static")
     with pytest.raises(FormatError, match="not divisible by group size 48"):
         merge(run, tmp_path / "merged", format="int4-g48")
     assert not (tmp_path / "merged").exists()

@@ -32,7 +32,17 @@ def equal(one: Path, other: Path) -> bool:
     return ours.keys() == theirs.keys() and all(ours[name].equal(theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize(("family", "grid"), [("llama", "int3-g32"), ("gpt2", "nf4"), ("mixtral", "int4-g32")])
+@pytest.mark.parametrize(
+    ("family", "grid"),
+    [
+        ("llama", "int3-g32"),
+        ("gpt2", "nf4"),
+        ("mixtral", "int4-g32"),
+        ("llama", "int8-a8"),
+        ("qwen3", "int8-a8-asym"),
+        ("gemma", "int8-a8-static"),
+    ],
+)
 def test_the_receipts_figures_are_those_of_the_model_that_was_written(tmp_path: Path, family: str, grid: str) -> None:
     source = tiny_folder(tmp_path, family)
     data = tiny_chat_file(tmp_path / "rows.jsonl", rows=24)
@@ -48,7 +58,8 @@ def test_the_receipts_figures_are_those_of_the_model_that_was_written(tmp_path: 
         nats += float((p.exp() * (p - q)).sum(-1)[:, :-1][supervised].sum())
         count += int(supervised.sum())
     assert held_out["tokens"] == count
-    assert held_out["kl"] == pytest.approx(nats / count, rel=1e-3)
+    # A token's largest input lies at a tie of its own scale (max / 127.5): float noise decides half a step there.
+    assert held_out["kl"] == pytest.approx(nats / count, rel=5e-2 if "a8" in grid else 1e-3)
     low, high = held_out["kl_interval"]
     assert low <= held_out["kl"] <= high
     blocks = "transformer.h" if family == "gpt2" else "model.layers"

@@ -72,6 +72,7 @@ class CalibrationBlock:
     def __init__(self, name: str, module: nn.Module, feed: Feed, layers: Sequence[str]) -> None:
         self.name, self.batches = name, len(feed.numbers)
         self._module, self._feed = module, feed
+        self._rounding: Mapping[str, Callable[[Tensor], Tensor]] = {}
         wanted = set(layers)
         self._experts = {
             own: (weights, expert)
@@ -143,7 +144,8 @@ class CalibrationBlock:
     def forward(self, number: int, hidden: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [rows, length, hidden] after the block, for a batch of the feed whose hidden states go in."""
         args, kwargs = self._feed.call(number, hidden)
-        returned = functional_call(self._module, self._parameters(changed), args, kwargs)
+        with _rounding_inputs([(self._linears[layer], how) for layer, how in self._rounding.items()]):
+            returned = functional_call(self._module, self._parameters(changed), args, kwargs)
         self._feed.returned(returned)
         output = hidden_states(returned)
         if output.shape != hidden.shape:
@@ -152,6 +154,10 @@ class CalibrationBlock:
                 "is no chain of blocks, and cannot be calibrated block by block"
             )
         return output
+
+    def round_inputs(self, rounding: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+        """From now on layers compute with rounded inputs: layer to what its inputs [..., in] become."""
+        self._rounding = dict(rounding)
 
     def statistics(
         self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
@@ -168,7 +174,7 @@ class CalibrationBlock:
             sums.setdefault(layer, _Sums(x.shape[-1], hessian=hessian)).add(x)
 
         for number in range(self.batches):
-            self._observe(number, leaders, changed, see)
+            self.observe(number, leaders, changed, see)
         found: dict[str, Statistics] = {}
         for leader, group in leaders.items():
             if leader in sums:
@@ -184,7 +190,7 @@ class CalibrationBlock:
         parts: list[Tensor] = []
         each = max(1, most // max(1, self.batches))
         for number in range(self.batches):
-            self._observe(number, [layer], changed, lambda _, x: parts.append(_evenly(x, each)))
+            self.observe(number, [layer], changed, lambda _, x: parts.append(_evenly(x, each)))
         if not parts:
             return torch.empty(0, self.weights[layer].shape[1])
         return _evenly(torch.cat(parts), most)
@@ -263,7 +269,7 @@ class CalibrationBlock:
             yield
 
     @torch.no_grad()
-    def _observe(
+    def observe(
         self, batch: int, layers: Iterable[str], changed: Mapping[str, Tensor], see: Callable[[str, Tensor], None]
     ) -> None:
         """Run one batch and show `see` the inputs [tokens, in] of each layer; the pass ends with the last of them."""
@@ -347,6 +353,21 @@ def _listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], No
         return lambda _, inputs: see(layer, inputs[0].detach())
 
     hooks = [module.register_forward_pre_hook(listener(layer)) for layer, module in modules.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def _rounding_inputs(layers: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor]]]) -> Iterator[None]:
+    """Let each module compute with what a function makes of its input."""
+
+    def rounder(how: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda _, inputs: (how(inputs[0]), *inputs[1:])
+
+    hooks = [module.register_forward_pre_hook(rounder(how)) for module, how in layers]
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 Methods of single weights (GPTQ, searched rounding) are given statistics gathered with everything before them already
 quantized, within the block too: layers that receive the same tensor are measured together, in the order of use.
+
+Where schemes round activations too (`int8-a8`), what follows a block sees outputs of rounded inputs.
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ import torch
 from torch import Tensor
 
 from strop.calibrate.block import CalibrationBlock
+from strop.calibrate.input_scales import fix_input_scales, input_rounding
 from strop.calibrate.results import Results
 from strop.calibrate.stream import BlockError, BlockStream
 from strop.errors import FormatError
 from strop.methods import Block, BlockResult, Method, search
+from strop.numerics.activation_observers import ActivationObserver, MinMax
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 from strop.progress import SILENT, Reporter
@@ -53,6 +57,7 @@ def quantize_blocks(
     results: Results,
     *,
     weigh: Callable[[str, Tensor, QuantizedTensor], None] = lambda *_: None,
+    activation_observer: Callable[[], ActivationObserver] = MinMax,
     reporter: Reporter = SILENT,
 ) -> list[BlockReport]:
     """Quantize every layer that `schemes` names; the results are in `results` afterwards.
@@ -63,6 +68,7 @@ def quantize_blocks(
         work: Quantizes one block.
         results: Where they go; blocks that are there already are taken from it.
         weigh: Shown each layer's weight and what it became, for receipts.
+        activation_observer: Makes what finds the range of a layer's inputs, where the scheme has one scale for them.
         reporter: Told the blocks done.
     """
     reports: list[BlockReport] = []
@@ -71,7 +77,7 @@ def quantize_blocks(
     try:
         for index, name in enumerate(names):
             mine = {layer: scheme for layer, scheme in schemes.items() if layer.startswith(f"{name}.")}
-            run = _Run(stream.model.dtype, mine, work, results, index, reporter, weigh)
+            run = _Run(stream.model.dtype, mine, work, results, index, reporter, weigh, activation_observer)
             error = stream.through(name, list(mine), run)
             if not results.has(index):
                 results.put(index, run.result, error)
@@ -103,6 +109,7 @@ class _Run:
     index: int
     reporter: Reporter
     weigh: Callable[[str, Tensor, QuantizedTensor], None]
+    activation_observer: Callable[[], ActivationObserver]
     result: BlockResult = field(default_factory=lambda: BlockResult({}))
 
     def __call__(self, block: CalibrationBlock) -> dict[str, Tensor]:
@@ -115,9 +122,11 @@ class _Run:
             others = {name: tensor.to(self.dtype).float() for name, tensor in made.others.items()}
             tokens = block.expert_tokens()
             notes = [*_shares(tokens, block.token_count), *made.notes]
-            self.result = BlockResult(made.weights, others, notes, tokens)
+            made = BlockResult(made.weights, others, notes, tokens)
+            self.result = fix_input_scales(block, made, self.activation_observer)
         for layer, quantized in self.result.weights.items():
             self.weigh(layer, block.weights[layer], quantized)
+        block.round_inputs(input_rounding(self.result))
         return {layer: q.dequantize() for layer, q in self.result.weights.items()} | dict(self.result.others)
 
 

@@ -73,6 +73,8 @@ class ModelResult:
         score_difference: Score minus the reference's.
         layer_errors: Linear layer to relative squared weight error against the reference; None where not comparable.
         flips: Rows won and lost against the reference; None without a task.
+        kv_bytes_per_token: Bytes that a token takes in the cache of keys and values, once it is rounded as `format`
+            says; None where no cache is rounded.
         receipt: What the receipt beside it says of how it was quantized; None where there is none.
     """
 
@@ -93,6 +95,7 @@ class ModelResult:
     score_difference: Difference | None = None
     layer_errors: dict[str, float] | None = None
     flips: Flips | None = None
+    kv_bytes_per_token: float | None = None
     receipt: dict[str, Any] | None = None
 
     @property
@@ -190,6 +193,8 @@ class Comparison:
     def headers(self) -> list[str]:
         """The table's columns, with units."""
         columns = ["model", "format", "weights MiB", "peak MiB"]
+        if self._has_kv:
+            columns.append("KV bytes/token")
         if self._has_speed:
             columns += ["prefill tok/s", "decode tok/s"]
         columns += ["perplexity", "KL nats", "KL 99%", "top-1 %"]
@@ -213,8 +218,14 @@ class Comparison:
     def _has_speed(self) -> bool:
         return any(model.speed is not None for model in self.models)
 
+    @property
+    def _has_kv(self) -> bool:
+        return any(model.kv_bytes_per_token is not None for model in self.models)
+
     def _cells(self, model: ModelResult) -> list[str]:
         cells = [model.name, model.format, mebibytes(model.weights_bytes), mebibytes(model.peak_bytes)]
+        if self._has_kv:
+            cells.append("-" if model.kv_bytes_per_token is None else f"{model.kv_bytes_per_token:,.0f}")
         if self._has_speed:
             speed = model.speed
             cells += [f"{speed.prefill.median:,.0f}", f"{speed.decode.median:,.0f}"] if speed else ["-", "-"]

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from strop.errors import UsageError
+from strop.evaluation.kv_cache import KVFormat, new_cache
 
 Stream = Callable[[str], object]
 """Called with each piece of an answer as it comes."""
@@ -36,6 +37,7 @@ def generate_answers(
     stop_ids: Sequence[int],
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    kv_cache: KVFormat | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     stream: Stream | None = None,
@@ -50,6 +52,7 @@ def generate_answers(
         stop_ids: Tokens that end an answer.
         max_new_tokens: Longest answer in tokens, its stop token included; shortened to what the context leaves.
         batch_size: Prompts answered at once. Prompts of similar length share a batch.
+        kv_cache: How the cache of keys and values is rounded; None leaves it in full precision.
         temperature: 0 takes the likeliest token always; above 0, tokens are drawn from softmax(logits / temperature).
         seed: Of the drawing.
         stream: Called with each new piece of text; one prompt only.
@@ -82,6 +85,7 @@ def generate_answers(
                 [prompts[index] for index in chosen],
                 settings=_settings(model, max_new_tokens, temperature, stop_ids, pad_id, prompts[chosen[-1]]),
                 pad_id=pad_id,
+                kv_cache=kv_cache,
                 streamer=streamer,
             )
             for index, tokens in zip(chosen, new, strict=True):
@@ -150,6 +154,7 @@ def _generate(
     *,
     settings: GenerationConfig,
     pad_id: int,
+    kv_cache: KVFormat | None,
     streamer: BaseStreamer | None,
 ) -> Tensor:
     """New tokens of each prompt [prompts, at most max_new_tokens]."""
@@ -164,6 +169,7 @@ def _generate(
         input_ids=ids.to(model.device),
         attention_mask=mask.to(model.device),
         generation_config=settings,
+        past_key_values=None if kv_cache is None else new_cache(model, kv_cache),
         streamer=streamer,
     )
     return output[:, length:].cpu()

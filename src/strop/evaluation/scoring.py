@@ -5,6 +5,9 @@ token is supervised where its label is not -100; label t is predicted by the log
 a row never counts. Likelihood, divergence and exact match are `Measure`s and share one pass. Pieces come in the same
 order for the same samples and batch size, whatever the model.
 
+With a rounded cache of keys and values the text is read in strides (`kv_cache`), so that every token meets the keys and
+values that it would meet if the text were written token by token.
+
 Nothing is sampled and no gradient is kept. Only the logits that are needed are computed where the model can leave out
 the rest, and at most `PIECE_NUMBERS` of them are worked on at once.
 """
@@ -20,10 +23,12 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from strop.data.batches import Batch, eval_batches
 from strop.data.templates import Sample
 from strop.errors import DataError, ModelError
+from strop.evaluation.kv_cache import STRIDE, KVFormat, new_cache
 from strop.progress import SILENT, Reporter
 
 PIECE_NUMBERS: Final = 1 << 18
@@ -70,6 +75,7 @@ def score(
     measures: Sequence[Measure],
     *,
     batch_size: int = 8,
+    kv_cache: KVFormat | None = None,
     reporter: Reporter = SILENT,
 ) -> None:
     """Run `model` once over `samples` and give every measure all supervised logits, sample after sample.
@@ -79,6 +85,7 @@ def score(
         samples: Token ids and labels (-100: not supervised) per row.
         measures: What listens.
         batch_size: Rows per forward pass.
+        kv_cache: How keys and values are rounded that attention looks back at; None leaves them as they are.
         reporter: Told the rows done; the caller starts and ends the step.
 
     Raises:
@@ -87,11 +94,12 @@ def score(
     """
     training = model.training
     model.eval()
+    run = None if kv_cache is None else _in_strides(model, kv_cache)
     try:
         with torch.inference_mode():
             done = 0
             for batch in eval_batches(samples, batch_size):
-                for piece in pieces(model, batch):
+                for piece in pieces(model, batch, run):
                     for measure in measures:
                         measure.add(piece)
                 done += len(batch.rows)
@@ -151,6 +159,27 @@ def pieces(model: PreTrainedModel, batch: Batch, run: Callable[..., Any] | None 
                 "or scales are broken, or its dtype overflows; check the file, or open it in float32"
             )
         yield Piece(taken, targets[part], samples[part])
+
+
+def _in_strides(model: PreTrainedModel, kv_cache: KVFormat) -> Callable[..., CausalLMOutput]:
+    """The model's call, `STRIDE` tokens being read at a time through a rounded cache."""
+
+    def run(
+        input_ids: Tensor, attention_mask: Tensor, logits_to_keep: Tensor | None = None, **_: Any
+    ) -> CausalLMOutput:
+        cache = new_cache(model, kv_cache)
+        length = input_ids.shape[1]
+        positions = torch.arange(length, device=input_ids.device) if logits_to_keep is None else logits_to_keep
+        found: list[Tensor] = []
+        for start in range(0, length, STRIDE):
+            end = start + STRIDE
+            ids, mask = input_ids[:, start:end], attention_mask[:, :end]
+            output = model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+            inside = positions[(positions >= start) & (positions < end)]
+            found.append(output.logits[:, inside - start])
+        return CausalLMOutput(logits=torch.cat(found, dim=1))  # type: ignore[arg-type]  # any float tensor
+
+    return run
 
 
 def _keeps_chosen_positions(model: PreTrainedModel) -> bool:

@@ -24,6 +24,7 @@ from strop.errors import DataError, ModelError
 from strop.evaluation.comparison import Comparison, Flip, Flips, ModelResult
 from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.generation import context_length, generate_answers
+from strop.evaluation.kv_cache import KVFormat, kv_bytes_per_token
 from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import Measure, score, supervised_counts
 from strop.evaluation.speed import measure_speed
@@ -49,6 +50,7 @@ class Settings:
     chat_template: str | Path | None = None
     batch_size: int = 8
     speed: bool = True
+    kv_bytes: bool = False
     examples: int = 6
     device: str = "cpu"
     seed: int = 0
@@ -56,12 +58,15 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """A model to measure: what it is called, where it is, and what its weight files take on disk."""
+    """A model to measure: what it is called, where it is, what its weight files take on disk, and how its cache of keys
+    and values is rounded (None: not at all).
+    """
 
     name: str
     path: str
     weights_bytes: int
     adapter_bytes: int | None
+    kv_cache: KVFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,13 @@ class SideBySide:
             else:
                 divergence = Divergence(self._logits, name=place.name, reference_name=self._reference)
                 measures.append(divergence)
-            score(opened.model, self.rows.samples, measures, batch_size=self._settings.batch_size)
+            score(
+                opened.model,
+                self.rows.samples,
+                measures,
+                batch_size=self._settings.batch_size,
+                kv_cache=place.kv_cache,
+            )
         self._loss[place.name] = self.rows.by_document(likelihood.nll_sums)
         if self._settings.task:
             self._right[place.name] = self.rows.by_document(~exact.right) == 0
@@ -147,7 +158,7 @@ class SideBySide:
             self._results.append(result)
             self._keep(opened)
         else:
-            result = self._against_reference(result, divergence, opened)
+            result = self._against_reference(result, divergence, opened, place.kv_cache)
             self._results.append(result)
         return result
 
@@ -211,15 +222,16 @@ class SideBySide:
         return ModelResult(
             name=place.name,
             source=opened.source,
-            format=_format(opened),
+            format=_format(opened, place.kv_cache),
             weights_bytes=place.weights_bytes,
             adapter_bytes=place.adapter_bytes,
             peak_bytes=peak_bytes,
             loss=bootstrap_mean(
                 self._loss[place.name], self.rows.by_document(self.rows.tokens), seed=self._settings.seed
             ),
-            speed=measure_speed(opened.model) if self._settings.speed else None,
+            speed=measure_speed(opened.model, kv_cache=place.kv_cache) if self._settings.speed else None,
             score=score_interval,
+            kv_bytes_per_token=kv_bytes_per_token(opened.model, place.kv_cache) if self._settings.kv_bytes else None,
         )
 
     def _keep(self, opened: OpenedModel) -> None:
@@ -238,7 +250,9 @@ class SideBySide:
             shown = [row for row in wrong if _single_answer(self.rows.records[row])][:_REMEMBERED_ANSWERS]
             self._answers = dict(zip(shown, self._written(opened, shown), strict=True))
 
-    def _against_reference(self, result: ModelResult, divergence: Divergence, opened: OpenedModel) -> ModelResult:
+    def _against_reference(
+        self, result: ModelResult, divergence: Divergence, opened: OpenedModel, kv_cache: KVFormat | None
+    ) -> ModelResult:
         seed, tokens = self._settings.seed, self.rows.by_document(divergence.tokens)
         held = tokens > 0
         if held.any():
@@ -260,10 +274,10 @@ class SideBySide:
             result = replace(result, layer_errors=weight_errors(opened.model, self._weights, self._scratch) or None)
         if self._settings.task:
             difference = compare_proportions(self._right[self._reference].numpy(), self._right[result.name].numpy())
-            result = replace(result, score_difference=difference, flips=self._flips(result.name, opened))
+            result = replace(result, score_difference=difference, flips=self._flips(result.name, opened, kv_cache))
         return result
 
-    def _flips(self, name: str, opened: OpenedModel) -> Flips:
+    def _flips(self, name: str, opened: OpenedModel, kv_cache: KVFormat | None) -> Flips:
         right, expected = self._right[name], self._right[self._reference]
         lost = (expected & ~right).nonzero().flatten().tolist()
         gained = (right & ~expected).nonzero().flatten().tolist()
@@ -271,7 +285,7 @@ class SideBySide:
         shown_gained = [row for row in gained if row in self._answers][: self._settings.examples]
         examples = [
             self._flip(row, self._expected(row), answer, lost=True)
-            for row, answer in zip(shown_lost, self._written(opened, shown_lost), strict=True)
+            for row, answer in zip(shown_lost, self._written(opened, shown_lost, kv_cache), strict=True)
         ]
         examples += [self._flip(row, self._answers[row], self._expected(row), lost=False) for row in shown_gained]
         return Flips(len(lost), len(gained), tuple(examples))
@@ -287,7 +301,7 @@ class SideBySide:
         assert messages is not None
         return messages[-1].content
 
-    def _written(self, opened: OpenedModel, rows: Sequence[int]) -> list[str]:
+    def _written(self, opened: OpenedModel, rows: Sequence[int], kv_cache: KVFormat | None = None) -> list[str]:
         """What the model writes for the rows' questions, with room for a little more than is expected."""
         if not rows:
             return []
@@ -302,6 +316,7 @@ class SideBySide:
             prompts,
             stop_ids=stop_ids(tokenizer, chat_template=template),
             max_new_tokens=longest + 16,
+            kv_cache=kv_cache,
         )
 
     def comparison(self, data: str) -> Comparison:
@@ -333,5 +348,6 @@ def _single_answer(record: Record) -> bool:
     return roles.count("assistant") == 1 and roles[-1] == "assistant"
 
 
-def _format(opened: OpenedModel) -> str:
-    return f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format
+def _format(opened: OpenedModel, kv_cache: KVFormat | None) -> str:
+    base = f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format
+    return f"{base} + kv {kv_cache.name}" if kv_cache else base

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from strop.evaluation.generation import context_length
+from strop.evaluation.kv_cache import KVFormat, new_cache
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,13 @@ class Speed:
 
 
 def measure_speed(
-    model: PreTrainedModel, *, prompt_tokens: int = 128, new_tokens: int = 32, repeats: int = 3, seed: int = 0
+    model: PreTrainedModel,
+    *,
+    prompt_tokens: int = 128,
+    new_tokens: int = 32,
+    repeats: int = 3,
+    kv_cache: KVFormat | None = None,
+    seed: int = 0,
 ) -> Speed:
     """Time reading and writing with one sequence.
 
@@ -68,6 +75,7 @@ def measure_speed(
         prompt_tokens: Tokens to read; shortened, with `new_tokens`, to half of the model's context.
         new_tokens: Tokens to write.
         repeats: Runs that count, after one that does not.
+        kv_cache: How the cache of keys and values is rounded; None leaves it in full precision.
         seed: Of the random prompt.
 
     Returns:
@@ -84,7 +92,8 @@ def measure_speed(
     model.eval()
 
     def read() -> Any:
-        return model(input_ids=prompt, use_cache=True, **one_logit)
+        cache = {} if kv_cache is None else {"past_key_values": new_cache(model, kv_cache)}
+        return model(input_ids=prompt, use_cache=True, **one_logit, **cache)
 
     def write(output: Any) -> None:
         for _ in range(new_tokens):

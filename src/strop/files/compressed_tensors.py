@@ -10,9 +10,14 @@
 
 A row of ours, padded with zero bytes to a multiple of four, is a row of `weight_packed`. `float-quantized` (fp8) holds
 `NAME.weight` in float8_e4m3 and `NAME.weight_scale`; `mxfp4-pack-quantized` holds `NAME.weight_packed` uint8
-[out, in / 2], the first code in the low nibble, and `NAME.weight_scale` uint8 [out, in / 32], E8M0; `int-quantized` and
-`naive-quantized` (one int8 each) are read, not written. W = scale * (q - z); the scale of a full-range grid may be
+[out, in / 2], the first code in the low nibble, and `NAME.weight_scale` uint8 [out, in / 32], E8M0; `naive-quantized`
+(integers or floats, one number each) is read, not written. W = scale * (q - z); the scale of a full-range grid may be
 negative, which the format and its readers carry.
+
+`int-quantized` holds int8 weights whose activations are int8 too (`int8-a8`): `NAME.weight` int8 [out, in],
+`NAME.weight_scale`, and with a static scale of the activations `NAME.input_scale` [1]; `input_activations` in the
+configuration says which. LLM.int8's outlier threshold has no field there: `int8-a8-over6` is written as int8 weights
+alone, packed, whose activations other readers leave as they are, and the group's name brings the threshold back.
 
 What transformers 5.23 with compressed-tensors 0.20 does with such a folder (found by experiment, tests/files):
 - symmetric grids open with `from_pretrained(folder, dtype=torch.float32)` and give the same weights bit for bit; in a
@@ -23,8 +28,8 @@ What transformers 5.23 with compressed-tensors 0.20 does with such a folder (fou
 - MXFP4 opens packed in a bfloat16 model only (the library's weights are bfloat16 whatever the model is), so it is
   dequantized while loading too, which is exact: its levels have two significant bits.
 
-Not here: GPT-2's Conv1D, which the library cannot hold packed (`saving` refuses it); quantized activations and caches,
-groups of layers with different grids, and activation order, which are refused by name on reading.
+Not here: GPT-2's Conv1D, which the library cannot hold packed (`saving` refuses it); quantized caches, groups of
+layers with different grids (`mixed` takes them apart), and activation order, which are refused by name on reading.
 """
 
 from __future__ import annotations
@@ -37,6 +42,7 @@ import torch
 from torch import Tensor
 
 from strop.errors import FileFormatError, FormatError
+from strop.numerics.activations import ActivationRange, Activations
 from strop.numerics.formats import FORMATS, CodebookFormat, FloatFormat, IntFormat
 from strop.numerics.packing import pack, packed_size, unpack
 from strop.numerics.qtensor import QuantizedTensor
@@ -45,11 +51,12 @@ from strop.numerics.scheme import Granularity, Mode, Scheme, parse_scheme
 METHOD = "compressed-tensors"
 """The value of `quant_method` in a model's configuration."""
 
-SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
 """What the tensors of a layer end in, besides `weight` itself where nothing is packed."""
 
 _MXFP4 = "mxfp4-pack-quantized"
 _ONE_EACH = {"int-quantized": torch.int8, "naive-quantized": None, "float-quantized": torch.float8_e4m3fn}
+_PACKED = "pack-quantized"
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -96,6 +103,7 @@ def config_for(scheme: Scheme, ignore: Sequence[str], *, packed: bool | None = N
     """
     check_scheme(scheme)
     is_float = isinstance(scheme.format, FloatFormat)
+    activations = _activation_fields(scheme.activations)
     weights = {
         "num_bits": scheme.bits,
         "type": "float" if is_float else "int",
@@ -106,17 +114,17 @@ def config_for(scheme: Scheme, ignore: Sequence[str], *, packed: bool | None = N
     }
     if scheme.has_power_scale:
         weights |= {"scale_dtype": "torch.uint8", "zp_dtype": "torch.uint8"}
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": activations, "output_activations": None}
     config: dict[str, Any] = {
         "quant_method": METHOD,
-        "format": _MXFP4 if scheme.has_power_scale else "float-quantized" if is_float else "pack-quantized",
+        "format": _form(scheme),
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
         "config_groups": {scheme.name: group},
         "ignore": list(ignore),
     }
-    if not (opens_packed(scheme) if packed is None else packed):
+    if activations is None and not (opens_packed(scheme) if packed is None else packed):
         config["dequantize"] = True
     return config
 
@@ -140,19 +148,25 @@ def scheme_from_config(config: Mapping[str, Any]) -> Scheme:
     if config.get("kv_cache_scheme"):
         problems.append("a quantized key-value cache")
     form = config.get("format")
-    if form not in ("pack-quantized", _MXFP4) and form not in _ONE_EACH:
-        problems.append(f"format {form!r}; {', '.join(['pack-quantized', _MXFP4, *_ONE_EACH])} are read")
+    if form not in (_PACKED, _MXFP4) and form not in _ONE_EACH:
+        problems.append(f"format {form!r}; {', '.join([_PACKED, _MXFP4, *_ONE_EACH])} are read")
     if config.get("quantization_status", "compressed") != "compressed":
         problems.append(f"quantization_status {config['quantization_status']!r}; the weights must be 'compressed'")
     name, group = next(iter(groups.items()))
     weights = group.get("weights") if isinstance(group, Mapping) else None
     if not isinstance(weights, Mapping):
         raise FormatError(f"quantization_config: group {name!r} says nothing of weights")
-    problems += [
-        f"quantized {kind.replace('_', ' ')} (weights alone are read)"
-        for kind in ("input_activations", "output_activations")
-        if group.get(kind)
-    ]
+    if group.get("output_activations"):
+        problems.append("quantized output activations (those of the input are read)")
+    activations = None
+    if given := group.get("input_activations"):
+        activations = _activations(given)
+        if activations is None:
+            problems.append(
+                f"input activations of {given.get('num_bits')} bits, type {given.get('type')}, strategy "
+                f"{given.get('strategy')}, dynamic {given.get('dynamic')}, symmetric {given.get('symmetric')} (int of "
+                "8 bits, dynamic by token or static and symmetric by tensor, is read)"
+            )
     if weights.get("dynamic") or weights.get("block_structure"):
         problems.append("weights in two-dimensional blocks, or with dynamic scales")
     if weights.get("actorder") in ("group", "dynamic"):
@@ -160,8 +174,17 @@ def scheme_from_config(config: Mapping[str, Any]) -> Scheme:
     if problems:
         raise FormatError("compressed-tensors: this model has what strop does not read: " + "; ".join(problems))
     if form == _MXFP4:
-        return _mxfp4_scheme(weights)
-    return _scheme(name, weights)
+        return _mxfp4_scheme(weights, activations)
+    return _scheme(name, weights, activations)
+
+
+def _form(scheme: Scheme) -> str:
+    """The configuration's `format`: how weights are packed."""
+    if scheme.has_power_scale:
+        return _MXFP4
+    if isinstance(scheme.format, FloatFormat):
+        return "float-quantized"
+    return "int-quantized" if _activation_fields(scheme.activations) else _PACKED
 
 
 def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -> dict[str, Tensor]:
@@ -183,6 +206,11 @@ def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -
         return {f"{name}.weight_packed": qtensor.codes, f"{name}.weight_scale": qtensor.scale.view(torch.uint8)}
     rows, columns = qtensor.shape
     scale = qtensor.scale.reshape(-1) if scheme.granularity is Granularity.TENSOR else qtensor.scale
+    if _activation_fields(scheme.activations):
+        tensors = {f"{name}.weight": (qtensor.codes ^ 0x80).view(torch.int8), f"{name}.weight_scale": scale}
+        if qtensor.activation_scale is not None:
+            tensors[f"{name}.input_scale"] = qtensor.activation_scale
+        return tensors
     if not (opens_packed(scheme) if packed is None else packed):
         scale = scale.float()
     if isinstance(scheme.format, FloatFormat):
@@ -219,10 +247,13 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: s
     scheme = scheme_from_config(config)
     if scheme.has_power_scale:
         return _decode_mxfp4(tensors, scheme, where)
-    packed = config.get("format") == "pack-quantized"
+    packed = config.get("format") == _PACKED
     needed = {"weight_packed", "weight_scale", "weight_shape"} if packed else {"weight", "weight_scale"}
     if scheme.mode is Mode.ASYMMETRIC:
         needed.add("weight_zero_point")
+    is_static = scheme.activations is not None and scheme.activations.is_static
+    if is_static:
+        needed.add("input_scale")
     if tensors.keys() != needed:
         raise FileFormatError(f"{where}: tensors {_listed(tensors)} found, {_listed(needed)} are needed for {scheme}")
     scale = tensors["weight_scale"]
@@ -238,13 +269,49 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: s
     parts = {"codes": codes, "scale": scale.reshape(scale_shape).contiguous()}
     if scheme.mode is Mode.ASYMMETRIC:
         parts["zero_point"] = _zero_point(tensors["weight_zero_point"], scheme, scale_shape, packed=packed, where=where)
+    if is_static:
+        parts["activation_scale"] = _input_scale(tensors["input_scale"], where)
     try:
         return QuantizedTensor.from_tensors(parts, scheme, shape)
     except FormatError as error:
         raise FileFormatError(f"{where}: {error}") from error
 
 
-def _scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
+def _activation_fields(activations: Activations | None) -> dict[str, Any] | None:
+    """`input_activations` of a group; None where the format has no words for them (an outlier threshold)."""
+    if activations is None or activations.threshold is not None:
+        return None
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": activations.range is not ActivationRange.TOKEN_ASYMMETRIC,
+        "strategy": "tensor" if activations.is_static else "token",
+        "dynamic": not activations.is_static,
+    }
+
+
+def _activations(fields: Any) -> Activations | None:
+    """What `input_activations` describes; None where strop has no such activations."""
+    if not isinstance(fields, Mapping) or fields.get("num_bits") != 8 or fields.get("type", "int") != "int":
+        return None
+    symmetric = fields.get("symmetric", True)
+    if fields.get("dynamic") is True and fields.get("strategy") == "token":
+        return Activations(ActivationRange.TOKEN if symmetric else ActivationRange.TOKEN_ASYMMETRIC)
+    if not fields.get("dynamic") and fields.get("strategy") == "tensor" and symmetric:
+        return Activations(ActivationRange.TENSOR)
+    return None
+
+
+def _input_scale(scale: Tensor, where: str) -> Tensor:
+    if scale.numel() != 1 or scale.dtype not in _SCALE_DTYPES or not (scale > 0).all() or not scale.isfinite().all():
+        raise FileFormatError(
+            f"{where}: input_scale is {scale.dtype} {list(scale.shape)}; one positive float16, bfloat16 or float32 is "
+            "needed"
+        )
+    return scale.reshape(1).float()
+
+
+def _scheme(name: str, weights: Mapping[str, Any], activations: Activations | None) -> Scheme:
     bits, kind, strategy = weights.get("num_bits"), weights.get("type", "int"), weights.get("strategy")
     group_size = weights.get("group_size")
     if strategy is None:  # the library's own rule for what is left out
@@ -272,16 +339,18 @@ def _scheme(name: str, weights: Mapping[str, Any]) -> Scheme:
         and named.granularity is granularity
         and (granularity is not Granularity.GROUP or named.group_size == group_size)
         and (named.mode is not Mode.ASYMMETRIC) == symmetric
+        and _activation_fields(named.activations) == _activation_fields(activations)
     ):
         return named
     base = format_name + (f"-g{group_size}" if granularity is Granularity.GROUP else "")
-    return parse_scheme(
-        base + ("-tensor" if granularity is Granularity.TENSOR else "") + ("" if symmetric else "-asym")
-    )
+    text = base + ("-tensor" if granularity is Granularity.TENSOR else "") + ("" if symmetric else "-asym")
+    return parse_scheme(text if activations is None else f"{text}-{activations.name}")
 
 
-def _mxfp4_scheme(weights: Mapping[str, Any]) -> Scheme:
-    """MXFP4, if the weights are described as that."""
+def _mxfp4_scheme(weights: Mapping[str, Any], activations: Activations | None) -> Scheme:
+    """MXFP4, if the weights are described as that, and nothing else is rounded."""
+    if activations is not None:
+        raise FormatError(f"compressed-tensors: {_MXFP4} with input activations of 8 bits; strop reads it without them")
     needed = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32, "symmetric": True}
     found = {"strategy": "group", "symmetric": True} | {key: weights[key] for key in needed if key in weights}
     if found != needed:

@@ -73,6 +73,8 @@ def inexpressible(scheme: Scheme, weights: ExpertWeights, plain: nn.Module) -> s
         weights: The parameter.
         plain: The architecture with its own layers, on the meta device or with weights.
     """
+    if scheme.activations is not None:
+        return "experts, which are computed with the activations that come; the nearest format is int8"
     if isinstance(scheme.format, CodebookFormat):
         return "experts in one tensor, which bitsandbytes' files cannot hold; the nearest format that can is int4-g32"
     if not places(plain, weights):

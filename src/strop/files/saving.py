@@ -39,7 +39,7 @@ from strop.files.shards import MAX_SHARD_BYTES, Part, write_shards
 from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_experts import ExpertWeights, expert_weights, quant_experts
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED, QuantizedLinear
 from strop.numerics.formats import CodebookFormat
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -205,8 +205,8 @@ def skeleton(model: PreTrainedModel) -> nn.Module:
         return type(model)(copy.deepcopy(model.config))
 
 
-def _quantized(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED)}
 
 
 def _parts(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> Iterator[Part]:
@@ -299,7 +299,7 @@ def _write_configs(model: PreTrainedModel, schemes: Mapping[str, Scheme], folder
         kept = [
             name
             for name, module in model.named_modules()
-            if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QuantLinear)
+            if isinstance(module, (nn.Linear, Conv1D)) and not isinstance(module, QUANTIZED)
         ]
         fields = read_json(folder / "config.json")
         fields["quantization_config"] = _quantization_config(model, schemes or experts, kept)

@@ -2,6 +2,8 @@
 
 base.py               what they have in common: shape [out, in], dense weight, bias
 quant_linear.py       `QuantLinear`: over a frozen `QuantizedTensor`
+int8_linear.py        `Int8Linear`, `OutlierInt8Linear`: int8 weights times int8 activations, summed as integers
+quantized.py          all of these, and which a scheme asks for
 fake_quant_linear.py  `FakeQuantLinear`: a trainable weight, rounded on every call
 lora_linear.py        `LoraLinear`: any of them frozen, plus a trainable change of low rank
 quant_experts.py      `QuantExperts`: the experts of a mixture over frozen codes, and how they are computed

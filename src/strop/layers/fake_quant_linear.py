@@ -5,7 +5,7 @@
 `W` is a trainable [out, in] in fp32 or bf16. The forward pass sees exactly the values that `quantize` followed by
 `dequantize` gives, scales rounded to the dtype of the file; the backward pass is straight-through, zero where a value
 was clipped. `to_quant_linear()` stores what was trained: its dequantized weight equals the fake one bit for bit.
-Activations are not quantized here.
+Activations are not quantized here, and schemes that do (`int8-a8`) are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from strop.errors import FormatError
 from strop.layers.base import compute_dtype, extra_repr
 from strop.layers.quant_linear import QuantLinear
 from strop.numerics.affine import fake_quantize
@@ -31,13 +32,16 @@ class FakeQuantLinear(nn.Module):
         scheme: the grid that the weight is rounded to.
 
     Raises:
-        FormatError: the shape does not fit the scheme (a group size that does not divide `in`).
+        FormatError: the shape does not fit the scheme (a group size that does not divide `in`), or the scheme rounds
+            activations.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, scheme: Scheme) -> None:
         super().__init__()
         out_features, in_features = weight.shape
         plan_shape((out_features, in_features), scheme)
+        if scheme.activations is not None:
+            raise FormatError(f"{scheme}: training does not round activations; train through int8, then quantize")
         self.out_features, self.in_features = out_features, in_features
         self.scheme = scheme
         self.weight = nn.Parameter(weight.detach())

@@ -88,12 +88,13 @@ class QuantExperts(nn.Module):
         transposed: Whether the dense parameter is [experts, in, out].
 
     Raises:
-        FormatError: schemes or shapes differ.
+        FormatError: schemes or shapes differ, or the scheme rounds activations.
     """
 
     def __init__(self, qtensors: Sequence[QuantizedTensor], *, transposed: bool = False) -> None:
         super().__init__()
         first = qtensors[0]
+        check_experts(first.scheme)
         if any(q.scheme != first.scheme or q.shape != first.shape for q in qtensors):
             kinds = sorted({f"{q.scheme.name} {list(q.shape)}" for q in qtensors})
             raise FormatError(f"the experts of one parameter need one format and shape; got {', '.join(kinds)}")
@@ -168,6 +169,19 @@ def quant_experts(model: nn.Module) -> dict[str, QuantExperts]:
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantExperts)}
 
 
+def check_experts(scheme: Scheme, *, where: str = "experts") -> None:
+    """Refuse schemes by which experts are not computed.
+
+    Raises:
+        FormatError: the scheme rounds activations.
+    """
+    if scheme.activations is not None:
+        raise FormatError(
+            f"{where}: the experts of a mixture are computed with the activations that come, and {scheme} rounds them; "
+            "the nearest format is int8"
+        )
+
+
 def plan_experts(found: Mapping[str, ExpertWeights], schemes: Mapping[str, Scheme]) -> None:
     """Check, before any work, that the experts' shapes fit the scheme of their parameter.
 
@@ -177,6 +191,7 @@ def plan_experts(found: Mapping[str, ExpertWeights], schemes: Mapping[str, Schem
     problems: list[str] = []
     for name, scheme in schemes.items():
         try:
+            check_experts(scheme, where=name)
             plan_shape(found[name].shape, scheme, where=name)
         except FormatError as error:
             problems.append(str(error))

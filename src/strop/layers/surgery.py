@@ -20,7 +20,7 @@ from strop.layers.base import dense_weight, is_linear, linear_bias, linear_shape
 from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_experts import QuantExperts
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED, quantized_linear
 from strop.methods import METHODS, Statistics
 from strop.numerics.groups import plan_shape
 from strop.numerics.scheme import Scheme
@@ -194,8 +194,10 @@ def quantize_linears(
     method: str = "rtn",
     *,
     statistics: Mapping[str, Statistics] | None = None,
+    activation_scales: Mapping[str, float] | None = None,
 ) -> list[str]:
-    """Exchange each selected dense layer for a `QuantLinear`, one at a time; returns their names.
+    """Exchange each selected dense layer for a `QuantLinear` (an `Int8Linear` where the scheme rounds activations too),
+    one at a time; returns their names.
 
     Args:
         model: the model, changed in place.
@@ -203,6 +205,7 @@ def quantize_linears(
         targets: see `select`.
         method: a name of `strop.methods.METHODS`.
         statistics: of the inputs of each layer, by name, for methods that use them.
+        activation_scales: of the inputs of each layer, by name, for schemes with a static one.
 
     Raises:
         TargetError: a target matches nothing, or a selected layer is not dense.
@@ -216,9 +219,11 @@ def quantize_linears(
         seen = None if statistics is None else statistics.get(name)
         try:
             qtensor = METHODS[method](dense_weight(module), scheme, seen)
+            qtensor = qtensor.with_activation_scale((activation_scales or {}).get(name))
+            layer = quantized_linear(qtensor, linear_bias(module))
         except FormatError as error:
             raise FormatError(f"{name}: {str(error).removeprefix('weight: ')}") from error
-        replace(model, name, QuantLinear(qtensor, linear_bias(module)))
+        replace(model, name, layer)
     return names
 
 
@@ -244,7 +249,7 @@ def _dense_targets(model: nn.Module, scheme: Scheme, targets: str | Sequence[str
     packed = [
         f"{name} is a {type(module).__name__}"
         for name in names
-        if isinstance(module := model.get_submodule(name), (QuantLinear, FakeQuantLinear, LoraLinear))
+        if isinstance(module := model.get_submodule(name), (*QUANTIZED, FakeQuantLinear, LoraLinear))
     ]
     if packed:
         raise TargetError(

@@ -6,8 +6,9 @@ Xiao and others, SmoothQuant (arXiv 2211.10438); max|W_j| is over all layers of 
 are folded into what produces X, where the block's output proves that (`folding`); elsewhere inputs stay as they are. A
 group is smoothed only where that leaves less error of the rounded product, on a sample of its inputs.
 
-The weights are rounded to nearest. Activations are rounded at run time, by token or by one scale for all:
-`largest_inputs` gives what such a scale has to cover.
+The weights are rounded to nearest. Activations are rounded at run time, as the scheme says (`int8-a8`: by token,
+`int8-a8-static`: by one scale for all, fixed by calibration afterwards); schemes of weights alone are smoothed as if by
+token.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from torch import Tensor
 from strop.errors import ConfigError
 from strop.methods.base import Block, BlockResult
 from strop.methods.folding import Fold, find_fold
+from strop.numerics.activations import Activations, rounded
 from strop.numerics.affine import fake_quantize
 from strop.numerics.qtensor import quantize_tensor
-from strop.numerics.scheme import Scheme, parse_scheme
+from strop.numerics.scheme import Scheme
 
 ALPHAS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """What is tried where alpha is to be found."""
@@ -32,8 +34,6 @@ STANDS_OUT = 10.0
 
 SAMPLE = 512
 """Inputs by which smoothing is judged."""
-
-_BY_TOKEN = parse_scheme("int8")  # a scale for each row of the inputs
 
 _SMALLEST_SHARE = 1e-4
 """A channel counts as at least this share of the largest: scales of channels that never fire stay within bounds."""
@@ -105,16 +105,6 @@ def smoothquant(
     return BlockResult(weights, others, notes)
 
 
-def largest_inputs(block: Block, result: BlockResult) -> dict[str, float]:
-    """The largest magnitude among each layer's inputs once the block is what `result` makes of it; unreached are out.
-
-    A static scale of a layer's inputs, one for all of them, has to cover it: scale = largest / 127 for int8.
-    """
-    changed = {**result.others, **{layer: weight.dequantize() for layer, weight in result.weights.items()}}
-    found = block.statistics(list(result.weights), changed)
-    return {layer: seen.largest.max().item() for layer, seen in found.items() if seen.largest is not None}
-
-
 def _scales(fold: Fold, largest: Tensor, weights: Sequence[Tensor], alpha: float) -> Tensor:
     """S of each channel of the source, from the largest inputs [in] and the group's weights."""
     inputs = fold.largest(largest)
@@ -127,8 +117,9 @@ def _scales(fold: Fold, largest: Tensor, weights: Sequence[Tensor], alpha: float
 
 def _lost(x: Tensor, divisor: Tensor, weights: Sequence[Tensor], schemes: Sequence[Scheme]) -> float:
     """Squared error of the products of rounded inputs x / divisor and rounded weights * divisor, x [rows, in]."""
-    inputs, total = fake_quantize(x / divisor, _BY_TOKEN), 0.0
+    total = 0.0
     for weight, scheme in zip(weights, schemes, strict=True):
+        inputs = rounded(x / divisor, scheme.activations or Activations())
         product = inputs @ fake_quantize(weight * divisor, scheme).t()
         total += (product - x @ weight.t()).double().square().sum().item()
     return total

@@ -17,7 +17,7 @@ from transformers.core_model_loading import WeightRenaming, apply_renamings
 
 from strop.errors import ModelError
 from strop.files.expert_tensors import Place, join, places
-from strop.layers.quant_experts import ExpertWeights, expert_weights
+from strop.layers.quant_experts import ExpertWeights, check_experts, expert_weights
 from strop.models.containers import Container
 from strop.numerics.qtensor import QuantizedTensor
 
@@ -78,13 +78,16 @@ def decode_experts(
 
     Raises:
         ModelError: rows of an expert are not there.
+        FormatError: as `check_experts`.
         FileFormatError: as the container, and `join`.
     """
     left = {pattern: list(tensors) for pattern, tensors in arrived.items()}
     found: list[dict[Place, QuantizedTensor]] = [{} for _ in range(weights.count)]
     for layer, piece in sorted(pieces.items(), key=lambda item: item[1].place.expert):
         tensors = {part: left[piece.pattern_of(part)].pop(0).to(device) for part in piece.parts}
-        found[piece.place.expert][piece.place] = container.decode(layer, tensors, widened=True)
+        held = container.decode(layer, tensors, widened=True)
+        check_experts(held.scheme, where=layer)
+        found[piece.place.expert][piece.place] = held
     made: list[QuantizedTensor] = []
     for name, parts in zip(weights.names, found, strict=True):
         if sum(place.stop - place.start for place in parts) != weights.shape[0]:

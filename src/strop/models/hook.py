@@ -2,7 +2,7 @@
 
 transformers gives every quantizer (`HfQuantizer`) three moments. Before any tensor is read, the model stands on the
 meta device: the layers are chosen and every shape is checked against the scheme. Each tensor that arrives passes
-through a conversion operation: ours makes a `QuantizedTensor` of it, puts a `QuantLinear` where the dense layer stood,
+through a conversion operation: ours makes a `QuantizedTensor` of it, puts a layer over it where the dense one stood,
 and hands nothing on, so that no dense weight outlives its own conversion. Because this is transformers' own loader,
 its renamings and splittings of checkpoint names apply before ours.
 
@@ -38,7 +38,7 @@ from strop.errors import FormatError, ModelError, StropError
 from strop.files.shards import read_header
 from strop.layers.base import is_linear, linear_bias, linear_shape
 from strop.layers.quant_experts import ExpertWeights, expert_weights, install_experts, plan_experts
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import quantized_linear
 from strop.layers.surgery import blocks, plan_linears, replace, select
 from strop.models.containers import Container
 from strop.models.expert_pieces import ExpertPiece, decode_experts, expert_pieces
@@ -112,11 +112,12 @@ class Plan:
         model.get_parameter(name)._is_hf_initialized = True  # type: ignore[attr-defined]
 
     def install(self, model: nn.Module) -> None:
-        """Put a `QuantLinear` where each layer whose weight was kept stands, and `QuantExperts` for experts."""
+        """Put a layer over its codes where each layer whose weight was kept stands, and `QuantExperts` for experts."""
         for name in list(self._made_experts):
             install_experts(model, name, self._made_experts.pop(name))
         for name in list(self._made):
-            replace(model, name, QuantLinear(self._made.pop(name), linear_bias(model.get_submodule(name))))
+            layer = quantized_linear(self._made.pop(name), linear_bias(model.get_submodule(name)))
+            replace(model, name, layer)
 
 
 class RoundingPlan(Plan):

@@ -30,14 +30,14 @@ from strop.errors import ConfigError, FormatError, ModelError, StropError, neare
 from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_config
 from strop.files.shards import tensor_files
 from strop.layers.quant_experts import QuantExperts
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED
 from strop.models.containers import container_for
 from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
 
-_QUANTIZED = (QuantLinear, QuantExperts)
+_QUANTIZED = (*QUANTIZED, QuantExperts)
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
@@ -198,6 +198,8 @@ def _open_model(
         plan = ReadingPlan(container, device)
     elif scheme is not None:
         wanted = scheme
+        if rounding is None:
+            _check_no_static(folder, wanted)
         plan = RoundingPlan(
             wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device, keep=keep
         )
@@ -267,6 +269,15 @@ def _listed(names: list[str], most: int = 12) -> str:
 def _collected(folder: Path, problems: list[StropError]) -> StropError:
     texts = [str(problem) for problem in problems]
     return type(problems[0])("\n".join([f"{folder}: {texts[0]}", *texts[1:]]))
+
+
+def _check_no_static(folder: Path, scheme: Scheme | Mapping[str, Scheme]) -> None:
+    for wanted in [scheme] if isinstance(scheme, Scheme) else scheme.values():
+        if wanted.activations is not None and wanted.activations.is_static:
+            raise FormatError(
+                f"{folder}: {wanted} has one scale for all activations of a layer, which calibration fixes; quantize "
+                f"with data first (strop quantize --format {wanted} --data FILE), or open as int8-a8"
+            )
 
 
 def _nearest(name: str, weight: torch.Tensor, scheme: Scheme | Mapping[str, Scheme]) -> QuantizedTensor:

@@ -11,6 +11,8 @@ packing.py    codes of 2 to 8 bits to bytes
 superblock.py GGUF's Q4_K: scales and minimums of 6 bits under a float16 of their superblock
 laid.py       a scheme's grid laid over one weight: what rounding, real and fake, goes through
 observers.py  which range a grid should cover
+activations.py, activation_observers.py, int8_matmul.py   inputs of a layer in 8 bits, their range, exact products
+grouped.py    codes in groups with an offset, as a cache of keys and values holds them
 qtensor.py    QuantizedTensor: codes, scales, zero points; quantize_tensor makes one
 """
 

@@ -6,6 +6,8 @@
     nested      under double quantization, the block scales as 8-bit codes
     super_scale in superblocks (Q4_K), scales and minimums of the groups as 6-bit codes: super_scale and super_minimum
                 float16 [out, in / 256], sub_scale and sub_minimum uint8 [out, in / 256 * 6]
+    activation_scale  float32 [1], the static scale of the layer's inputs; only in schemes with -a8-static, and there
+                None until calibration gives it
 
 Stored codes are unsigned: an integer's is q - qmin, packed by `packing`. Not a `torch.Tensor` subclass, and without
 gradient: what trains through a grid is `fake_quantize`.
@@ -13,6 +15,8 @@ gradient: what trains through a grid is `fake_quantize`.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -40,6 +44,7 @@ class QuantizedTensor:
     shape: tuple[int, int]
     nested: NestedScale | None = None
     super_scale: SuperScale | None = None
+    activation_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -89,6 +94,22 @@ class QuantizedTensor:
             result[rows] = values if minimum is None else values.sub_(rows_of(minimum, rows))
         return restore(result, self.shape)
 
+    def with_activation_scale(self, scale: float | None) -> QuantizedTensor:
+        """The same with the static scale of the layer's inputs; the tensor itself where the scheme has none.
+
+        Raises:
+            FormatError: The scheme needs one, and there is none or it is not a positive number.
+        """
+        if self.scheme.activations is None or not self.scheme.activations.is_static:
+            return self
+        if scale is None or not (math.isfinite(scale) and scale > 0):
+            raise FormatError(
+                f"{self.scheme}: calibration must give a positive scale of the activations, got {scale}; a layer that "
+                "no row of the data reaches has none: use int8-a8, which finds it while it runs, or other data"
+            )
+        given = torch.tensor([scale], dtype=torch.float32, device=self.codes.device)
+        return dataclasses.replace(self, activation_scale=given)
+
     def _packed_rows(self) -> Tensor:
         """The packed codes, a row for each row of groups: [out, bytes], or [blocks, bytes], a short block filled."""
         if self.codes.ndim == 2 or self.scheme.group_size is None:
@@ -102,7 +123,7 @@ class QuantizedTensor:
         """The parts that there are, by name.
 
         codes, scale, zero_point; nested_codes, nested_scale, nested_offset; super_scale, super_minimum, sub_scale,
-        sub_minimum.
+        sub_minimum; activation_scale.
         """
         parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
         if self.nested is not None:
@@ -114,6 +135,7 @@ class QuantizedTensor:
             parts["super_minimum"] = self.super_scale.minimum
             parts["sub_scale"] = self.super_scale.sub_scale
             parts["sub_minimum"] = self.super_scale.sub_minimum
+        parts["activation_scale"] = self.activation_scale
         return {name: part for name, part in parts.items() if part is not None}
 
     @classmethod
@@ -141,7 +163,14 @@ class QuantizedTensor:
         if scheme.super_size is not None:
             super_scale = SuperScale(*(tensors[name] for name in super_parts(scheme, shape)))
         return cls(
-            tensors["codes"], tensors.get("scale"), tensors.get("zero_point"), scheme, shape, nested, super_scale
+            tensors["codes"],
+            tensors.get("scale"),
+            tensors.get("zero_point"),
+            scheme,
+            shape,
+            nested,
+            super_scale,
+            tensors.get("activation_scale"),
         )
 
 
@@ -219,4 +248,6 @@ def _expected_parts(scheme: Scheme, shape: tuple[int, int]) -> dict[str, tuple[t
         parts["scale"] = (size, scheme.scale_dtype)
     if scheme.has_zero_point:
         parts["zero_point"] = (size, torch.uint8)
+    if scheme.activations is not None and scheme.activations.is_static:
+        parts["activation_scale"] = ((1,), torch.float32)
     return parts

@@ -1,6 +1,6 @@
 """`Scheme`: how a weight is quantized, and the one text that says so: `[container:]scheme`, the value of `--format`.
 
-    format   [-gN | -tensor]  [-asym | -full]  [-dq]  [-sf16 | -sbf16 | -sf32]
+    format   [-gN | -tensor]  [-asym | -full]  [-dq]  [-sf16 | -sbf16 | -sf32]  [-a8 [-asym | -static | -over6]]
 
     int8            8 bits, symmetric, one float32 scale per output channel
     int4-g32        4 bits, symmetric, one float16 scale per 32 inputs
@@ -8,6 +8,7 @@
     int8-tensor     one scale for the whole weight
     nf4, fp4        codebooks, blocks of 64 over the flattened weight, float32 scales; -dq quantizes those scales again
     fp8, fp8_e5m2   8-bit floats, one float32 scale per output channel
+    int8-a8         int8 weights and int8 activations, multiplied as integers (`activations` has what follows -a8)
     mxfp4           OCP's MXFP4: 4-bit floats (e2m1), one power of two (E8M0, 8 bits) per 32 inputs
     gguf:q4_0       the file container GGUF and its type q4_0, which is int4-g32-full
     gguf:q4_k       its type Q4_K: 4 bits with a scale and a minimum of 6 bits each per 32 inputs, in superblocks of 256
@@ -25,6 +26,7 @@ from types import MappingProxyType
 import torch
 
 from strop.errors import FormatError, nearest
+from strop.numerics.activations import OUTLIER_THRESHOLD, Activations, parse_activations
 from strop.numerics.formats import FORMATS, CodebookFormat, FloatFormat, Format, IntFormat
 
 NESTED_BLOCK = 256
@@ -63,6 +65,7 @@ class Granularity(enum.Enum):
 
 _SCALE_SUFFIX: Mapping[torch.dtype, str] = {torch.float16: "sf16", torch.bfloat16: "sbf16", torch.float32: "sf32"}
 _SCALE_DTYPE = {suffix: dtype for dtype, suffix in _SCALE_SUFFIX.items()}
+_ALIASES: Mapping[str, str] = dict.fromkeys(("llm.int8", "llm-int8", "llm_int8"), f"int8-a8-over{OUTLIER_THRESHOLD:g}")
 _GROUP_SIZES = {"nf4": 64, "fp4": 64, "mxfp4": 32}
 """Sizes that need no -gN, because the format is hardly used with another or has no other."""
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
@@ -91,6 +94,7 @@ class Scheme:
         double_quant: Codebooks only: the block scales are stored as 8-bit codes (QLoRA, section 3).
         super_size: Q4_K only: inputs whose groups' scales and minimums are 6-bit multiples of two float16 numbers, so
             that value = super_scale * sub_scale * code - super_minimum * sub_minimum. There is no zero point then.
+        activations: How the layer's inputs are rounded to int8; None where they are not.
 
     Raises:
         FormatError: The combination cannot exist.
@@ -103,6 +107,7 @@ class Scheme:
     scale_dtype: torch.dtype = torch.float32
     double_quant: bool = False
     super_size: int | None = None
+    activations: Activations | None = None
 
     def __post_init__(self) -> None:
         if problems := list(self._problems()):
@@ -129,6 +134,8 @@ class Scheme:
             parts.append("dq")
         if self.scale_dtype != default_scale_dtype(self.granularity, self.format):
             parts.append(_SCALE_SUFFIX[self.scale_dtype])
+        if self.activations is not None:
+            parts.append(self.activations.name)
         return "-".join(parts)
 
     def __str__(self) -> str:
@@ -206,11 +213,18 @@ class Scheme:
             yield "block scales are stored in float32 (-dq makes them smaller)"
         if self.double_quant and not is_codebook:
             yield "double quantization is for nf4 and fp4; use larger groups to store fewer scales"
+        if self.activations is not None and not self._multiplies_integers():
+            yield "8-bit activations (-a8) go with int8 weights, symmetric, per channel or tensor: int8-a8"
         if self.super_size is not None and (
             (self.super_size, self.group_size, self.scale_dtype) != (SUPER_SIZE, 32, torch.float16)
             or self.format != FORMATS["uint4"]
         ):
             yield "superblocks are those of Q4_K: 4 bits, 8 groups of 32 inputs, float16"
+
+    def _multiplies_integers(self) -> bool:
+        """Whether products with int8 activations can be summed as integers."""
+        whole_rows = self.granularity in (Granularity.CHANNEL, Granularity.TENSOR)
+        return self.format == FORMATS["int8"] and self.mode is not Mode.ASYMMETRIC and whole_rows
 
 
 @dataclass(frozen=True)
@@ -250,7 +264,12 @@ def parse_scheme(text: str) -> Scheme:
         raise FormatError(f"{text!r}: no container fits here, got {container!r}; give a scheme alone, such as int4-g32")
     if words == "q4_k":
         return _Q4_K
-    base, *suffixes = words.split("-")
+    base, *suffixes = _ALIASES.get(words, words).split("-")
+    activations: Activations | None = None
+    if "a8" in suffixes:
+        place = suffixes.index("a8")
+        activations = parse_activations(suffixes[place + 1 :], text=text)
+        suffixes = suffixes[:place]
     number = FORMATS.get(base)
     if number is None:
         raise FormatError(f"{text!r}: {_unknown_base(base)}")
@@ -258,7 +277,7 @@ def parse_scheme(text: str) -> Scheme:
     for suffix in suffixes:
         kind = _kind_of(suffix)
         if kind is None:
-            known = ("asym", "full", "tensor", "dq", *_SCALE_DTYPE)
+            known = ("asym", "full", "tensor", "dq", *_SCALE_DTYPE, "a8")
             raise FormatError(
                 f"{text!r}: unknown part {suffix!r}{nearest(suffix, known)}; after the format come -gN (a group of N), "
                 f"{', '.join('-' + name for name in known)}"
@@ -284,6 +303,7 @@ def parse_scheme(text: str) -> Scheme:
             group_size=group_size,
             scale_dtype=scale_dtype,
             double_quant="scale quantization" in chosen,
+            activations=activations,
         )
     except FormatError as error:
         raise FormatError(f"{text!r}: {error}") from None

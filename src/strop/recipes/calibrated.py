@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,6 +26,7 @@ from strop.files.shards import tensor_files
 from strop.methods import BlockResult
 from strop.models.blocks import BlockwiseModel
 from strop.models.opening import open_tokenizer
+from strop.numerics.activation_observers import ActivationObserver, MinMax
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 from strop.progress import SILENT, Reporter
@@ -153,6 +154,7 @@ def calibrate_model(
     *,
     plan: Mapping[str, Any],
     folder: Path,
+    activation_observer: Callable[[], ActivationObserver] = MinMax,
     reporter: Reporter = SILENT,
 ) -> Calibrated:
     """Quantize a model's blocks and measure the result.
@@ -163,6 +165,7 @@ def calibrate_model(
         work: Quantizes one block.
         plan: What `work` is, as JSON values, the `method` among them: finished blocks of another plan are not used.
         folder: Where the blocks are kept.
+        activation_observer: As `quantize_blocks`.
         reporter: Told what happens.
     """
     results = Results(
@@ -187,7 +190,15 @@ def calibrate_model(
     with Scratch(DISK_BYTES) as scratch:
         stream = bench.stream(scratch)
         with results.kept_if_of_use():
-            reports = quantize_blocks(stream, schemes, work, results, weigh=weigh, reporter=reporter)
+            reports = quantize_blocks(
+                stream,
+                schemes,
+                work,
+                results,
+                weigh=weigh,
+                activation_observer=activation_observer,
+                reporter=reporter,
+            )
         held = stream.batches[stream.calibrating :]
         held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
         count = sum(int(batch.lengths.sum()) for batch in stream.batches[: stream.calibrating])

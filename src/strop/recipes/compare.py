@@ -19,6 +19,7 @@ from typing import Final
 from strop.data.records import Record
 from strop.errors import DataError, UsageError, nearest
 from strop.evaluation.comparison import Comparison
+from strop.evaluation.kv_cache import KVFormat
 from strop.evaluation.side_by_side import Place, Settings, SideBySide
 from strop.files.peft_adapter import read_adapter_config
 from strop.files.shards import weight_bytes
@@ -46,6 +47,7 @@ def compare(
     chat_template: str | Path | None = None,
     batch_size: int = 8,
     speed: bool = True,
+    kv_cache: str | None = None,
     examples: int = 6,
     scratch_bytes: int = DEFAULT_LIMIT_BYTES,
     device: str = "cpu",
@@ -69,6 +71,8 @@ def compare(
         chat_template: For models that have none, as `strop tune` takes it.
         batch_size: Rows per forward pass.
         speed: Whether to time reading and writing.
+        kv_cache: "int8" or "int4" rounds the cache of keys and values of every model but the first; a single model is
+            compared with itself.
         examples: Rows shown of each kind of flip and model; only conversations with one answer can be shown.
         scratch_bytes: The most that is set aside on the disk. What does not fit narrows the divergence to fewer rows
         and
@@ -90,9 +94,13 @@ def compare(
         raise UsageError(f"unknown task {task!r}{nearest(task, TASKS)}; there is: {', '.join(TASKS)}")
     if max_rows < 1 or batch_size < 1:
         raise UsageError(f"max_rows {max_rows}, batch_size {batch_size}: needed at least 1 of each")
+    rounded = None if kv_cache is None else KVFormat(kv_cache)
     paths = [str(model) for model in models]
+    if rounded is not None and len(paths) == 1:
+        paths *= 2
     places = [
-        Place(name, path, *_weight_bytes(path)) for name, path in zip(model_names(paths, names), paths, strict=True)
+        Place(name, path, *_weight_bytes(path), kv_cache=rounded if index else None)
+        for index, (name, path) in enumerate(zip(model_names(paths, names), paths, strict=True))
     ]
     records = _drawn(held_out_records(data), max_rows, seed)
     if task is not None:
@@ -103,6 +111,7 @@ def compare(
         chat_template=chat_template,
         batch_size=batch_size,
         speed=speed,
+        kv_bytes=rounded is not None,
         examples=examples,
         device=device,
         seed=seed,

@@ -1,8 +1,8 @@
 """The gate of `quantize`: how far the result may be from its source, which layers are to blame where it is further, and
 what a repair gives them.
 
-A layer's blame is what rounding it alone does to its block's output, relative squared error over held-out rows: the
-layer as it was made, everything else in full precision. Only a result past the gate is examined so.
+A layer's blame is what its rounded weights alone do to its block's output, relative squared error over held-out rows:
+everything else, inputs too, in full precision. Only a result past the gate is examined so.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from strop.data.records import Message, Record
 from strop.data.templates import as_messages, prompt_ids, stop_ids
 from strop.errors import DataError, UsageError
 from strop.evaluation.generation import Stream, generate_answers
+from strop.evaluation.kv_cache import STRIDE, KVFormat, kv_bytes_per_token
 from strop.models import OpenedModel, load
 from strop.pages.atomic import write_whole
 from strop.progress import SILENT, Reporter
@@ -31,6 +32,7 @@ def answer(
     asked: str | Sequence[Turn],
     *,
     max_new_tokens: int = 256,
+    kv_cache: str | None = None,
     temperature: float = 0.0,
     seed: int = 0,
     chat_template: str | Path | None = None,
@@ -42,6 +44,7 @@ def answer(
         opened: What `strop.load` gives.
         asked: A question, or a conversation that ends with a turn that is not the assistant's.
         max_new_tokens: Longest answer, in tokens; shortened to what the model's context leaves.
+        kv_cache: "int8" or "int4" rounds the cache of keys and values; None leaves it in full precision.
         temperature: 0 takes the likeliest token always; above, tokens are drawn.
         seed: Of the drawing.
         chat_template: For models that have none, as `strop tune` takes it.
@@ -65,11 +68,30 @@ def answer(
         [prompt_ids(turns, tokenizer, chat_template=chat_template)],
         stop_ids=stop_ids(tokenizer, chat_template=chat_template),
         max_new_tokens=max_new_tokens,
+        kv_cache=None if kv_cache is None else KVFormat(kv_cache),
         temperature=temperature,
         seed=seed,
         stream=stream,
     )
     return text
+
+
+def kv_cache_line(kv_cache: str | None) -> Callable[[OpenedModel], str] | None:
+    """What words a rounded cache's size for an open model; None without one. A wrong name is refused before opening.
+
+    Raises:
+        UsageError: Neither int8 nor int4.
+    """
+    if kv_cache is None:
+        return None
+    form = KVFormat(kv_cache)
+
+    def line(opened: OpenedModel) -> str:
+        small, whole = kv_bytes_per_token(opened.model, form), kv_bytes_per_token(opened.model, None)
+        window = f" past the last {form.window} to {form.window + STRIDE - 1}" if form.window else ""
+        return f"key-value cache in {form.name}: {small:,.0f} bytes a token{window}, {whole:,.0f} in full precision"
+
+    return line
 
 
 class Chat:
@@ -111,6 +133,7 @@ def predict(
     *,
     max_new_tokens: int = 256,
     batch_size: int = 16,
+    kv_cache: str | None = None,
     max_rows: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
@@ -130,6 +153,7 @@ def predict(
         output: The jsonl file.
         max_new_tokens: Longest answer, in tokens.
         batch_size: Rows answered at once.
+        kv_cache: "int8" or "int4" rounds the cache of keys and values; None leaves it in full precision.
         max_rows: Answer only the first so many.
         temperature: 0 takes the likeliest token always.
         seed: Of the drawing.
@@ -151,6 +175,7 @@ def predict(
         raise UsageError(f"{target}: is a folder; name a file for the answers, such as {target / 'answers.jsonl'}")
     if max_rows is not None and max_rows < 1:
         raise UsageError(f"max_rows is {max_rows}; needed at least 1, or none for all rows")
+    rounded = None if kv_cache is None else KVFormat(kv_cache)
     records = held_out_records(data)[:max_rows]
     questions = [_question(record) for record in records]
     opened = model if isinstance(model, OpenedModel) else load(model, device=device)
@@ -168,6 +193,7 @@ def predict(
             stop_ids=stop_ids(tokenizer, chat_template=chat_template),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            kv_cache=rounded,
             temperature=temperature,
             seed=seed,
             on_batch=reporter.advance,

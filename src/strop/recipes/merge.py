@@ -44,7 +44,7 @@ from strop.files.saving import check_expressible, skeleton, write_model
 from strop.layers.base import dense_weight, linear_bias, linear_shape
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_experts import quant_experts, restore_experts
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED, QuantizedLinear, quantized_linear
 from strop.layers.surgery import detach_lora, linear_modules, lora_modules, plan_linears, replace
 from strop.models import OpenedModel, load
 from strop.models.sources import find_folder
@@ -215,6 +215,11 @@ def _scheme(format: str) -> Scheme:
         raise FormatError(
             f"{format!r}: files of the kind {spec.container} are not written yet; the same grid is {spec.scheme}"
         )
+    if spec.scheme.activations is not None and spec.scheme.activations.is_static:
+        raise FormatError(
+            f"{spec}: the scale of the activations is fixed from data; merge without a format first, then strop "
+            f"quantize --format {spec} --data FILE, or merge as int8-a8, which needs none"
+        )
     return spec.scheme
 
 
@@ -314,7 +319,7 @@ def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
 
     hooks = []
     for module in model.modules():
-        if module._parameters and not isinstance(module, QuantLinear):  # that computes in the dtype of its input
+        if module._parameters and not isinstance(module, QUANTIZED):  # that computes in the dtype of its input
             hooks.append(module.register_forward_pre_hook(widen))
             hooks.append(module.register_forward_hook(restore, always_call=True))
     try:
@@ -333,7 +338,7 @@ def _without_adapters(model: PreTrainedModel, probe: _Probe, scheme: Scheme | No
     try:
         if scheme is not None:
             for name, module in linear_modules(model).items():
-                if not (isinstance(module, QuantLinear) and module.scheme == scheme):
+                if not (isinstance(module, QUANTIZED) and module.scheme == scheme):
                     stood[name] = replace(model, name, _rounded(name, dense_weight(module), module, scheme))
         return probe.logits(model)
     finally:
@@ -341,8 +346,8 @@ def _without_adapters(model: PreTrainedModel, probe: _Probe, scheme: Scheme | No
             replace(model, name, module)
 
 
-def _rounded(name: str, weight: Tensor, module: nn.Module, scheme: Scheme) -> QuantLinear:
-    return QuantLinear(quantize_tensor(weight, scheme, where=name), linear_bias(module))
+def _rounded(name: str, weight: Tensor, module: nn.Module, scheme: Scheme) -> QuantizedLinear:
+    return quantized_linear(quantize_tensor(weight, scheme, where=name), linear_bias(module))
 
 
 class _Added(nn.Module):
@@ -379,9 +384,9 @@ def _store(model: PreTrainedModel, plain: nn.Module, scheme: Scheme | None) -> s
             restore_experts(model, name, dtype)
     for name, module in linear_modules(model).items():
         if scheme is not None:
-            if not (isinstance(module, QuantLinear) and module.scheme == scheme):
+            if not (isinstance(module, QUANTIZED) and module.scheme == scheme):
                 replace(model, name, _rounded(name, dense_weight(module), module, scheme))
-        elif isinstance(module, LoraLinear | QuantLinear):
+        elif isinstance(module, (LoraLinear, *QUANTIZED)):
             replace(model, name, _dense(dense_weight(module).to(dtype), module, like=plain.get_submodule(name)))
     return scheme.name if scheme is not None else str(dtype).removeprefix("torch.")
 

@@ -44,6 +44,8 @@ from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
 from strop.numerics import OBSERVERS
+from strop.numerics.activation_observers import ActivationObserver, MinMax
+from strop.numerics.activation_observers import activation_observer as activation_observer_of
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
@@ -112,6 +114,7 @@ def quantize(
     output: str | os.PathLike[str],
     method: str = "rtn",
     observer: str = "minmax",
+    activation_observer: str = "minmax",
     budget: str | None = None,
     formats: Sequence[str] = FORMATS,
     data: Rows | None = None,
@@ -136,6 +139,8 @@ def quantize(
         method: A name of `strop.methods.METHODS` or `BLOCK_METHODS`; those that need rows take built-in paragraphs
             where no `data` are given.
         observer: How rtn finds the range: minmax, percentile or mse.
+        activation_observer: How the range of a layer's inputs is found for a format with one scale for all of them
+            (`int8-a8-static`, which needs data): minmax, average, percentile or entropy.
         budget: "3.5bits", "300MB" or "kl<0.02" instead of a format: see `strop.recipes.budget`.
         formats: What layers may become under a budget, and what a repair may give them.
         data: Rows to calibrate with, of the kind that the model will see, as `tune` takes them.
@@ -154,8 +159,8 @@ def quantize(
 
     Raises:
         UsageError: A method or observer that is unknown, an observer with a method that uses none, neither or both of
-            format and budget, a gate without rows to judge by, something stands at `output`, `model` is an adapter,
-            or `max_memory` or the budget is too little.
+            format and budget, a gate without rows to judge by, static activations without data, something stands at
+            `output`, `model` is an adapter, or `max_memory` or the budget is too little.
         FormatError: A format that is unknown, needs a container that is not written, or does not fit the layers.
         GateError: The result lies past the gate; nothing is written.
         MissingInputError, ModelError, FileFormatError, DataError: As the steps raise them.
@@ -171,6 +176,8 @@ def quantize(
     asked = None if budget is None else parse_budget(budget)
     known = {scheme.name: scheme for scheme in map(_scheme, formats)} if asked is not None or repair else {}
     scheme = next(iter(known.values())) if format is None else _scheme(format)
+    _check_weights_only([*known.values(), scheme] if repair else list(known.values()))
+    observing = _activation_observer(scheme, activation_observer, data)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
     plain = _skeleton(source, scheme)
@@ -188,7 +195,9 @@ def quantize(
     names = [name for name in shapes if name not in misfits]
     if not names:
         raise FormatError(f"{source}: no linear layer fits {scheme}; nothing would be quantized. {_first(misfits)}")
-    settings = {"method": method, "observer": observer if method == "rtn" else None}
+    settings: dict[str, Any] = {"method": method, "observer": observer if method == "rtn" else None}
+    if observing is not None:
+        settings["activation_observer"] = activation_observer
     receipt = Receipt(str(model), budget or scheme.name, settings)
     receipt.left_alone = [name for name in experts(plain) if name not in found]
     receipt.experts = sum(weights.count for weights in found.values())
@@ -212,14 +221,23 @@ def quantize(
             chat_template=chat_template,
             reporter=reporter,
         )
-        work, plan = _block_work(method, observer, seed), {"method": method, "observer": observer, "seed": seed}
+        work = _block_work(method, observer, seed)
+        plan = {"method": method, "observer": observer, "activation_observer": activation_observer, "seed": seed}
         folder = Path(output).parent / f".{Path(output).name}.blocks"
 
         def fits(layer: str, own: Scheme) -> bool:
             return _misfit(plain, layer, own) is None
 
         def calibrate(chosen: Mapping[str, Scheme]) -> Calibrated:
-            return calibrate_model(bench, chosen, work, plan=plan, folder=folder, reporter=reporter)
+            return calibrate_model(
+                bench,
+                chosen,
+                work,
+                plan=plan,
+                folder=folder,
+                activation_observer=observing or MinMax,
+                reporter=reporter,
+            )
 
         if asked is not None:
             trials = folder.with_name(f"{folder.name}.trial")
@@ -331,6 +349,35 @@ def _check_method(method: str, observer: str) -> None:
         )
     if observer != "minmax" and method != "rtn":
         raise UsageError(f"observer {observer}: method {method} finds its scales itself; leave the observer out")
+
+
+def _check_weights_only(schemes: Sequence[Scheme]) -> None:
+    """Refuse formats that round activations among those to choose from."""
+    found = [scheme.name for scheme in schemes if scheme.activations is not None]
+    if found:
+        raise FormatError(
+            f"{', '.join(found)}: a budget and a repair choose among formats of weights, and 8-bit activations take no "
+            "bits of the model; name formats such as int4-g32-full and int8-g32 with --formats, or round all layers "
+            "alike (--format int8-a8)"
+        )
+
+
+def _activation_observer(scheme: Scheme, name: str, data: Rows | None) -> Callable[[], ActivationObserver] | None:
+    """What observes the inputs of each layer; None where the format fixes no scale for them."""
+    make = activation_observer_of(name)
+    if scheme.activations is None or not scheme.activations.is_static:
+        if name != "minmax":
+            raise UsageError(
+                f"activation observer {name}: {scheme} fixes no scale for activations; leave it out, or use "
+                "int8-a8-static"
+            )
+        return None
+    if data is None:
+        raise UsageError(
+            f"{scheme}: the scale of the activations is fixed from data; give rows of the kind that the model will see "
+            "(--data FILE), or use int8-a8, which needs none"
+        )
+    return make
 
 
 def _skeleton(source: Path, scheme: Scheme) -> nn.Module:

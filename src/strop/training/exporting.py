@@ -19,7 +19,7 @@ from strop.errors import ModelError
 from strop.files.peft_adapter import BaseRecord, save_adapter
 from strop.files.saving import save_model
 from strop.layers.fake_quant_linear import FakeQuantLinear
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED
 from strop.layers.surgery import replace
 
 
@@ -62,9 +62,9 @@ def as_stored(model: nn.Module, *, dtype: torch.dtype) -> Iterator[None]:
         for name, fake in fakes.items():
             replace(model, name, fake.to_quant_linear())
         packed = {
-            id(value) for module in model.modules() if isinstance(module, QuantLinear) for value in module.parameters()
+            id(value) for module in model.modules() if isinstance(module, QUANTIZED) for value in module.parameters()
         }
-        packed -= {id(module.bias) for module in model.modules() if isinstance(module, QuantLinear)}
+        packed -= {id(module.bias) for module in model.modules() if isinstance(module, QUANTIZED)}
         parameters = {
             name: value
             for name, value in model.named_parameters()

@@ -24,7 +24,7 @@ from strop.files.peft_adapter import AdapterConfig, BaseRecord, base_digest, loa
 from strop.files.saving import check_expressible
 from strop.layers.base import linear_shape
 from strop.layers.quant_experts import quant_experts
-from strop.layers.quant_linear import QuantLinear
+from strop.layers.quantized import QUANTIZED
 from strop.layers.surgery import attach_fake_quant, attach_lora, coverage, experts, lora_modules, select
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
@@ -237,7 +237,7 @@ def _targets(method: Lora | QLora | Qat) -> str | tuple[str, ...]:
 
 def _count_parameters(model: PreTrainedModel) -> int:
     """Parameters as they are counted before any packing."""
-    quantized = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    quantized = [module for module in model.modules() if isinstance(module, QUANTIZED)]
     experts = quant_experts(model).values()
     packed = {id(value) for module in [*quantized, *experts] for value in module.parameters()}
     count = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)

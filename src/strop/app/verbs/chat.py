@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from strop.app.verbs.common import Model, Output
+from strop.app.verbs.common import KVCache, Model, Output
 
 
 def chat(
@@ -14,6 +14,7 @@ def chat(
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once, print the answer, leave.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
+    kv_cache: KVCache = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
 ) -> None:
@@ -23,9 +24,12 @@ def chat(
     """
     from strop.app.console import messages
     from strop.models import load
-    from strop.recipes.generate import answer
+    from strop.recipes.generate import answer, kv_cache_line
 
+    told = kv_cache_line(kv_cache)
     opened = load(model)
+    if told is not None:
+        messages.print(told(opened), style="dim")
     turns = [{"role": "system", "content": system}] if system else []
 
     def reply(text: str) -> None:
@@ -34,6 +38,7 @@ def chat(
             opened,
             turns,
             max_new_tokens=max_new_tokens,
+            kv_cache=kv_cache,
             temperature=temperature,
             seed=seed,
             stream=lambda piece: print(piece, end="", flush=True),
@@ -61,6 +66,7 @@ def predict(
     output: Output,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     batch_size: Annotated[int, typer.Option(help="Rows answered at once.", min=1)] = 16,
+    kv_cache: KVCache = None,
     max_rows: Annotated[int | None, typer.Option(help="Answer only the first so many.")] = None,
 ) -> None:
     """Answer every row of a file.
@@ -76,6 +82,7 @@ def predict(
         output,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        kv_cache=kv_cache,
         max_rows=max_rows,
         reporter=ConsoleReporter(),
     )

@@ -30,6 +30,10 @@ DataSets = Annotated[
         "PATH=WEIGHT: an epoch takes its rows so often (2: twice, 0.5: half of them).",
     ),
 ]
+KVCache = Annotated[
+    str | None,
+    typer.Option("--kv-cache", help="Keep keys and values as int8 or int4 (compare: of every model but the first)."),
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the result is written.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at the output path.")]
 

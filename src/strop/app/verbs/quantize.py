@@ -13,7 +13,7 @@ def quantize(
     model: Model,
     output: Output,
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="int8, int4-g32, int4-g128-asym, int3-g32, nf4 ...")
+        str | None, typer.Option("--format", "-f", help="int8, int8-a8, int4-g32, int4-g128-asym, int3-g32, nf4 ...")
     ] = None,
     budget: Annotated[
         str | None,
@@ -28,6 +28,13 @@ def quantize(
     ] = "rtn",
     observer: Annotated[
         str, typer.Option("--observer", help="How rtn finds the range: minmax, percentile, mse.")
+    ] = "minmax",
+    activation_observer: Annotated[
+        str,
+        typer.Option(
+            "--activation-observer",
+            help="How int8-a8-static finds the range of activations: minmax, average, percentile, entropy.",
+        ),
     ] = "minmax",
     data: Data = None,
     max_rows: Annotated[
@@ -74,6 +81,7 @@ def quantize(
         budget=budget,
         method=method,
         observer=observer,
+        activation_observer=activation_observer,
         data=data,
         max_rows=max_rows,
         max_length=max_length,
