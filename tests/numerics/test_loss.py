@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from strop.numerics import loss, quantize_tensor
+from strop.numerics.groups import CHUNK_VALUES
 from strop.numerics.loss import fold_scales, rounding_loss
 from strop.numerics.scheme import parse_scheme
 
@@ -82,3 +86,26 @@ def test_folded_scales_are_found_again_and_none_where_nothing_was_folded() -> No
     assert fold_scales(weight, quantize_tensor(weight, scheme)) is None
     assert fold_scales(weight, quantize_tensor(weight, parse_scheme("int2-g32"))) is None
     assert fold_scales(weight * 0, quantize_tensor(weight * 0, scheme)) is None
+
+
+class _Floats(TorchDispatchMode):
+    """The most float values that an operation made, views of the weight left out."""
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.place, self.most = weight.data_ptr(), 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.is_floating_point() and made.data_ptr() != self.place:
+            self.most = max(self.most, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", ["int4-g32", "nf4", "int3-asym"])
+def test_a_large_weight_is_never_copied_whole(name: str) -> None:
+    weight = weights(1024, 1024).bfloat16()
+    quantized = quantize_tensor(weight, parse_scheme(name))
+    with _Floats(weight) as seen:
+        rounding_loss(weight, quantized)
+    assert 0 < seen.most <= CHUNK_VALUES < weight.numel()
