@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaMLP
+from typer.testing import CliRunner
 
+from strop.app.cli import app
 from strop.errors import DataError, FormatError, MissingInputError, ModelError, StropError
 from strop.files.saving import save_model
 from strop.layers.base import dense_weight
@@ -114,7 +116,7 @@ def test_weights_that_are_not_finite_are_refused_by_name_over_rows_too(tmp_path:
         model.model.layers[0].mlp.gate_proj.weight[3, 5] = float("nan")
 
     source = saved(tmp_path, broken)
-    with pytest.raises(FormatError, match=r"v_proj, model\.layers\.0\.mlp\.gate_proj: the weights hold NaN"):
+    with pytest.raises(ModelError, match=r"v_proj, model\.layers\.0\.mlp\.gate_proj: the weights hold NaN"):
         quantize(source, "int4-g32", output=tmp_path / "out", method=method, data=data)
     assert left(tmp_path) == ["model"]
 
@@ -175,3 +177,30 @@ def test_a_layer_that_no_row_reaches_is_rounded_without_data_and_named(tmp_path:
     assert "starved" in notes
     assert all(tensor["finite_scales"] for tensor in result.receipt["tensors"])
     assert "starved" in (tmp_path / "out" / "receipt.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["-f", "int4-g96"], 2, ["in_features 64 is not divisible by group size 96"]),
+        (["--budget", "0.5bits", "-d", "ROWS"], 2, ["smallest choice of formats needs"]),
+        (["--budget", "1KB", "-d", "ROWS"], 2, ["1,000 bytes, and embeddings"]),
+        (["-f", "int2-g32", "-d", "ROWS", "--max-kl", "1e-9"], 1, ["past the gate", "To blame most: model.layers.0."]),
+        (["-f", "int4-g32", "-d", "EMPTY"], 1, ["EMPTY"]),
+        (["-f", "int4-g32", "-m", "gptq", "-d", "SHORT"], 1, ["at least 64 are needed"]),
+    ],
+)
+def test_the_command_ends_with_the_code_that_says_whose_fault_it_is(
+    tmp_path: Path, data: str, options: list[str], code: int, words: list[str]
+) -> None:
+    source = saved(tmp_path)
+    places = {"ROWS": data, "EMPTY": str(tmp_path / "EMPTY.jsonl"), "SHORT": str(tmp_path / "SHORT.jsonl")}
+    Path(places["EMPTY"]).touch()
+    Path(places["SHORT"]).write_text(json.dumps({"text": "few words"}) + "\n")
+    arguments = [places.get(option, option) for option in options]
+    result = CliRunner().invoke(app, ["quantize", str(source), "-o", str(tmp_path / "out"), *arguments])
+    assert result.exit_code == code, result.output
+    told = " ".join(result.output.split())
+    assert all(word in told for word in words), told
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from strop.layers.surgery import linear_modules
 from strop.models.opening import open_tokenizer
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import parse_scheme
-from strop.recipes.gate import Gate
+from strop.recipes.gate import Gate, layers_to_blame
 from strop.recipes.quantize import quantize
 from strop.scratch import Scratch
 from tests.recipes.test_quantize import Listener
@@ -130,6 +130,25 @@ def test_the_layer_that_costs_most_is_blamed_first_and_repaired_first(tmp_path: 
             reporter=listener, **options
         )  # fmt: skip
     assert "model.layers.1.mlp.down_proj first" in next(note for note in listener.notes if note.startswith("repair"))
+
+
+@pytest.mark.parametrize(
+    ("family", "grid", "method"),
+    [("mixtral", "int4-g32", "search"), ("gpt2", "nf4", "search"), ("qwen3", "int3-g32", "awq")],
+)
+def test_experts_transposed_and_folded_layers_are_blamed_for_no_more_than_they_do(
+    tmp_path: Path, data: str, family: str, grid: str, method: str
+) -> None:
+    seen: dict[str, float] = {}
+    source = tiny_folder(tmp_path, family)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("strop.recipes.quantize.layers_to_blame", lambda *a: seen.update(layers_to_blame(*a)) or seen)
+        with pytest.raises(GateError, match="To blame most: "):
+            quantize(source, grid, output=tmp_path / "out", method=method, data=data, max_kl=1e-9, max_rows=16)
+    names = {tensor["name"] for tensor in quantize(source, grid, output=tmp_path / "all").receipt["tensors"]}
+    assert seen.keys() == names
+    assert list(seen.values()) == sorted(seen.values(), reverse=True)
+    assert all(0 <= error < 0.2 for error in seen.values())  # a fold left in place, or a weight on its side: near 1
 
 
 def test_a_repair_is_on_the_receipt_with_what_was_asked_for(tmp_path: Path, source: Path, data: str) -> None:

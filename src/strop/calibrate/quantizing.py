@@ -19,7 +19,7 @@ from strop.calibrate.block import CalibrationBlock
 from strop.calibrate.input_scales import fix_input_scales, input_rounding
 from strop.calibrate.results import Results
 from strop.calibrate.stream import BlockError, BlockStream
-from strop.errors import FormatError
+from strop.errors import ModelError
 from strop.methods import Block, BlockResult, Method, search
 from strop.numerics.activation_observers import ActivationObserver, MinMax
 from strop.numerics.qtensor import QuantizedTensor
@@ -92,7 +92,7 @@ def _check_finite(block: CalibrationBlock) -> None:
     """Refuse weights with NaN or infinities before they reach the inputs of innocent layers; all of them are named."""
     broken = [layer for layer, weight in block.weights.items() if not torch.isfinite(weight).all()]
     if broken:
-        raise FormatError(
+        raise ModelError(
             f"{', '.join(broken)}: the weights hold NaN or infinite values; there is no grid for them: check the "
             "training that made them, or take an earlier checkpoint"
         )
