@@ -42,8 +42,8 @@ class TensorReceipt:
             see `strop.numerics.loss.RoundingLoss`; 0 where it was kept.
         finite_scales: whether every scale is a finite number; None where it was kept. A receipt with one that is not
             is refused, so what is written says true.
-        folded: whether the method folded scales of inputs or outputs into other layers first, as AWQ does; the errors
-            are then against the weight with those scales, found again by least squares.
+        folded: whether the errors are against the weight with scales of its rows and columns, found by least squares,
+            because the method folds such scales into other layers before it rounds, as AWQ does.
         calibration_tokens: of an expert: how many calibration tokens the router gave it; None for other layers, and
             where nothing calibrated.
         calibration_share: the share of all calibration tokens, 0 to 1.

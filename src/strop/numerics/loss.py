@@ -89,7 +89,8 @@ def fold_scales(weight: Tensor, quantized: QuantizedTensor) -> tuple[Tensor, Ten
     """The scales of its rows and columns that a method folded into other layers before it rounded a weight.
 
     AWQ and SmoothQuant round diag(r) W diag(c). The r and c are found again as those of least squared error from what
-    was rounded, in turns; rounding hardly shifts them, for they are means over whole rows and columns.
+    was rounded, in turns; rounding hardly shifts them, for they are means over whole rows and columns. Columns that a
+    method clipped hard, because little comes in there, look like scaled ones and are taken for such.
 
     Args:
         weight: W, [out, in].

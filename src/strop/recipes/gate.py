@@ -87,8 +87,8 @@ class Gate:
 def layers_to_blame(bench: Bench, calibrated: Calibrated) -> dict[str, float]:
     """What each layer, as it was made, does to its block's output, from the most to the least.
 
-    Where a method folded scales into other layers they are found again and undone (`fold_scales`), so that the rest of
-    the block fits.
+    Where a method may have folded scales into other layers they are undone (`fold_scales`), so that the rest of the
+    block fits, if that brings the output nearer.
 
     Args:
         bench: The model and its rows.
@@ -120,9 +120,14 @@ def layers_to_blame(bench: Bench, calibrated: Calibrated) -> dict[str, float]:
 def _blame(block: CalibrationBlock, made: BlockResult, layer: str, *, folds: bool) -> float:
     quantized = made.weights[layer]
     weight = quantized.dequantize()
+    found = _error(block, layer, weight)
     scales = fold_scales(block.weights[layer], quantized) if folds else None
-    if scales is not None:
-        weight.div_(scales[0]).div_(scales[1])
+    if scales is None:
+        return found
+    return min(found, _error(block, layer, weight.div_(scales[0]).div_(scales[1])))
+
+
+def _error(block: CalibrationBlock, layer: str, weight: Tensor) -> float:
     lost = whole = 0.0
     for number in range(block.batches):
         wanted = block.target(number).double()
