@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -276,7 +277,15 @@ def test_the_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
         for name in ("one", "two")
     ]
     one, two = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in folders)
+    receipts = [json.loads(files.pop("receipt.json")) for files in (one, two)]
+    pages = [files.pop("receipt.html").decode() for files in (one, two)]
     assert one == two
+    for receipt, page in zip(receipts, pages, strict=True):  # all but the time and the memory that it took
+        assert receipt["made_by"].pop("seconds") > 0
+        assert receipt["made_by"].pop("peak_bytes") > 0
+        assert "It took" in page
+    assert receipts[0] == receipts[1]
+    assert len({re.sub(r"It took .*", "", page) for page in pages}) == 1
 
 
 def test_quantizing_while_loading_equals_quantizing_a_loaded_model(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from strop.calibrate.block import CalibrationBlock
 from strop.calibrate.input_scales import fix_input_scales, input_rounding
 from strop.calibrate.results import Results
 from strop.calibrate.stream import BlockError, BlockStream
+from strop.errors import ModelError
 from strop.methods import Block, BlockResult
 from strop.numerics.activation_observers import ActivationObserver, MinMax
 from strop.numerics.qtensor import QuantizedTensor
@@ -80,6 +81,16 @@ def quantize_blocks(
     return reports
 
 
+def _check_finite(block: CalibrationBlock) -> None:
+    """Refuse weights with NaN or infinities before they reach the inputs of innocent layers; all of them are named."""
+    broken = [layer for layer, weight in block.weights.items() if not torch.isfinite(weight).all()]
+    if broken:
+        raise ModelError(
+            f"{', '.join(broken)}: the weights hold NaN or infinite values; there is no grid for them: check the "
+            "training that made them, or take an earlier checkpoint"
+        )
+
+
 @dataclass
 class _Run:
     """One block's turn: the work over it, or its finished result."""
@@ -98,6 +109,7 @@ class _Run:
         if self.results.has(self.index):
             self.result, _ = self.results.get(self.index)
         else:
+            _check_finite(block)
             made = self.work(block, self.schemes, lambda text: self.reporter.advance(self.index, step=text))
             # What follows must see the parameters as the model's files will hold them.
             others = {name: tensor.to(self.dtype).float() for name, tensor in made.others.items()}

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from strop.calibrate.stream import BlockError
+from strop.errors import StropError
 from strop.files.folders import read_json, sync, write_json
 from strop.files.shards import read_file, read_header, read_tensor
 from strop.methods import BlockResult
@@ -50,6 +52,16 @@ class Results:
         if not (folder / PLAN).is_file():
             _write(folder / PLAN, plan)
         self.found = len(list(folder.glob("block-*.json")))
+
+    @contextmanager
+    def kept_if_of_use(self) -> Iterator[None]:
+        """Remove the folder where the work inside ends with an error that the same input gives again, or unbegun."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, StropError) or not any(self.folder.glob("block-*.json")):
+                self.remove()
+            raise
 
     def has(self, index: int) -> bool:
         """Whether a block is finished."""

@@ -75,6 +75,7 @@ class ModelResult:
         flips: Rows won and lost against the reference; None without a task.
         kv_bytes_per_token: Bytes that a token takes in the cache of keys and values, once it is rounded as `format`
             says; None where no cache is rounded.
+        receipt: What the receipt beside it says of how it was quantized; None where there is none.
     """
 
     name: str
@@ -95,6 +96,7 @@ class ModelResult:
     layer_errors: dict[str, float] | None = None
     flips: Flips | None = None
     kv_bytes_per_token: float | None = None
+    receipt: dict[str, Any] | None = None
 
     @property
     def judged_by(self) -> Literal["score", "loss"]:

@@ -159,6 +159,15 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         return {name: _read(file, header, entry) for name, entry in header.entries.items()}
 
 
+def weight_bytes(folder: str | os.PathLike[str]) -> int:
+    """Bytes of all files that hold a model's weights.
+
+    Raises:
+        As `tensor_files`.
+    """
+    return sum(path.stat().st_size for path in set(tensor_files(folder).values()))
+
+
 def tensor_files(folder: str | os.PathLike[str], *, stem: str = "model") -> dict[str, Path]:
     """Return which file of a model's folder holds each tensor, every header checked.
 

@@ -18,9 +18,9 @@ from strop.calibrate.stream import BlockStream
 from strop.data.batches import Batch, eval_batches
 from strop.data.templates import Sample
 from strop.evaluation.divergence import Divergence, ReferenceLogits
+from strop.evaluation.held_out import held_out_figures
 from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import pieces
-from strop.evaluation.statistics import bootstrap_mean
 from strop.files.receipts import TensorReceipt
 from strop.files.shards import tensor_files
 from strop.methods import BlockResult
@@ -36,6 +36,9 @@ from strop.scratch import Scratch
 
 DISK_BYTES: Final = 64 << 30
 """Most bytes of hidden states and logits on the disk; `Scratch` takes at most half of what is free."""
+
+FOLDING: Final = frozenset({"awq", "smooth", "smooth-search"})
+"""Methods that scale weights by what other parameters take up."""
 
 
 @dataclass
@@ -160,7 +163,7 @@ def calibrate_model(
         bench: The model and its rows.
         schemes: Layer to its scheme.
         work: Quantizes one block.
-        plan: What `work` is, as JSON values: finished blocks of another plan are not used.
+        plan: What `work` is, as JSON values, the `method` among them: finished blocks of another plan are not used.
         folder: Where the blocks are kept.
         activation_observer: As `quantize_blocks`.
         reporter: Told what happens.
@@ -179,21 +182,23 @@ def calibrate_model(
     if results.found:
         reporter.note(f"{results.found} of {len(bench.model.blocks)} blocks were finished before: going on from there")
     receipts: dict[str, TensorReceipt] = {}
+    folds = plan["method"] in FOLDING
 
     def weigh(name: str, weight: Tensor, quantized: QuantizedTensor) -> None:
-        receipts[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name)
+        receipts[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name, folds=folds)
 
     with Scratch(DISK_BYTES) as scratch:
         stream = bench.stream(scratch)
-        reports = quantize_blocks(
-            stream,
-            schemes,
-            work,
-            results,
-            weigh=weigh,
-            activation_observer=activation_observer,
-            reporter=reporter,
-        )
+        with results.kept_if_of_use():
+            reports = quantize_blocks(
+                stream,
+                schemes,
+                work,
+                results,
+                weigh=weigh,
+                activation_observer=activation_observer,
+                reporter=reporter,
+            )
         held = stream.batches[stream.calibrating :]
         held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
         count = sum(int(batch.lengths.sum()) for batch in stream.batches[: stream.calibrating])
@@ -213,20 +218,7 @@ def _judge(stream: BlockStream, held: Sequence[Batch], samples: Sequence[Sample]
             for piece in pieces(stream.model.model, batch, stream.after(number, quantized=quantized)):
                 for measure in (made, divergence) if quantized else (source, reference):
                     measure.add(piece)
-    kept = divergence.tokens > 0
-    interval = bootstrap_mean(
-        divergence.kl_sums[kept].numpy(), divergence.tokens[kept].numpy(), seed=0, bounds=(0, float("inf"))
-    )
-    return {
-        "rows": len(samples),
-        "tokens": int(divergence.tokens.sum()),
-        "kl": divergence.mean_kl,
-        "kl_interval": [interval.low, interval.high],
-        "kl_99th": divergence.kl_99th,
-        "top1_agreement": divergence.top1_agreement,
-        "perplexity": made.perplexity,
-        "source_perplexity": source.perplexity,
-    }
+    return held_out_figures(source, made, divergence)
 
 
 def _identity(source: Path) -> dict[str, list[int]]:

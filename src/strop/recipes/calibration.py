@@ -72,6 +72,7 @@ class CalibrationRows:
         """What a receipt says of them."""
         return {
             "data": self.name,
+            "built_in": self.name == BUILT_IN,
             "rows": len(self.calibrating),
             "tokens": self.tokens,
             "held_out_rows": len(self.held_out),

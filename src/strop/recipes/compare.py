@@ -22,10 +22,11 @@ from strop.evaluation.comparison import Comparison
 from strop.evaluation.kv_cache import KVFormat
 from strop.evaluation.side_by_side import Place, Settings, SideBySide
 from strop.files.peft_adapter import read_adapter_config
-from strop.files.shards import tensor_files
+from strop.files.shards import weight_bytes
 from strop.models.sources import find_folder, is_adapter
 from strop.pages.page import write_page
 from strop.progress import SILENT, Reporter
+from strop.recipes.model_receipts import with_receipts
 from strop.recipes.rows import Rows, held_out_records, rows_name
 from strop.scratch import DEFAULT_LIMIT_BYTES, Scratch
 
@@ -126,7 +127,7 @@ def compare(
                 reporter.advance(index + 1, model=place.name)
     finally:
         reporter.finish()
-    comparison = run.comparison(rows_name(data))
+    comparison = with_receipts(run.comparison(rows_name(data)), [place.path for place in places], data)
     for note in comparison.notes:
         reporter.note(note)
     if page is not None:
@@ -153,7 +154,7 @@ def _weight_bytes(path: str) -> tuple[int, int | None]:
     """Bytes of the weight files that a model needs on disk, and of those that are an adapter (None without one)."""
     folder = find_folder(path)
     if not is_adapter(folder):
-        return sum(file.stat().st_size for file in set(tensor_files(folder).values())), None
+        return weight_bytes(folder), None
     adapter = sum(file.stat().st_size for file in folder.glob("adapter_model*.safetensors"))
     return _weight_bytes(read_adapter_config(folder).base)[0] + adapter, adapter
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,11 +30,13 @@ from transformers import AutoModelForCausalLM
 
 from strop.calibrate.quantizing import BlockWork
 from strop.errors import FormatError, UsageError, nearest
+from strop.evaluation.comparison import significant
 from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, inexpressible_experts, write_model
+from strop.files.shards import weight_bytes
 from strop.layers.base import dense_weight, linear_shape
 from strop.layers.quant_experts import ExpertWeights, expert_weights
 from strop.layers.surgery import blocks, experts, linear_modules
@@ -48,10 +50,12 @@ from strop.numerics.activation_observers import activation_observer as activatio
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme, parse_format
+from strop.pages.receipt import RECEIPT_PAGE, write_receipt_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.budget import FORMATS, choose_formats, parse_budget
 from strop.recipes.calibrated import Calibrated, calibrate_model, open_bench
-from strop.recipes.gate import Gate, more_bits
+from strop.recipes.gate import Gate, layers_to_blame, more_bits
+from strop.recipes.recording import record, recorded
 from strop.recipes.rows import Rows
 
 
@@ -81,23 +85,29 @@ class QuantizeResult:
         ]
         if receipt["fallbacks"]:
             names = ", ".join(receipt["fallbacks"][:5]) + (", ..." if len(receipt["fallbacks"]) > 5 else "")
-            lines.append(f"{len(receipt['fallbacks'])} of these layers kept in their own dtype: {names}")
+            lines.append(
+                f"{len(receipt['fallbacks'])} of these layers kept in their own dtype, "
+                f"{receipt['fallback_share']:.1%} of their parameters: {names}"
+            )
         if receipt["left_alone"]:
             lines.append(f"{len(receipt['left_alone'])} tensors of experts are not quantized")
         held_out = receipt["held_out"]
         if held_out:
             lines.append(
                 f"on {held_out['rows']} held-out rows: KL {held_out['kl']:.2e} nats per token from the source"
-                f"{_between(held_out['kl_interval'])}, top-1 agreement {100 * held_out['top1_agreement']:.1f}%, "
-                f"perplexity {held_out['perplexity']:.4g} (source {held_out['source_perplexity']:.4g})"
+                f"{_between(held_out['kl_interval'])}, top-1 agreement {100 * held_out['top1_agreement']:.1f}%"
+                f"{_between(held_out['top1_agreement_interval'], percent=True)}, "
+                f"perplexity {significant(held_out['perplexity'])} "
+                f"(source {significant(held_out['source_perplexity'])})"
             )
             furthest = max(receipt["blocks"], key=lambda block: block["held_out_error"] or 0.0)
             lines.append(
                 f"furthest from full precision: {furthest['name']}, {furthest['held_out_error']:.2e} of its output"
             )
-        return [*lines, *self.choice, f"the model: {self.path}"]
+        return [*lines, *self.choice, f"the receipt: {self.path / RECEIPT_PAGE}", f"the model: {self.path}"]
 
 
+@recorded
 def quantize(
     model: str | os.PathLike[str],
     format: str | None = None,
@@ -192,13 +202,14 @@ def quantize(
     receipt = Receipt(str(model), budget or scheme.name, settings)
     receipt.left_alone = [name for name in experts(plain) if name not in found]
     receipt.experts = sum(weights.count for weights in found.values())
+    receipt.parameters = _weights(plain)
     if receipt.left_alone:
         reporter.note(
             f"{len(receipt.left_alone)} tensors of experts stay in their dtype; the layers that are rounded hold "
             f"{sum(math.prod(shapes[name]) for name in names) / _weights(plain):.0%} of the weights"
         )
     schemes = dict.fromkeys(names, scheme)
-    calibrated, allocation = None, None
+    calibrated, allocation, repairs = None, None, 0
     if data is not None or needs_rows(method) or asked is not None:
         bench = open_bench(
             source,
@@ -234,11 +245,14 @@ def quantize(
             allocation = choose_formats(bench, asked, known, fits, work, plan=plan, folder=trials, reporter=reporter)
             schemes = dict(allocation.schemes)
         calibrated = calibrate(schemes)
-        while repair and gate.problems(calibrated.held_out):
-            schemes = more_bits(calibrated, schemes, list(known.values()), fits, reporter)
-            calibrated = calibrate(schemes)
+        while problems := gate.problems(calibrated.held_out):
+            blamed = layers_to_blame(bench, calibrated)
+            if not repair:
+                raise gate.error(problems, calibrated, blamed)
+            schemes = more_bits(calibrated, schemes, list(known.values()), fits, blamed, reporter)
+            calibrated, repairs = calibrate(schemes), repairs + 1
         _record(calibrated, receipt, reporter)
-        gate.check(receipt)
+        receipt.gate = gate.passed(repairs)
     made = {} if calibrated is None else dict(calibrated.receipts)
     rounding = _round_on_reading(schemes, method, observer, made, reporter) if calibrated is None else calibrated.stored
     with atomic_folder(output, overwrite=overwrite) as temporary:
@@ -250,9 +264,13 @@ def quantize(
         for name, parameter in ({} if calibrated is None else calibrated.others()).items():
             opened.model.get_parameter(name).data.copy_(parameter)
         for name in shapes:  # in the model's order, not the files'
-            receipt.tensors.append(made.get(name) or _kept(opened.model, name, shapes[name], scheme, misfits[name]))
+            entry = made.get(name) or _kept(opened.model, name, shapes[name], scheme, misfits[name])
+            receipt.tensors.append(replace(entry, requested=scheme.name) if repairs else entry)
         write_model(opened.model, opened.tokenizer, temporary)
+        receipt.weights_bytes, receipt.source_weights_bytes = weight_bytes(temporary), weight_bytes(source)
+        receipt.made_by = {**record(), "seed": seed}
         receipt.write(temporary)
+        write_receipt_page(receipt.to_dict(), temporary / RECEIPT_PAGE)
         if allocation is not None:
             allocation.write(temporary)
     if calibrated is not None:
@@ -449,6 +467,8 @@ def _with_experts(receipt: Mapping[str, Any]) -> str:
     return f" ({receipt['experts']} of them experts)" if receipt["experts"] else ""
 
 
-def _between(interval: list[float | None]) -> str:
+def _between(interval: list[float | None], *, percent: bool = False) -> str:
     low, high = interval
-    return "" if low is None or high is None else f" (95% {low:.2e} to {high:.2e})"
+    if low is None or high is None:
+        return ""
+    return f" (95% {100 * low:.1f} to {100 * high:.1f}%)" if percent else f" (95% {low:.2e} to {high:.2e})"
