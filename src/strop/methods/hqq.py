@@ -165,10 +165,9 @@ def _solve(
         if left < _CROWDED * len(x):
             scales[numbers] = best
             kept = going.view(-1).nonzero().view(-1)
-            x, scale, best, bar, going, numbers = (
-                part.index_select(0, kept) for part in (x, scale, best, bar, going, numbers)
-            )
-            zero = None if zero is None else zero.index_select(0, kept)
+            x, scale, going = x[kept], scale[kept], going[kept]
+            best, bar, numbers = best[kept], bar[kept], numbers[kept]
+            zero = None if zero is None else zero[kept]
     scales[numbers] = best
 
 
