@@ -80,10 +80,11 @@ class BlockStream:
                 for number in range(len(self.batches)):
                     self._full.put(number, block.forward(number, self._full.get(number), {}))
             changed = work(block)
+            usable = block.usable(changed)
             errors = [[0.0, 0.0], [0.0, 0.0]]
             with torch.no_grad():
                 for number in range(len(self.batches)):
-                    made = block.forward(number, self._quantized.get(number), changed)
+                    made = block.again(number, changed, usable)
                     mask = self._tokens(number)
                     wanted = self._full.get(number)[mask].double()
                     sums = errors[number >= self.calibrating]
