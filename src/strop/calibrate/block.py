@@ -27,6 +27,9 @@ from strop.methods import Statistics
 HESSIAN_BYTES: Final = 256 << 20
 """Of second moments that experts of one parameter may have together; more experts take more passes over the rows."""
 
+_STRIPE: Final = 128
+"""Rows of second moments that are summed in one matrix product."""
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a block."""
 
@@ -296,6 +299,7 @@ class CalibrationBlock:
     ) -> None:
         """Run one batch and show `see` the inputs [tokens, in] of each layer; the pass ends with the last of them."""
         mask = self._tokens(batch)
+        every = bool(mask.all())
         left = set(layers)
 
         def done(layer: str) -> None:
@@ -305,7 +309,7 @@ class CalibrationBlock:
 
         def hook(layer: str, x: Tensor) -> None:
             self._replay.keep(layer, self._feed.numbers[batch], x, changed, self.weights)
-            if x.shape[:-1] == mask.shape:
+            if x.shape[:-1] == mask.shape and not every:
                 x = x[mask]  # [rows, length, in] -> [tokens, in]
             see(layer, x.reshape(-1, x.shape[-1]).float())
             done(layer)
@@ -326,7 +330,10 @@ class CalibrationBlock:
 
 
 class _Sums:
-    """Running sums over a layer's inputs: float64 for each feature, float32 for the second moments."""
+    """Running sums over a layer's inputs: float64 for each feature, float32 for the second moments and within a batch.
+
+    Of the second moments, a symmetric matrix, only the part above the diagonal is summed, in stripes.
+    """
 
     def __init__(self, width: int, *, hessian: bool) -> None:
         self.rows = 0
@@ -337,11 +344,14 @@ class _Sums:
 
     def add(self, x: Tensor) -> None:
         magnitude = x.abs()
-        self.square += x.square().sum(dim=0, dtype=torch.float64).cpu()
-        self.magnitude += magnitude.sum(dim=0, dtype=torch.float64).cpu()
+        self.square += x.square().sum(dim=0).cpu()
+        self.magnitude += magnitude.sum(dim=0).cpu()
         self.largest = torch.maximum(self.largest, magnitude.amax(dim=0).cpu())
         if self.hessian is not None:
-            self.hessian.addmm_(x.t().cpu(), x.cpu())
+            x = x.cpu()
+            for start in range(0, x.shape[1], _STRIPE):
+                stripe = slice(start, start + _STRIPE)
+                self.hessian[stripe, start:].addmm_(x[:, stripe].t(), x[:, start:])
         self.rows += x.shape[0]
 
     def statistics(self, layer: str) -> Statistics:
@@ -350,7 +360,9 @@ class _Sums:
                 f"calibration: the inputs of {layer} are not finite: the model overflows on these rows; check its "
                 "weights"
             )
-        hessian = None if self.hessian is None else self.hessian / self.rows
+        hessian = None if self.hessian is None else self.hessian.triu() / self.rows
+        if hessian is not None:
+            hessian += hessian.triu(1).t()
         return Statistics(
             (self.square / self.rows).float(), self.rows, (self.magnitude / self.rows).float(), self.largest, hessian
         )

@@ -20,8 +20,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-REPLAY_BYTES: Final = 256 << 20
-"""Of inputs kept, where no budget is set; never more."""
+REPLAY_BYTES: Final = 128 << 20
+"""Of inputs kept for a block, at most."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,9 @@ class Replay:
                 after = frozenset(layer for later in order[turn:] for layer in later)
                 self._tails[group[0]] = _Tail(*ending.parts(), after, ending.returns)
 
-    def keep(self, layer: str, number: int, x: Tensor, changed: Mapping[str, Tensor], all_layers: Iterable[str]) -> None:
+    def keep(
+        self, layer: str, number: int, x: Tensor, changed: Mapping[str, Tensor], all_layers: Iterable[str]
+    ) -> None:
         """Keep the inputs of a layer, where a part ends in it and all layers before it have been settled."""
         tail = self._tails.get(layer)
         if tail is None or any(name not in changed and name not in tail.after for name in all_layers):
@@ -87,9 +89,7 @@ class Replay:
 
     def usable(self, changed: Mapping[str, Tensor]) -> list[str]:
         """The layers whose inputs are as they were when they were kept, with `changed` in place."""
-        return [
-            layer for layer, kept in self._kept.items() if _same(kept.changed, changed, self._tails[layer].after)
-        ]
+        return [layer for layer, kept in self._kept.items() if _same(kept.changed, changed, self._tails[layer].after)]
 
     @contextmanager
     def shortened(self, layers: Sequence[str], number: int) -> Iterator[None]:
