@@ -25,20 +25,26 @@ REPLAY_BYTES: Final = 128 << 20
 
 
 @dataclass(frozen=True)
-class _Tail:
-    """A part of the block that returns what a layer in it returns, and nothing else.
+class Ending:
+    """A part of a block that returns what a layer in it returns, and nothing else.
 
     Attributes:
-        part: The part.
+        part: The part, the outermost such.
         layer: The layer.
-        after: The layers whose first use is not before this one's, itself included: no others reach its inputs.
         returns: Length of the tuple that the part returns, all but the first of it None; 0 where it is the tensor.
     """
 
     part: nn.Module
     layer: nn.Module
-    after: frozenset[str]
     returns: int
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """An ending, and the layers whose first use is not before its layer's, itself included: none reaches its inputs."""
+
+    ending: Ending
+    after: frozenset[str]
 
 
 @dataclass
@@ -70,7 +76,7 @@ class Replay:
             ending = endings.get(group[0])
             if ending is not None and len(group) == 1:
                 after = frozenset(layer for later in order[turn:] for layer in later)
-                self._tails[group[0]] = _Tail(*ending.parts(), after, ending.returns)
+                self._tails[group[0]] = _Tail(ending, after)
 
     def keep(
         self, layer: str, number: int, x: Tensor, changed: Mapping[str, Tensor], all_layers: Iterable[str]
@@ -97,32 +103,14 @@ class Replay:
         parts: list[nn.Module] = []
         try:
             for layer in layers:
-                tail, (x, version) = self._tails[layer], self._kept[layer].inputs.get(number, (None, 0))
+                ending, (x, version) = self._tails[layer].ending, self._kept[layer].inputs.get(number, (None, 0))
                 if x is not None and x._version == version:
-                    tail.part.forward = _ending_in(tail, x)
-                    parts.append(tail.part)
+                    ending.part.forward = _ending_in(ending, x)
+                    parts.append(ending.part)
             yield
         finally:
             for part in parts:
                 del part.forward  # the class's own again
-
-
-@dataclass
-class Ending:
-    """A layer's only call in a first pass, and the outermost part that returned its result.
-
-    Attributes:
-        layer: The layer.
-        returns: As `_Tail`.
-    """
-
-    layer: nn.Module
-    returns: int
-    _part: nn.Module
-
-    def parts(self) -> tuple[nn.Module, nn.Module]:
-        """The part and the layer."""
-        return self._part, self.layer
 
 
 @contextmanager
@@ -140,8 +128,9 @@ def seeing_endings(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
         calls[part] = calls.get(part, 0) + 1
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, ())
         name, _, version = made.get(id(first), ("", None, -1))
-        if name and first._version == version and all(other is None for other in rest):
-            found[name] = Ending(layers[name], 1 + len(rest) if isinstance(output, tuple) else 0, part)
+        whole = isinstance(first, Tensor) and first._version == version
+        if name and whole and all(other is None for other in rest):
+            found[name] = Ending(part, layers[name], 1 + len(rest) if isinstance(output, tuple) else 0)
 
     def layer_hook(name: str) -> Any:
         def hook(module: nn.Module, _: Any, output: Any) -> None:
@@ -163,14 +152,14 @@ def seeing_endings(block: nn.Module, layers: Mapping[str, nn.Module]) -> Iterato
         for hook in hooks:
             hook.remove()
         for name, ending in list(found.items()):
-            if any(calls[module] != 1 for module in ending.parts()):
+            if calls[ending.part] != 1 or calls[ending.layer] != 1:
                 del found[name]
 
 
-def _ending_in(tail: _Tail, x: Tensor) -> Any:
+def _ending_in(ending: Ending, x: Tensor) -> Any:
     def forward(*_: Any, **__: Any) -> Any:
-        output = tail.layer(x)
-        return (output, *[None] * (tail.returns - 1)) if tail.returns else output
+        output = ending.layer(x)
+        return (output, *[None] * (ending.returns - 1)) if ending.returns else output
 
     return forward
 
