@@ -26,7 +26,7 @@ from strop.methods import BLOCK_METHODS, BlockMethod, autoround, blockwise, gptq
 from strop.methods.rounding import round_through, settled
 from strop.methods.sequential import layer_by_layer
 from strop.models.blocks import BlockwiseModel
-from strop.numerics import QuantizedTensor, Scheme, parse_scheme, quantize_tensor
+from strop.numerics import QuantizedTensor, Scheme, parse_scheme
 from tests.methods.toy import DEAD, DOWN, UP, ToyBlock
 
 TRAINED: Mapping[str, Callable] = {"autoround": autoround, "blockwise": blockwise}
@@ -69,7 +69,7 @@ def test_never_worse_than_searched_rounding_where_it_is_measured(method: Callabl
 @every_method
 def test_training_lowers_the_error_on_batches_that_it_did_not_see(method: Callable, text: str) -> None:
     block, plan = ToyBlock(batches=8), schemes(text)
-    fresh = ToyBlock(batches=16, tokens=256)  # the same weights
+    fresh = ToyBlock(batches=16, tokens=128, correlated=False)  # the same weights
     unseen = range(8, 16)
     trained = {layer: weight.dequantize() for layer, weight in method(block, plan, iterations=100).weights.items()}
     share = 0.97 if text == "nf4" else 0.9
@@ -104,7 +104,7 @@ def test_what_is_measured_is_what_the_last_step_trained(method: Callable, monkey
 
 @every_method
 def test_rounding_scales_and_zero_points_all_move(method: Callable) -> None:
-    block, plan = ToyBlock(batches=16, tokens=256), schemes("int2-g16-asym")
+    block, plan = ToyBlock(batches=16, tokens=128, correlated=False), schemes("int2-g16-asym")
     start = method(block, plan, iterations=0).weights
     for layer, weight in method(block, plan, iterations=150).weights.items():
         before = start[layer].zero_point
@@ -121,7 +121,8 @@ def test_rounding_scales_and_zero_points_all_move(method: Callable) -> None:
 def test_the_seed_decides_every_bit(method: Callable) -> None:
     plan = schemes("int2-g16")
     first, again, other = (
-        method(ToyBlock(batches=16, tokens=256), plan, iterations=50, seed=seed).weights for seed in (1, 1, 2)
+        method(ToyBlock(batches=16, tokens=128, correlated=False), plan, iterations=50, seed=seed).weights
+        for seed in (1, 1, 2)
     )
     assert all(torch.equal(first[layer].codes, again[layer].codes) for layer in plan)
     assert all(torch.equal(first[layer].scales(), again[layer].scales()) for layer in plan)
@@ -162,9 +163,8 @@ def test_offsets_begin_where_gptq_rounds(text: str) -> None:
     block, plan = ToyBlock(), schemes(text, DOWN)
     start = layer_by_layer(block, plan, gptq, hessian=True).weights[DOWN]
     weight = block.weights[DOWN]
-    nearest = quantize_tensor(weight, plan[DOWN], scale=start.scale, zero_point=start.zero_point)
-    assert not torch.equal(nearest.codes, start.codes)
     rounding = importlib.import_module("strop.methods.autoround").Rounding(DOWN, weight, plan[DOWN], start)
+    assert rounding.offset.count_nonzero() > 0.05 * weight.numel()
     assert torch.equal(rounding.settled().codes, start.codes)
 
 
@@ -200,7 +200,7 @@ def test_values_that_are_not_finite_are_refused_by_name(method: Callable) -> Non
 
 def test_progress_says_where_it_is_and_what_it_gained() -> None:
     said: list[str] = []
-    autoround(ToyBlock(batches=16, tokens=256), schemes("int2-g16"), iterations=50, step=said.append)
+    autoround(ToyBlock(batches=16, tokens=128, correlated=False), schemes("int2-g16"), iterations=50, step=said.append)
     assert len(said) == 10
     assert said[0].startswith("block: AutoRound 5 of 50, error ")
     assert re.fullmatch(r"block: AutoRound 50 of 50, error 0\.\d{3} of the start's", said[-1])
@@ -209,7 +209,7 @@ def test_progress_says_where_it_is_and_what_it_gained() -> None:
 def test_presets_differ_in_how_long_and_how_far_they_go() -> None:
     errors: dict[str, float] = {}
     for name, iterations in {"autoround": 200, "autoround-light": 50}.items():
-        block = ToyBlock(batches=16, tokens=256)
+        block = ToyBlock(batches=16, tokens=128, correlated=False)
         weights = BLOCK_METHODS[name](block, schemes("int2-g16")).weights
         assert len(block.trained) == iterations
         errors[name] = block.error([0, 8], {layer: weight.dequantize() for layer, weight in weights.items()})
@@ -228,19 +228,18 @@ def test_the_best_preset_runs_a_thousand_iterations() -> None:
 
 
 def test_rates_decide_how_far_offsets_can_go() -> None:
-    """A rate of 1 / iterations that falls to zero lets offsets travel half a step; a hundredth of it, next to nothing."""
-    block, plan = ToyBlock(batches=16, tokens=256), schemes("int4-g32")
+    block, plan = ToyBlock(batches=16, tokens=128, correlated=False), schemes("int4-g32")
     start = autoround(block, plan, iterations=0).weights
     shares = []
-    for rate in (2e-4, None):
+    for rate in (2e-5, 2e-3):
         moved = total = 0
-        for layer, weight in autoround(block, plan, iterations=50, rate=rate).weights.items():
+        for layer, weight in autoround(block, plan, iterations=100, rate=rate).weights.items():
             steps = (weight.stored_codes().int() - start[layer].stored_codes().int()).abs()
             assert steps.max() <= 1
             moved += int(steps.sum())
             total += steps.numel()
         shares.append(moved / total)
-    assert shares[0] < 0.01 < 0.05 < shares[1]
+    assert shares[0] < 0.005 < 0.01 < shares[1] < 0.2
 
 
 def story_rows(material: Path) -> list[list[int]]:

@@ -32,12 +32,13 @@ def plain_hqq(group: Tensor, text: str, *, p: float, beta: float, iterations: in
             places.append(code - (zero or 0))
             errors.append(value / scale - places[-1])
         total = sum(abs(error * scale) ** p for error in errors)
-        if total >= least * (1 - 1e-3):
+        if total >= least * (1 - 3e-3):
             break
         least = total
         sizes = [max(0.0, abs(d) - abs(d) ** (p - 1) / beta) if d else 0.0 for d in errors]
         target = [q + d - (s if d > 0 else -s) for q, d, s in zip(places, errors, sizes, strict=True)]
-        scale *= sum(t * q for t, q in zip(target, places, strict=True)) / sum(q * q for q in places)
+        change = sum(t * q for t, q in zip(target, places, strict=True)) / sum(q * q for q in places)
+        scale *= max(1 + 2 * (change - 1), 0.5)
         beta *= 1.01
     return least
 

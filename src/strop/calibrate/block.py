@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from strop.calibrate.replay import REPLAY_BYTES, Replay, seeing_endings
 from strop.errors import DataError, ModelError
 from strop.layers.base import dense_weight
 from strop.layers.quant_experts import ExpertWeights, expert_weights, watching_experts
@@ -25,6 +26,9 @@ from strop.methods import Statistics
 
 HESSIAN_BYTES: Final = 256 << 20
 """Of second moments that experts of one parameter may have together; more experts take more passes over the rows."""
+
+_STRIPE: Final = 128
+"""Rows of second moments that are summed in one matrix product."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Arguments of one call of a block."""
@@ -64,12 +68,15 @@ class CalibrationBlock:
         feed: Its inputs.
         layers: Full names of the layers to quantize, each inside the block; of experts, those of
             `ExpertWeights.names`, all of a parameter or none.
+        replay_bytes: Of inputs kept between passes, which save running again what has been settled.
 
     Raises:
         ModelError: the block does not return hidden states of the size that it is given.
     """
 
-    def __init__(self, name: str, module: nn.Module, feed: Feed, layers: Sequence[str]) -> None:
+    def __init__(
+        self, name: str, module: nn.Module, feed: Feed, layers: Sequence[str], *, replay_bytes: int = REPLAY_BYTES
+    ) -> None:
         self.name, self.batches = name, len(feed.numbers)
         self._module, self._feed = module, feed
         self._rounding: Mapping[str, Callable[[Tensor], Tensor]] = {}
@@ -86,6 +93,7 @@ class CalibrationBlock:
             if layer not in self._experts
         }
         self._reached: dict[str, int] = {}
+        self._replay = Replay(replay_bytes)
         order, unreached = self._order()
         self.shared: Sequence[tuple[str, ...]] = (*order, *((layer,) for layer in unreached))
         self.weights: Mapping[str, Tensor] = {
@@ -141,6 +149,16 @@ class CalibrationBlock:
         number = self._feed.numbers[batch]
         return self.forward(number, self._feed.hidden(number), changed)[self._tokens(batch)]
 
+    def usable(self, changed: Mapping[str, Tensor]) -> list[str]:
+        """Layers whose inputs, kept when they were measured, are what they would be with `changed` in place."""
+        return self._replay.usable(changed)
+
+    @torch.no_grad()
+    def again(self, number: int, changed: Mapping[str, Tensor], usable: Sequence[str]) -> Tensor:
+        """`forward` of the feed's own hidden states, from kept inputs where there are: `usable(changed)`; same bits."""
+        with self._replay.shortened(usable, number):
+            return self.forward(number, self._feed.hidden(number), changed)
+
     def forward(self, number: int, hidden: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
         """Hidden states [rows, length, hidden] after the block, for a batch of the feed whose hidden states go in."""
         args, kwargs = self._feed.call(number, hidden)
@@ -158,6 +176,8 @@ class CalibrationBlock:
     def round_inputs(self, rounding: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         """From now on layers compute with rounded inputs: layer to what its inputs [..., in] become."""
         self._rounding = dict(rounding)
+        if rounding:
+            self._replay = Replay(0)  # what was kept came through layers that did not round
 
     def statistics(
         self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
@@ -173,8 +193,9 @@ class CalibrationBlock:
         def see(layer: str, x: Tensor) -> None:
             sums.setdefault(layer, _Sums(x.shape[-1], hessian=hessian)).add(x)
 
+        usable = self.usable(changed)
         for number in range(self.batches):
-            self.observe(number, leaders, changed, see)
+            self.observe(number, leaders, changed, see, usable)
         found: dict[str, Statistics] = {}
         for leader, group in leaders.items():
             if leader in sums:
@@ -189,8 +210,9 @@ class CalibrationBlock:
         """At most `most` rows of a layer's inputs, float32 [rows, in], spread evenly over all batches."""
         parts: list[Tensor] = []
         each = max(1, most // max(1, self.batches))
+        usable = self.usable(changed)
         for number in range(self.batches):
-            self.observe(number, [layer], changed, lambda _, x: parts.append(_evenly(x, each)))
+            self.observe(number, [layer], changed, lambda _, x: parts.append(_evenly(x, each)), usable)
         if not parts:
             return torch.empty(0, self.weights[layer].shape[1])
         return _evenly(torch.cat(parts), most)
@@ -243,10 +265,16 @@ class CalibrationBlock:
 
         if not self.batches:
             raise DataError("calibration: there are no rows to run the model over")
-        with _listening(self._linears, see), self._watching(self._experts, enter), torch.no_grad():
+        with (
+            _listening(self._linears, see),
+            self._watching(self._experts, enter),
+            seeing_endings(self._module, self._linears) as endings,
+            torch.no_grad(),
+        ):
             self.forward(self._feed.numbers[0], self._feed.hidden(self._feed.numbers[0]), {})
         groups = [tuple(names) for _, names in seen]
         reached = {layer for group in groups for layer in group}
+        self._replay.learn(endings, groups)
         return groups, [layer for layer in (*self._linears, *self._experts) if layer not in reached]
 
     @contextmanager
@@ -270,10 +298,16 @@ class CalibrationBlock:
 
     @torch.no_grad()
     def observe(
-        self, batch: int, layers: Iterable[str], changed: Mapping[str, Tensor], see: Callable[[str, Tensor], None]
+        self,
+        batch: int,
+        layers: Iterable[str],
+        changed: Mapping[str, Tensor],
+        see: Callable[[str, Tensor], None],
+        usable: Sequence[str] = (),
     ) -> None:
         """Run one batch and show `see` the inputs [tokens, in] of each layer; the pass ends with the last of them."""
         mask = self._tokens(batch)
+        every = bool(mask.all())
         left = set(layers)
 
         def done(layer: str) -> None:
@@ -282,7 +316,8 @@ class CalibrationBlock:
                 raise _Reached
 
         def hook(layer: str, x: Tensor) -> None:
-            if x.shape[:-1] == mask.shape:
+            self._replay.keep(layer, self._feed.numbers[batch], x, changed, self.weights)
+            if x.shape[:-1] == mask.shape and not every:
                 x = x[mask]  # [rows, length, in] -> [tokens, in]
             see(layer, x.reshape(-1, x.shape[-1]).float())
             done(layer)
@@ -297,13 +332,16 @@ class CalibrationBlock:
         try:
             linears = {layer: self._linears[layer] for layer in layers if layer in self._linears}
             with _listening(linears, hook), self._watching(layers, expert_hook):
-                self.run(batch, changed)
+                self.again(self._feed.numbers[batch], changed, usable)
         except _Reached:
             pass
 
 
 class _Sums:
-    """Running sums over a layer's inputs: float64 for each feature, float32 for the second moments."""
+    """Running sums over a layer's inputs: float64 for each feature, float32 for the second moments and within a batch.
+
+    Of the second moments, a symmetric matrix, only the part above the diagonal is summed, in stripes.
+    """
 
     def __init__(self, width: int, *, hessian: bool) -> None:
         self.rows = 0
@@ -314,11 +352,14 @@ class _Sums:
 
     def add(self, x: Tensor) -> None:
         magnitude = x.abs()
-        self.square += x.square().sum(dim=0, dtype=torch.float64).cpu()
-        self.magnitude += magnitude.sum(dim=0, dtype=torch.float64).cpu()
+        self.square += x.square().sum(dim=0).cpu()
+        self.magnitude += magnitude.sum(dim=0).cpu()
         self.largest = torch.maximum(self.largest, magnitude.amax(dim=0).cpu())
         if self.hessian is not None:
-            self.hessian.addmm_(x.t().cpu(), x.cpu())
+            x = x.cpu()
+            for start in range(0, x.shape[1], _STRIPE):
+                stripe = slice(start, start + _STRIPE)
+                self.hessian[stripe, start:].addmm_(x[:, stripe].t(), x[:, start:])
         self.rows += x.shape[0]
 
     def statistics(self, layer: str) -> Statistics:
@@ -327,7 +368,9 @@ class _Sums:
                 f"calibration: the inputs of {layer} are not finite: the model overflows on these rows; check its "
                 "weights"
             )
-        hessian = None if self.hessian is None else self.hessian / self.rows
+        hessian = None if self.hessian is None else self.hessian.triu() / self.rows
+        if hessian is not None:
+            hessian += hessian.triu(1).t()
         return Statistics(
             (self.square / self.rows).float(), self.rows, (self.magnitude / self.rows).float(), self.largest, hessian
         )

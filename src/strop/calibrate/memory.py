@@ -4,7 +4,8 @@
     one block        its weights, what they become (dequantized; experts once more, in one tensor), and what the method
                      works with
     one batch        tokens x (12 hidden + 4 widest + 2 vocabulary) float32: activations of a block, logits at the end
-    hidden states    2 models x all tokens x hidden float32: in memory as far as the budget goes, else on the disk
+    hidden states    2 models x all tokens x hidden float32: in memory as far as the budget goes, else on the disk;
+                     up to half of that budget goes to `replay`
 
 The batch is made smaller before anything is refused. The figures are upper estimates by these terms.
 """

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from strop.calibrate.activations import Activations
 from strop.calibrate.block import CalibrationBlock, Feed
+from strop.calibrate.replay import REPLAY_BYTES
 from strop.data.batches import Batch
 from strop.models.blocks import BlockwiseModel
 from strop.scratch import Scratch
@@ -43,7 +44,8 @@ class BlockStream:
         model: The model.
         batches: All of them, those that calibrate first.
         calibrating: How many calibrate; the rest is held out.
-        memory_bytes: Of hidden states kept in memory; the rest goes to `scratch`. None: all in memory.
+        memory_bytes: Of hidden states kept in memory, and of inputs that shorten a block's later passes; the rest goes
+            to `scratch`. None: all in memory.
         scratch: Where they go.
     """
 
@@ -57,7 +59,10 @@ class BlockStream:
         scratch: Scratch | None = None,
     ) -> None:
         self.model, self.batches, self.calibrating = model, batches, calibrating
-        half = None if memory_bytes is None else memory_bytes // 2
+        half, self._replay_bytes = None, REPLAY_BYTES
+        if memory_bytes is not None:
+            self._replay_bytes = min(REPLAY_BYTES, memory_bytes // 4)
+            half = memory_bytes // 2 - self._replay_bytes  # twice what is kept, since the allocator leaves gaps
         self._full, self._quantized = Activations(half, scratch), Activations(half, scratch)
         for number, batch in enumerate(batches):
             hidden = model.embedded(batch.inputs())
@@ -75,15 +80,16 @@ class BlockStream:
             work: Given the block, returns what takes the place of its weights and other parameters from now on.
         """
         with self.model.brought(name) as module:
-            block = CalibrationBlock(name, module, self._feed(name), layers)
+            block = CalibrationBlock(name, module, self._feed(name), layers, replay_bytes=self._replay_bytes)
             with torch.no_grad():
                 for number in range(len(self.batches)):
                     self._full.put(number, block.forward(number, self._full.get(number), {}))
             changed = work(block)
+            usable = block.usable(changed)
             errors = [[0.0, 0.0], [0.0, 0.0]]
             with torch.no_grad():
                 for number in range(len(self.batches)):
-                    made = block.forward(number, self._quantized.get(number), changed)
+                    made = block.again(number, changed, usable)
                     mask = self._tokens(number)
                     wanted = self._full.get(number)[mask].double()
                     sums = errors[number >= self.calibrating]

@@ -62,8 +62,8 @@ def autoround(
         block: The block over its calibration inputs.
         schemes: A scheme for each layer to quantize.
         iterations: Steps of training, a batch each; 0 gives GPTQ.
-        rate: How far the first step moves V at the most, in steps of the grid (clipping factors: a tenth of it); None for
-            0.002 at 3 bits and fewer, else 0.001.
+        rate: How far the first step moves V at the most, in steps of the grid (clipping factors: a tenth of it); None
+            for 0.002 at 3 bits and fewer, else 0.001.
         seed: Decides the order of the batches.
         step: Told what is being done.
 
@@ -85,7 +85,7 @@ def autoround(
     if not layers or not iterations:
         return BlockResult(start.weights, notes=notes)
     groups = [group for part in layers.values() for group in part.groups(rate)]
-    weights = train(
+    weights, _ = train(
         block,
         layers,
         start,

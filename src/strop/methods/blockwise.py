@@ -32,9 +32,10 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 400
-_SCALE_RATE = 1e-2  # of the start's scale
-_ZERO_RATE = 2e-2  # steps of the grid
-_WEIGHT_RATE = 2e-2  # of the mean distance between two values of the layer's grid
+_SCALE_RATE = 1e-3  # of the start's scale
+_ZERO_RATE = 1e-2  # steps of the grid
+_WEIGHT_RATE = 3e-3  # of the mean distance between two values of the layer's grid
+_GAIN_RATE = 1e-3  # of a norm's mean gain
 _FACTORS = (0.05, 20.0)
 
 
@@ -74,18 +75,26 @@ def blockwise(
     if not layers or not iterations:
         return BlockResult(start.weights, notes=notes)
     groups = [group for part in layers.values() for group in part.groups()]
-    weights = train(
+    gains = {
+        name: tensor.detach().float().clone().requires_grad_()
+        for name, tensor in block.others.items()
+        if tensor.ndim == 1 and tensor.any()
+    }
+    for gain in gains.values():
+        groups.append({"params": [gain], "lr": _GAIN_RATE * float(gain.detach().abs().mean())})
+    weights, changed = train(
         block,
         layers,
         start,
         groups,
+        others=gains,
         batches=batches,
         measured=measured,
         iterations=iterations,
         seed=seed,
         say=lambda text: step(f"{block.name}: block-wise training {text}"),
     )
-    return BlockResult(weights, notes=notes)
+    return BlockResult(weights, changed, notes)
 
 
 class _Weight:

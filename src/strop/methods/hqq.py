@@ -9,7 +9,7 @@ https://mobiusml.github.io/hqq_blog/): with an auxiliary error e,
     e       the errors shrunk:   sign(d) * max(0, |d| - |d|^(p-1) / beta),   d = w - rounded
     scale   what then fits best:  <w - e, q - z> / <q - z, q - z>,           q and z the codes and the zero point
 
-in turn, beta growing by kappa each time, until nothing gets better. For every group what was best by sum |d|^p is kept,
+in turn, beta growing by kappa each time, until little gets better. For every group what was best by sum |d|^p is kept,
 the plain scale to begin with, so that no group is worse than rounded to nearest. (Starting from a clipped range reaches
 a smaller sum, and a larger output error on real models: `benchmarks/LOG.md`, 2026-11-25.)
 
@@ -20,11 +20,15 @@ Deviations, and why:
   the same least squares.
 - Errors are measured in steps of the group's grid. In the weights' own unit, as the authors' code has it, 1 / beta lies
   far above any error of a weight, and e is always 0.
-- The authors' code stops the whole tensor when mean |d| rises; here each group stops when it gains nothing, and is then
-  left out of the work.
+- The scale moves twice as far as its least squares say: they move it by what is left of the shrunk errors, a short
+  step, and with the double of it fewer steps lead to a smaller sum (`benchmarks/LOG.md`, 2026-11-25).
+- The authors' code stops the whole tensor when mean |d| rises; here each group stops when it gains little, and is then
+  left out of the work, which ends when few groups are left in it.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -38,14 +42,26 @@ from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scales import settle_scale, stored_zero_point
 from strop.numerics.scheme import Granularity, Scheme
 
-_GAIN = 1e-3
+_STRIDE = 2.0
+"""How far a scale moves, in multiples of the change that least squares ask for."""
+
+_FEW = 0.1
+"""Share of the groups below which those that still gain are left as they are: a pass costs more than it brings."""
+
+_GAIN = 3e-3
 """Share by which a group's sum of powers must fall for it to go on; what falls by less is left as it was."""
 
 _LEAST = 1e-20
 """Errors below this share of a step count as this, so that they have a logarithm."""
 
-_PIECE = 1 << 18
-"""Values worked on at a time."""
+_PIECE = 1 << 20
+"""Values solved for together."""
+
+_CACHED = 1 << 16
+"""Values measured at a time, few enough that they and what is made of them stay in cache."""
+
+_CROWDED = 0.8
+"""Share of the groups that must still gain for those that do not to be dragged along: leaving them out is a copy."""
 
 
 def hqq(
@@ -132,41 +148,48 @@ def _solve(
         kappa: As `hqq`.
         iterations: As `hqq`.
     """
-    form = scheme.format
-    scale = scales.clone()
-    going = torch.arange(len(x), device=x.device)  # the groups that still gain
-    least = torch.full_like(scales, torch.inf)
+    scale, best = scales.clone(), scales.clone()
+    bar = torch.full_like(scales, torch.inf)  # what a sum must be below
+    going = torch.ones_like(scales, dtype=torch.bool)  # whether a group gained each time
+    numbers = torch.arange(len(x), device=x.device)  # the rows of `scales` that are worked on
     for _ in range(iterations + 1):
-        places, error, total, size, power = _powers(x, scale, zero, form, p)
-        better = (total < least * (1 - _GAIN)).squeeze(1)
-        if not better.all():
-            kept = better.nonzero().squeeze(1)
-            if not len(kept):
-                return
-            x, scale, total, going = x[kept], scale[kept], total[kept], going[kept]
-            places, error, size, power = places[kept], error[kept], size[kept], power[kept]
-            zero = None if zero is None else zero[kept]
-        least = total
-        scales[going] = scale
-        shrunk = size.sub_(power.div_(size * beta)).clamp_(min=0.0).copysign_(error)
-        target = error.sub_(shrunk).add_(places)  # (w - e) / scale
-        change = (target * places).sum(dim=1, keepdim=True) / places.square_().sum(dim=1, keepdim=True)
-        new = (scale * change).to(scheme.scale_dtype).float()
-        scale = torch.where(torch.isfinite(new) & (new * scale > 0), new, scale)
+        total, pull, strength = _measured(x, scale, zero, scheme.format, p, beta)
+        going &= total < bar
+        left = int(going.count_nonzero())
+        best, bar = torch.where(going, scale, best), total * (1 - _GAIN)
+        if left <= _FEW * len(scales):
+            break
+        change = pull.div_(strength).mul_(_STRIDE).add_(1.0).clamp_(min=0.5)  # NaN where all codes are 0, and no gain
+        scale = (scale * change).to(scheme.scale_dtype).float()
         beta *= kappa
+        if left < _CROWDED * len(x):
+            scales[numbers] = best
+            kept = going.view(-1).nonzero().view(-1)
+            x, scale, going = x[kept], scale[kept], going[kept]
+            best, bar, numbers = best[kept], bar[kept], numbers[kept]
+            zero = None if zero is None else zero[kept]
+    scales[numbers] = best
 
 
-def _powers(
-    x: Tensor, scale: Tensor, zero: Tensor | None, form: Format, p: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Of groups x on a grid: q - z, d in steps, sum |d|^p in the weight's unit [groups, 1], |d|, |d|^p."""
-    steps = x / scale
+def _measured(
+    x: Tensor, scale: Tensor, zero: Tensor | None, form: Format, p: float, beta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each group: sum |d|^p in the weight's unit, <w - e - scale * (q - z), q - z> / scale, <q - z, q - z>.
+
+    w - e less the grid's value is what of an error is not shrunk away: the error, but at most |d|^(p - 1) / beta of it.
+    """
     one = torch.ones((), device=x.device)
-    places = grid.rounded(steps, one, one, zero, form)
-    error = steps.sub_(places)
-    size = error.abs().clamp_(min=_LEAST)
-    power = size.log2().mul_(p).exp2_()  # half the time of pow
-    return places, error, power.sum(dim=1, keepdim=True) * scale.abs() ** p, size, power
+    total, pull, strength = (torch.empty_like(scale) for _ in range(3))
+    for rows in row_chunks(*x.shape, values=_CACHED):
+        error = x[rows] / scale[rows]
+        codes = grid.rounded(error, one, one, None if zero is None else zero[rows], form)
+        error.sub_(codes)
+        size = error.abs().clamp_(min=_LEAST)
+        most = size.log2().mul_(p - 1).sub_(math.log2(beta)).exp2_()  # half the time of pow
+        torch.sum(size.mul_(most), dim=1, keepdim=True, out=total[rows])
+        torch.sum(torch.clamp(error, -most, most).mul_(codes), dim=1, keepdim=True, out=pull[rows])
+        torch.sum(codes.square_(), dim=1, keepdim=True, out=strength[rows])
+    return total.mul_(scale.abs().pow_(p)).mul_(beta), pull, strength
 
 
 def _check_options(p: float, beta: float, kappa: float, iterations: int) -> None:

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -100,9 +101,14 @@ def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[i
 
 
 @torch.no_grad()
-def block_error(block: Block, batches: Sequence[int], weights: Mapping[str, QuantizedTensor]) -> float:
-    """Mean squared error of the block's output over `batches`, with quantized weights in place."""
-    changed = {layer: quantized.dequantize() for layer, quantized in weights.items()}
+def block_error(
+    block: Block,
+    batches: Sequence[int],
+    weights: Mapping[str, QuantizedTensor],
+    others: Mapping[str, Tensor] = MappingProxyType({}),
+) -> float:
+    """Mean squared error of the block's output over `batches`, with quantized weights and other parameters in place."""
+    changed = {layer: quantized.dequantize() for layer, quantized in weights.items()} | dict(others)
     total, values = 0.0, 0
     for batch in batches:
         difference = block.run(batch, changed) - block.target(batch)
@@ -117,12 +123,13 @@ def train(
     start: Start,
     groups: Sequence[dict[str, object]],
     *,
+    others: Mapping[str, Tensor] = MappingProxyType({}),
     batches: Sequence[int],
     measured: Sequence[int],
     iterations: int,
     seed: int,
     say: Callable[[str], None],
-) -> dict[str, QuantizedTensor]:
+) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
     """Train layers on the block's output by Adam, a batch at a time, and keep the best that was measured.
 
     Args:
@@ -130,6 +137,7 @@ def train(
         layers: What is trained.
         start: Where it starts; its weights stand where nothing is trained.
         groups: The parameters, each group with the rate at which it begins (`lr`); rates fall linearly to 0.
+        others: Parameters beside the weights that are trained too, by name.
         batches: Batches to train on, each once in a random order, then again.
         measured: Batches whose error decides.
         iterations: Batches to train on in all.
@@ -137,12 +145,13 @@ def train(
         say: Told how far it is.
 
     Returns:
-        The quantized weights with the least error, those that were not trained included.
+        The quantized weights with the least error, those that were not trained included, and the other parameters that
+        go with them; none where the start was best.
 
     Raises:
         DataError: The start's error is not finite.
     """
-    best, kept = block_error(block, measured, start.weights), start.weights
+    best, kept = block_error(block, measured, start.weights), (start.weights, dict[str, Tensor]())
     if not math.isfinite(best):
         raise DataError(
             f"{block.name}: its output is not finite on the calibration rows, in full precision or quantized; check "
@@ -155,7 +164,7 @@ def train(
     first = best
     for iteration in range(iterations):
         batch = next(order)
-        changed = fixed | {layer: part.rounded() for layer, part in layers.items()}
+        changed = fixed | {layer: part.rounded() for layer, part in layers.items()} | dict(others)
         loss = (block.run(batch, changed) - block.target(batch)).square().mean()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -167,9 +176,10 @@ def train(
         done = iteration + 1
         if done * MEASUREMENTS // iterations > iteration * MEASUREMENTS // iterations:
             found = start.weights | {layer: part.settled() for layer, part in layers.items()}
-            error = block_error(block, measured, found)
+            beside = {name: tensor.detach().clone() for name, tensor in others.items()}
+            error = block_error(block, measured, found, beside)
             if error < best:
-                best, kept = error, found
+                best, kept = error, (found, beside)
             say(f"{done} of {iterations}, error {best / first if first else 1:.3f} of the start's")
     return kept
 
