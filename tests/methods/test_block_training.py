@@ -42,6 +42,11 @@ def searched(block: ToyBlock, plan: Mapping[str, Scheme]) -> dict[str, Tensor]:
     return {layer: search(block.weights[layer], scheme, seen[layer]).dequantize() for layer, scheme in plan.items()}
 
 
+def easy_block(batches: int = 16) -> ToyBlock:
+    """Inputs without correlations, of which GPTQ leaves something to be gained."""
+    return ToyBlock(batches=batches, tokens=128, correlated=False)
+
+
 TEXTS = [
     "int2-g16",
     "int2-g16-asym",
@@ -65,15 +70,17 @@ def test_never_worse_than_searched_rounding_where_it_is_measured(method: Callabl
     assert all(weight.scheme == plan[layer] for layer, weight in result.weights.items())
 
 
-@pytest.mark.parametrize("text", ["int2-g16", "int3-g16-asym", "int4-g32-full", "nf4"])
+@pytest.mark.parametrize(("text", "share"), [("int2-g16", 0.9), ("int3-g16-asym", 0.99)])
 @every_method
-def test_training_lowers_the_error_on_batches_that_it_did_not_see(method: Callable, text: str) -> None:
-    block, plan = ToyBlock(batches=8), schemes(text)
-    fresh = ToyBlock(batches=16, tokens=128, correlated=False)  # the same weights
-    unseen = range(8, 16)
-    trained = {layer: weight.dequantize() for layer, weight in method(block, plan, iterations=100).weights.items()}
-    share = 0.97 if text == "nf4" else 0.9
-    assert fresh.error(unseen, trained) < share * fresh.error(unseen, searched(block, plan))
+def test_training_lowers_the_error_on_batches_that_it_did_not_see(method: Callable, text: str, share: float) -> None:
+    block, plan = easy_block(batches=8), schemes(text)
+    fresh, unseen = easy_block(batches=16), range(8, 16)  # the same weights
+    start, trained = (
+        {layer: weight.dequantize() for layer, weight in method(block, plan, iterations=count).weights.items()}
+        for count in (0, 100)
+    )
+    assert fresh.error(unseen, start) < fresh.error(unseen, searched(block, plan))
+    assert fresh.error(unseen, trained) < share * fresh.error(unseen, start)
 
 
 @every_method
@@ -97,33 +104,39 @@ def test_what_is_measured_is_what_the_last_step_trained(method: Callable, monkey
 
     monkeypatch.setattr(module, "settled", spy)
     method(block, schemes("int2-g16-asym"), iterations=20)
-    assert len(kept) == (22 if method is autoround else 20)  # two layers, ten measurements; and where GPTQ stands
+    assert len(kept) == 20  # two layers, ten measurements
     for arguments, found in kept:
         assert torch.equal(round_through(*arguments), found.dequantize())
 
 
 @every_method
-def test_rounding_scales_and_zero_points_all_move(method: Callable) -> None:
-    block, plan = ToyBlock(batches=16, tokens=128, correlated=False), schemes("int2-g16-asym")
-    start = method(block, plan, iterations=0).weights
-    for layer, weight in method(block, plan, iterations=150).weights.items():
-        before = start[layer].zero_point
-        assert weight.zero_point is not None
-        assert before is not None
-        assert not torch.equal(weight.scales(), start[layer].scales())
-        assert not torch.equal(weight.zero_point, before)
-        nearest = (block.weights[layer].view(-1, 16) / weight.scales().view(-1, 1)).round()
-        nearest = (nearest + weight.zero_point.view(-1, 1)).clamp(0, 3).view(weight.shape)
-        assert 0.005 < (nearest != weight.stored_codes()).float().mean() < 0.5  # not all go to the nearest value
+def test_scales_and_rounding_move(method: Callable) -> None:
+    block, plan = easy_block(), schemes("int2-g16-asym")
+    start, end = (method(block, plan, iterations=count).weights for count in (0, 150))
+    for layer, weight in end.items():
+        assert (weight.scales() != start[layer].scales()).float().mean() > 0.5
+        assert 0.005 < (weight.stored_codes() != start[layer].stored_codes()).float().mean() < 0.5
+
+
+def test_a_zero_point_moves_with_the_lower_end_of_its_range() -> None:
+    block, plan = ToyBlock(), schemes("int4-g16-asym", UP)
+    start = layer_by_layer(block, plan, gptq, hessian=True).weights[UP]
+    rounding = importlib.import_module("strop.methods.autoround").Rounding(UP, block.weights[UP], plan[UP], start)
+    with torch.no_grad():
+        rounding.factors[0] *= 0.75
+    settled_, zero_point = rounding.settled(), start.zero_point
+    assert settled_.zero_point is not None
+    assert zero_point is not None
+    assert (settled_.zero_point < zero_point).float().mean() > 0.9
+    assert (settled_.scales() < start.scales()).all()
+    rounding.rounded().square().sum().backward()
+    assert all(factor.grad is not None and factor.grad.count_nonzero() for factor in rounding.factors)
 
 
 @every_method
 def test_the_seed_decides_every_bit(method: Callable) -> None:
     plan = schemes("int2-g16")
-    first, again, other = (
-        method(ToyBlock(batches=16, tokens=128, correlated=False), plan, iterations=50, seed=seed).weights
-        for seed in (1, 1, 2)
-    )
+    first, again, other = (method(easy_block(), plan, iterations=50, seed=seed).weights for seed in (1, 1, 2))
     assert all(torch.equal(first[layer].codes, again[layer].codes) for layer in plan)
     assert all(torch.equal(first[layer].scales(), again[layer].scales()) for layer in plan)
     assert any(not torch.equal(first[layer].codes, other[layer].codes) for layer in plan)
@@ -148,13 +161,12 @@ def test_a_layer_that_no_token_reaches_is_searched_and_named(method: Callable) -
     assert torch.equal(alone.weights[DEAD].codes, expected.codes)
 
 
-def test_no_iterations_are_what_training_starts_from() -> None:
+@every_method
+def test_no_iterations_are_gptq(method: Callable) -> None:
     block, plan = ToyBlock(), schemes("int3-g16-asym")
-    for layer, weight in blockwise(block, plan, iterations=0).weights.items():
-        assert torch.equal(weight.dequantize(), searched(block, plan)[layer])
-    compensated = layer_by_layer(block, plan, gptq, hessian=True)
-    for layer, weight in autoround(block, plan, iterations=0).weights.items():
-        assert torch.equal(weight.dequantize(), compensated.weights[layer].dequantize())
+    compensated = layer_by_layer(block, plan, gptq, hessian=True).weights
+    for layer, weight in method(block, plan, iterations=0).weights.items():
+        assert torch.equal(weight.dequantize(), compensated[layer].dequantize())
     assert not block.trained
 
 
@@ -183,7 +195,7 @@ def test_batches_that_measure_train_nothing(method: Callable) -> None:
     block = ToyBlock(batches=17)
     method(block, schemes("int2-g16"), iterations=60)
     assert set(block.trained) == set(range(17)) - {0, 8}
-    assert len(block.measured) == (13 if method is autoround else 11) * 2  # the start, of two the better, and ten more
+    assert len(block.measured) == 13 * 2  # two starts, the better once more, and ten times in training
 
 
 @every_method
@@ -200,7 +212,7 @@ def test_values_that_are_not_finite_are_refused_by_name(method: Callable) -> Non
 
 def test_progress_says_where_it_is_and_what_it_gained() -> None:
     said: list[str] = []
-    autoround(ToyBlock(batches=16, tokens=128, correlated=False), schemes("int2-g16"), iterations=50, step=said.append)
+    autoround(easy_block(), schemes("int2-g16"), iterations=50, step=said.append)
     assert len(said) == 10
     assert said[0].startswith("block: AutoRound 5 of 50, error ")
     assert re.fullmatch(r"block: AutoRound 50 of 50, error 0\.\d{3} of the start's", said[-1])
@@ -209,7 +221,7 @@ def test_progress_says_where_it_is_and_what_it_gained() -> None:
 def test_presets_differ_in_how_long_and_how_far_they_go() -> None:
     errors: dict[str, float] = {}
     for name, iterations in {"autoround": 200, "autoround-light": 50}.items():
-        block = ToyBlock(batches=16, tokens=128, correlated=False)
+        block = easy_block()
         weights = BLOCK_METHODS[name](block, schemes("int2-g16")).weights
         assert len(block.trained) == iterations
         errors[name] = block.error([0, 8], {layer: weight.dequantize() for layer, weight in weights.items()})
@@ -228,7 +240,7 @@ def test_the_best_preset_runs_a_thousand_iterations() -> None:
 
 
 def test_rates_decide_how_far_offsets_can_go() -> None:
-    block, plan = ToyBlock(batches=16, tokens=128, correlated=False), schemes("int4-g32")
+    block, plan = easy_block(), schemes("int4-g32")
     start = autoround(block, plan, iterations=0).weights
     shares = []
     for rate in (2e-5, 2e-3):
@@ -301,9 +313,9 @@ def test_the_order_of_the_papers_comes_out_at_two_bits(material: Path) -> None:
 
 
 def test_the_order_of_the_papers_comes_out_at_two_bits_on_the_bundled_model() -> None:
-    errors = held_out(model_path(), task_rows(), "int2-g64")
-    assert len(errors) == 4
-    assert all(better < 0.95 * worse for worse, better in pairwise(errors)), errors
+    rounding, searched, offsets, weights = held_out(model_path(), task_rows(), "int2-g64")
+    assert searched < 0.95 * rounding
+    assert weights < offsets < 0.06 * searched
 
 
 def test_both_are_better_than_searched_rounding_at_three_bits(material: Path) -> None:
