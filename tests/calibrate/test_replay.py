@@ -102,6 +102,42 @@ def test_inputs_are_not_used_again_once_something_before_the_layer_has_changed(t
     stream.through(name, layers_of(model, name), work)
 
 
+def test_layers_inside_a_part_that_could_be_shortened_are_still_seen(tmp_path: Path) -> None:
+    """Everything is settled, so that each part could run its last layer alone; the first layers are asked for."""
+    model = BlockwiseModel(tiny_folder(tmp_path, "llama"))
+    stream = BlockStream(model, list(eval_batches(samples(LENGTHS), 2)), 2)
+    name = next(iter(model.blocks))
+
+    def work(block: CalibrationBlock) -> dict[str, Tensor]:
+        settled = dict(block.weights)
+        first = block.statistics(list(block.weights), settled, hessian=True)
+        assert block.usable(settled)
+        again = block.statistics(list(block.weights), settled, hessian=True)
+        assert first.keys() == again.keys() == block.weights.keys()
+        queries = f"{name}.self_attn.q_proj"
+        assert torch.equal(block.statistics([queries], settled, hessian=True)[queries].hessian, first[queries].hessian)
+        assert block.inputs(queries, settled, most=1000).shape[0] == block.token_count
+        return {}
+
+    stream.through(name, layers_of(model, name), work)
+
+
+def test_rounded_inputs_make_what_was_kept_useless(tmp_path: Path) -> None:
+    model = BlockwiseModel(tiny_folder(tmp_path, "llama"))
+    stream = BlockStream(model, list(eval_batches(samples(LENGTHS), 2)), 2)
+    name = next(iter(model.blocks))
+
+    def work(block: CalibrationBlock) -> dict[str, Tensor]:
+        settled = dict(block.weights)
+        block.statistics(list(block.weights), settled)
+        assert block.usable(settled)
+        block.round_inputs({f"{name}.self_attn.v_proj": torch.round})
+        assert not block.usable(settled)
+        return {}
+
+    stream.through(name, layers_of(model, name), work)
+
+
 class Ends(nn.Module):
     """A part of a block that does something more to what its last layer returned, or not."""
 

@@ -332,7 +332,7 @@ class CalibrationBlock:
         try:
             linears = {layer: self._linears[layer] for layer in layers if layer in self._linears}
             with _listening(linears, hook), self._watching(layers, expert_hook):
-                self.again(self._feed.numbers[batch], changed, usable)
+                self.again(self._feed.numbers[batch], changed, self._replay.showing(usable, layers))
         except _Reached:
             pass
 

@@ -97,6 +97,11 @@ class Replay:
         """The layers whose inputs are as they were when they were kept, with `changed` in place."""
         return [layer for layer, kept in self._kept.items() if _same(kept.changed, changed, self._tails[layer].after)]
 
+    def showing(self, usable: Iterable[str], layers: Iterable[str]) -> list[str]:
+        """Of `usable`, those whose parts may be shortened while the inputs of `layers` are watched: all still run."""
+        watched = set(layers)
+        return [layer for layer in usable if watched <= self._tails[layer].after]
+
     @contextmanager
     def shortened(self, layers: Sequence[str], number: int) -> Iterator[None]:
         """Let the parts that end in `layers` run those alone, on the inputs kept for this batch."""

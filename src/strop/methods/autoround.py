@@ -11,11 +11,11 @@ Deviations, each with its gain in `benchmarks/LOG.md` (2026-11-25):
 
 - It starts from what GPTQ makes of the block, layer after layer, not from rounding to nearest: V is 0 where GPTQ takes
   the nearest value, and elsewhere such that W / s + V lies beyond the threshold as far as W / s lies before it. From
-  there only a fifth of the paper's way is left to go: the rate is 0.001 or 0.002, not 1 / iterations.
+  there less of the paper's way is left to go: the rate is 0.001 (0.004 at 3 bits and fewer), not 1 / iterations.
 - The paper steps by the sign of the gradient; here Adam steps by its running mean over its running magnitude, at most
   about the rate too. The sign moves weights that the error hardly depends on as far as any, and leaves GPTQ's optimum
-  before it finds a better one. The clipping factors move at a tenth of the rate, and weights are not bound to the two
-  values around them but by how far the rate can take them.
+  before it finds a better one. The clipping factors move at a twentieth of the rate, and weights are not bound to the
+  two values around them but by how far the rate can take them.
 - min(W) and max(W) are those of the range that GPTQ's scale has, which may be wider or narrower than the group's own,
   so the factors may pass 1 (0.5 to 1.5). Grids without a zero point have one range and one factor.
 - The best is that of ten measurements on batches that train nothing (one in eight; with fewer than four batches, all
@@ -41,8 +41,8 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 200
-_RATE, _COARSE_RATE = 1e-3, 2e-3  # steps of the grid: above 3 bits, and at 3 bits and fewer
-_FACTOR_SHARE = 0.1
+_RATE, _COARSE_RATE = 1e-3, 4e-3  # steps of the grid: above 3 bits, and at 3 bits and fewer
+_FACTOR_SHARE = 0.05
 _FACTORS = (0.5, 1.5)
 
 
@@ -62,8 +62,8 @@ def autoround(
         block: The block over its calibration inputs.
         schemes: A scheme for each layer to quantize.
         iterations: Steps of training, a batch each; 0 gives GPTQ.
-        rate: How far the first step moves V at the most, in steps of the grid (clipping factors: a tenth of it); None
-            for 0.002 at 3 bits and fewer, else 0.001.
+        rate: How far the first step moves V at the most, in steps of the grid (clipping factors: a twentieth); None
+            for 0.004 at 3 bits and fewer, else 0.001.
         seed: Decides the order of the batches.
         step: Told what is being done.
 
