@@ -5,11 +5,13 @@
 
     w^ = s * (clamp(round(w / s) + round(z), 0, 2^b - 1) - round(z))
 
-s, z and w learn together, from the first step, from the block's mean squared output error, by AdamW, the gradients
-passing straight through the rounding. (Scales and zero points first and weights later left a third more error.) The
-paper's second phase, scales alone end to end, is a training of the whole model and not part of this method. Deviations:
+s, z, w and the gains of the block's norms learn together, from the first step, from the block's mean squared output
+error, by Adam, the gradients passing straight through the rounding. (Scales and zero points first and weights later
+left a third more error.) The paper's second phase, scales alone end to end, is a training of the whole model and not
+part of this method. Deviations:
 
-- It starts from searched rounding, not from the range of each group.
+- It starts from what GPTQ makes of the block, not from the range of each group; a weight begins where it rounds to what
+  GPTQ chose (`rounding.beside`).
 - A scale learns as a multiple of its start, and a weight's learning rate is a share of the mean distance between values
   of its layer's grid, so that a step means as much in a small model as in a large one, and at 2 bits as at 3.
 - The best of ten measurements on batches that train nothing is kept (one in eight; with fewer than four batches, all
@@ -32,9 +34,8 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 400
-_SCALE_RATE = 1e-3  # of the start's scale
+_SCALE_SHARE = 0.15  # of the rate, in multiples of the start's scale
 _ZERO_RATE = 1e-2  # steps of the grid
-_WEIGHT_RATE = 3e-3  # of the mean distance between two values of the layer's grid
 _GAIN_RATE = 1e-3  # of a norm's mean gain
 _FACTORS = (0.05, 20.0)
 
@@ -53,13 +54,13 @@ def blockwise(
     Args:
         block: The block over its calibration inputs.
         schemes: A scheme for each layer to quantize.
-        iterations: Steps of training, a batch each; 0 gives searched rounding.
+        iterations: Steps of training, a batch each; 0 gives GPTQ.
         seed: Decides the order of the batches.
         step: Told what is being done.
 
     Returns:
-        Never worse than searched rounding by the block's error on the batches that measure. Layers that no token
-        reached are searched without data, and a note says so.
+        Never worse than GPTQ or searched rounding by the block's error on the batches that measure. Layers that no
+        token reached are searched without data, and a note says so.
 
     Raises:
         DataError: The calibration inputs or the block's output are not finite.
@@ -74,7 +75,7 @@ def blockwise(
     }
     if not layers or not iterations:
         return BlockResult(start.weights, notes=notes)
-    groups = [group for part in layers.values() for group in part.groups()]
+    groups = [group for part in layers.values() for group in part.groups(start.rate(part.scheme))]
     gains = {
         name: tensor.detach().float().clone().requires_grad_()
         for name, tensor in block.others.items()
@@ -109,13 +110,13 @@ class _Weight:
             self.zero_point = start.zero_point.float().requires_grad_()
         self.weight = beside(weight.detach(), start, *self.grid(), where=name).detach().requires_grad_()
 
-    def groups(self) -> list[dict[str, object]]:
+    def groups(self, rate: float) -> list[dict[str, object]]:
         """What the optimizer trains, each kind at its rate."""
         unit = steps_between(self.weight.detach(), self.scheme, self.scale)
         distance = self.scale.abs().mean() if unit is None else (split(unit, self.scheme) * spread(self.scale)).mean()
         found: list[dict[str, object]] = [
-            {"params": [self.weight], "lr": _WEIGHT_RATE * float(distance)},
-            {"params": [self.factor], "lr": _SCALE_RATE},
+            {"params": [self.weight], "lr": rate * float(distance)},
+            {"params": [self.factor], "lr": rate * _SCALE_SHARE},
         ]
         if self.zero_point is not None:
             found.append({"params": [self.zero_point], "lr": _ZERO_RATE})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 from typing import Protocol
@@ -57,11 +57,22 @@ class Start:
         weights: Every layer, rounded.
         reached: The layers that calibration reached, in the block's order: those that can be trained.
         notes: What a user should know.
+        incoming: The share of the block's error, 0 to 1, that is there without any rounding in it, because its inputs
+            went through quantized blocks.
     """
 
     weights: dict[str, QuantizedTensor]
     reached: tuple[str, ...]
     notes: list[str]
+    incoming: float = 0.0
+
+    def rate(self, scheme: Scheme) -> float:
+        """How far the first step moves a weight at the most, in steps of the grid: 0.005 at 2 bits, 0.002 at 3, ...
+
+        Up to five times that where the error comes in with the block's inputs: to make up for it, weights have further
+        to go than to make up for their own rounding, of which GPTQ left little (`benchmarks/LOG.md`, 2026-11-25).
+        """
+        return 0.005 * 2.5 ** (2 - scheme.bits) * (1 + 4 * self.incoming)
 
 
 def searched_start(block: Block, schemes: Mapping[str, Scheme]) -> Start:
@@ -93,11 +104,13 @@ def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[i
     notes: list[str] = []
     result = layer_by_layer(block, schemes, partial(gptq, note=notes.append), hessian=True)
     notes += result.notes
-    if block_error(block, measured, searched.weights) < block_error(block, measured, result.weights):
-        return replace(
-            searched, notes=[*notes, f"{block.name}: started from searched scales, which err less than GPTQ"]
-        )
-    return Start(dict(result.weights), searched.reached, notes)
+    compensated, plain = (block_error(block, measured, weights) for weights in (result.weights, searched.weights))
+    least = min(compensated, plain)
+    incoming = min(1.0, block_error(block, measured, {}) / least) if least > 0 else 0.0
+    if plain < compensated:
+        notes.append(f"{block.name}: started from searched scales, which err less than GPTQ")
+        return Start(searched.weights, searched.reached, notes, incoming)
+    return Start(dict(result.weights), searched.reached, notes, incoming)
 
 
 @torch.no_grad()
