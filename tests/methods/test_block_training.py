@@ -88,7 +88,7 @@ def test_the_result_is_bit_for_bit_something_that_was_measured(method: Callable)
     block = ToyBlock()
     result = method(block, schemes("int3-g16-asym"), iterations=40)
     trained = {layer: weight.dequantize() for layer, weight in result.weights.items()}
-    assert any(all(torch.equal(seen[layer], trained[layer]) for layer in trained) for seen in block.measured if seen)
+    assert any(all(torch.equal(seen[layer], trained[layer]) for layer in trained) for seen in block.measured)
 
 
 @every_method
@@ -195,7 +195,7 @@ def test_batches_that_measure_train_nothing(method: Callable) -> None:
     block = ToyBlock(batches=17)
     method(block, schemes("int2-g16"), iterations=60)
     assert set(block.trained) == set(range(17)) - {0, 8}
-    assert len(block.measured) == 14 * 2  # two starts, none, the better again, ten in training
+    assert len(block.measured) == 13 * 2  # two starts, the better again, ten in training
 
 
 @every_method

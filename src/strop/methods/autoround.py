@@ -11,10 +11,11 @@ Deviations, each with its gain in `benchmarks/LOG.md` (2026-11-25):
 
 - It starts from what GPTQ makes of the block, layer after layer, not from rounding to nearest: V is 0 where GPTQ takes
   the nearest value, and elsewhere such that W / s + V lies beyond the threshold as far as W / s lies before it. From
-  there less of the paper's way is left to go, and the rate is `Start.rate`, not 1 / iterations.
+  there less of the paper's way is left to go, and the rate is 0.001 (0.002 at 3 bits and fewer), not
+  1 / iterations.
 - The paper steps by the sign of the gradient; here Adam steps by its running mean over its running magnitude, at most
   about the rate too. The sign moves weights that the error hardly depends on as far as any, and leaves GPTQ's optimum
-  before it finds a better one. The clipping factors move at 3% of the rate, and weights are not bound to the
+  before it finds a better one. The clipping factors move at a tenth of the rate, and weights are not bound to the
   two values around them but by how far the rate can take them.
 - min(W) and max(W) are those of the range that GPTQ's scale has, which may be wider or narrower than the group's own,
   so the factors may pass 1 (0.5 to 1.5). Grids without a zero point have one range and one factor.
@@ -41,7 +42,8 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 200
-_FACTOR_SHARE = 0.03
+_RATE, _COARSE_RATE = 1e-3, 2e-3  # steps of the grid: above 3 bits, and at 3 bits and fewer
+_FACTOR_SHARE = 0.1
 _FACTORS = (0.5, 1.5)
 
 
@@ -61,7 +63,8 @@ def autoround(
         block: The block over its calibration inputs.
         schemes: A scheme for each layer to quantize.
         iterations: Steps of training, a batch each; 0 gives GPTQ.
-        rate: How far the first step moves V at the most, in steps of the grid; None for `Start.rate`.
+        rate: How far the first step moves V at the most, in steps of the grid; None for 0.002 at 3 bits
+            and fewer, else 0.001.
         seed: Decides the order of the batches.
         step: Told what is being done.
 
@@ -82,7 +85,7 @@ def autoround(
     }
     if not layers or not iterations:
         return BlockResult(start.weights, notes=notes)
-    groups = [group for part in layers.values() for group in part.groups(rate or start.rate(part.scheme))]
+    groups = [group for part in layers.values() for group in part.groups(rate)]
     weights, _ = train(
         block,
         layers,
@@ -114,9 +117,10 @@ class Rounding:
         offset = restore(split(moved, scheme) / torch.where(size == 0, 1.0, size), (weight.shape[0], weight.shape[1]))
         self.offset = (offset if self.unit is None else offset / self.unit).detach().requires_grad_()
 
-    def groups(self, rate: float) -> list[dict[str, object]]:
+    def groups(self, rate: float | None) -> list[dict[str, object]]:
         """What the optimizer trains, each kind at its rate."""
-        return [{"params": [self.offset], "lr": rate}, {"params": self.factors, "lr": rate * _FACTOR_SHARE}]
+        own = rate or (_COARSE_RATE if self.scheme.bits <= 3 else _RATE)
+        return [{"params": [self.offset], "lr": own}, {"params": self.factors, "lr": own * _FACTOR_SHARE}]
 
     def grid(self) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point for the factors as they are."""

@@ -34,7 +34,8 @@ from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
 ITERATIONS = 400
-_SCALE_SHARE = 0.15  # of the rate, in multiples of the start's scale
+_SCALE_RATE = 1e-3  # of the start's scale
+_WEIGHT_RATE = 3e-3  # of the mean distance between two values of the layer's grid
 _ZERO_RATE = 1e-2  # steps of the grid
 _GAIN_RATE = 1e-3  # of a norm's mean gain
 _FACTORS = (0.05, 20.0)
@@ -75,7 +76,7 @@ def blockwise(
     }
     if not layers or not iterations:
         return BlockResult(start.weights, notes=notes)
-    groups = [group for part in layers.values() for group in part.groups(start.rate(part.scheme))]
+    groups = [group for part in layers.values() for group in part.groups()]
     gains = {
         name: tensor.detach().float().clone().requires_grad_()
         for name, tensor in block.others.items()
@@ -110,13 +111,13 @@ class _Weight:
             self.zero_point = start.zero_point.float().requires_grad_()
         self.weight = beside(weight.detach(), start, *self.grid(), where=name).detach().requires_grad_()
 
-    def groups(self, rate: float) -> list[dict[str, object]]:
+    def groups(self) -> list[dict[str, object]]:
         """What the optimizer trains, each kind at its rate."""
         unit = steps_between(self.weight.detach(), self.scheme, self.scale)
         distance = self.scale.abs().mean() if unit is None else (split(unit, self.scheme) * spread(self.scale)).mean()
         found: list[dict[str, object]] = [
-            {"params": [self.weight], "lr": rate * float(distance)},
-            {"params": [self.factor], "lr": rate * _SCALE_SHARE},
+            {"params": [self.weight], "lr": _WEIGHT_RATE * float(distance)},
+            {"params": [self.factor], "lr": _SCALE_RATE},
         ]
         if self.zero_point is not None:
             found.append({"params": [self.zero_point], "lr": _ZERO_RATE})

@@ -57,22 +57,11 @@ class Start:
         weights: Every layer, rounded.
         reached: The layers that calibration reached, in the block's order: those that can be trained.
         notes: What a user should know.
-        incoming: The share of the block's error, 0 to 1, that is there without any rounding in it, because its inputs
-            went through quantized blocks.
     """
 
     weights: dict[str, QuantizedTensor]
     reached: tuple[str, ...]
     notes: list[str]
-    incoming: float = 0.0
-
-    def rate(self, scheme: Scheme) -> float:
-        """How far the first step moves a weight at the most, in steps of the grid: 0.005 at 2 bits, 0.002 at 3, ...
-
-        Up to five times that where the error comes in with the block's inputs: to make up for it, weights have further
-        to go than to make up for their own rounding, of which GPTQ left little (`benchmarks/LOG.md`, 2026-11-25).
-        """
-        return 0.005 * 2.5 ** (2 - scheme.bits) * (1 + 4 * self.incoming)
 
 
 def searched_start(block: Block, schemes: Mapping[str, Scheme]) -> Start:
@@ -105,12 +94,10 @@ def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[i
     result = layer_by_layer(block, schemes, partial(gptq, note=notes.append), hessian=True)
     notes += result.notes
     compensated, plain = (block_error(block, measured, weights) for weights in (result.weights, searched.weights))
-    least = min(compensated, plain)
-    incoming = min(1.0, block_error(block, measured, {}) / least) if least > 0 else 0.0
     if plain < compensated:
         notes.append(f"{block.name}: started from searched scales, which err less than GPTQ")
-        return Start(searched.weights, searched.reached, notes, incoming)
-    return Start(dict(result.weights), searched.reached, notes, incoming)
+        return Start(searched.weights, searched.reached, notes)
+    return Start(dict(result.weights), searched.reached, notes)
 
 
 @torch.no_grad()
