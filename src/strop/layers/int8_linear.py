@@ -19,6 +19,7 @@ outlier columns are multiplied with the dequantized weight, since the 16-bit one
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,6 @@ from strop.errors import FormatError
 from strop.layers.base import compute_dtype, extra_repr, held_back
 from strop.numerics.activations import (
     ActivationRange,
-    Activations,
     tensor_codes,
     token_codes,
     token_codes_asymmetric,
@@ -45,7 +45,7 @@ class _StraightThrough(torch.autograd.Function):
     """x -> layer.product(x); backward as if nothing had been rounded but the weight."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Int8Linear | OutlierInt8Linear) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: _Int8Layer) -> Tensor:
         ctx.layer = layer
         with torch.autocast(x.device.type, enabled=False):
             return layer.product(x)
@@ -56,7 +56,75 @@ class _StraightThrough(torch.autograd.Function):
         return grad @ ctx.layer.dense_weight().to(grad.dtype), None
 
 
-class Int8Linear(nn.Module):
+class _Int8Layer(nn.Module):
+    """What both layers share: the weight's codes and scales, how they are kept and printed, and the gradient.
+
+    Subclasses multiply: `_multiplied`, tokens [tokens, in] -> [tokens, out], float32, without the bias.
+
+    Args:
+        qtensor: the weight, of a scheme with 8-bit activations.
+        bias: [out] or None; a frozen parameter, cast with the model.
+
+    Raises:
+        FormatError: the scheme is another, or the layer has too many inputs.
+    """
+
+    def __init__(self, qtensor: QuantizedTensor, bias: Tensor | None) -> None:
+        super().__init__()
+        scheme = qtensor.scheme
+        if scheme.activations is None:
+            raise FormatError(f"{scheme}: leaves activations as they are; int8-a8 rounds them to int8")
+        if qtensor.shape[1] > MOST_INPUTS:
+            raise FormatError(
+                f"{scheme}: the layer has {qtensor.shape[1]} inputs, and sums of int8 products fit 32 bits up to "
+                f"{MOST_INPUTS}; use int8, which leaves the activations as they are"
+            )
+        self.scheme, self.activations = scheme, scheme.activations
+        self.out_features, self.in_features = qtensor.shape
+        assert qtensor.scale is not None  # schemes with 8-bit activations nest no scales
+        self.codes = _frozen((qtensor.codes ^ 0x80).view(torch.int8))  # int8 [out, in]
+        self.scale = _frozen(qtensor.scale)
+        self.activation_scale = None if qtensor.activation_scale is None else _frozen(qtensor.activation_scale)
+        self.bias = None if bias is None else _frozen(bias)
+
+    @property
+    def qtensor(self) -> QuantizedTensor:
+        """The weight as it is stored; its codes are a copy."""
+        codes = self.codes.detach().view(torch.uint8) ^ 0x80  # q as its bits to q + 128
+        shape = (self.out_features, self.in_features)
+        fixed = None if self.activation_scale is None else self.activation_scale.detach()
+        return QuantizedTensor(codes, self.scale.detach(), None, self.scheme, shape, activation_scale=fixed)
+
+    def product(self, x: Tensor) -> Tensor:
+        """The formula at the head of the module, [..., in] -> [..., out], in the dtype of `x`."""
+        y = self._multiplied(x.reshape(-1, self.in_features))
+        if self.bias is not None:
+            y += self.bias.float()
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+    @abstractmethod
+    def _multiplied(self, tokens: Tensor) -> Tensor: ...
+
+    def dense_weight(self) -> Tensor:
+        """The dequantized weight [out, in], fp32."""
+        return self.codes.float() * self.scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X [..., in] -> [..., out] in the dtype of `x`, or autocast's."""
+        return _StraightThrough.apply(x, self).to(compute_dtype(x))
+
+    def extra_repr(self) -> str:
+        """Shape, scheme and bias, for printing."""
+        return extra_repr(self, scheme=self.scheme.name, bias=self.bias is not None)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Int8Layer:  # noqa: FBT001, FBT002
+        # Scales keep the bits that the file holds, whatever the model is cast to (as in QuantLinear).
+        with held_back(self, _HELD, fn):
+            super()._apply(fn, recurse)
+        return self
+
+
+class Int8Linear(_Int8Layer):
     """A linear layer that multiplies int8 activations by int8 weights.
 
     Args:
@@ -69,40 +137,16 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(self, qtensor: QuantizedTensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        activations = _checked(qtensor)
-        if activations.threshold is not None:
+        super().__init__(qtensor, bias)
+        if self.activations.threshold is not None:
             raise FormatError(f"{qtensor.scheme}: an OutlierInt8Linear splits outliers off, an Int8Linear does not")
-        self.out_features, self.in_features = qtensor.shape
-        self.scheme, self.activations = qtensor.scheme, activations
-        self.codes, self.scale = _parameters(qtensor)
-        self.activation_scale = None
-        if activations.is_static:
-            if qtensor.activation_scale is None:
-                raise FormatError(
-                    f"{qtensor.scheme}: the scale of the activations is fixed by calibration, and there is none; "
-                    "quantize with data (strop quantize --data), or use int8-a8, which finds it while it runs"
-                )
-            self.activation_scale = _frozen(qtensor.activation_scale)
-        self.bias = None if bias is None else _frozen(bias)
+        if self.activations.is_static and qtensor.activation_scale is None:
+            raise FormatError(
+                f"{qtensor.scheme}: the scale of the activations is fixed by calibration, and there is none; "
+                "quantize with data (strop quantize --data), or use int8-a8, which finds it while it runs"
+            )
 
-    @property
-    def qtensor(self) -> QuantizedTensor:
-        """The weight as it is stored; its codes are a copy."""
-        scale = None if self.activation_scale is None else self.activation_scale.detach()
-        return _qtensor(self, scale)
-
-    def dense_weight(self) -> Tensor:
-        """The dequantized weight [out, in], fp32."""
-        return self.codes.float() * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [..., in] -> [..., out] in the dtype of `x`, or autocast's."""
-        return _StraightThrough.apply(x, self).to(compute_dtype(x))
-
-    def product(self, x: Tensor) -> Tensor:
-        """The formula at the head of the module, [..., in] -> [..., out], in the dtype of `x`."""
-        tokens = x.reshape(-1, self.in_features)  # [..., in] -> [tokens, in]
+    def _multiplied(self, tokens: Tensor) -> Tensor:
         if self.activations.range is ActivationRange.TOKEN_ASYMMETRIC:
             codes, scale, zero_point = token_codes_asymmetric(tokens)
             sums = int8_matmul(codes, self.codes) - zero_point * self.codes.sum(dim=1, dtype=torch.int32)
@@ -111,23 +155,10 @@ class Int8Linear(nn.Module):
                 token_codes(tokens) if self.activation_scale is None else tensor_codes(tokens, self.activation_scale)
             )
             sums = int8_matmul(codes, self.codes)
-        y = sums.float().mul_(scale).mul_(self.scale.view(1, -1))  # [tokens, out]
-        if self.bias is not None:
-            y += self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """Shape, scheme and bias, for printing."""
-        return extra_repr(self, scheme=self.scheme.name, bias=self.bias is not None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Linear:  # noqa: FBT001, FBT002
-        # Scales keep the bits that the file holds, whatever the model is cast to (as in QuantLinear).
-        with held_back(self, _HELD, fn):
-            super()._apply(fn, recurse)
-        return self
+        return sums.float().mul_(scale).mul_(self.scale.view(1, -1))
 
 
-class OutlierInt8Linear(nn.Module):
+class OutlierInt8Linear(_Int8Layer):
     """An `Int8Linear` that computes columns with outliers in floating point (LLM.int8).
 
     Args:
@@ -139,72 +170,18 @@ class OutlierInt8Linear(nn.Module):
     """
 
     def __init__(self, qtensor: QuantizedTensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        activations = _checked(qtensor)
-        if activations.threshold is None:
+        super().__init__(qtensor, bias)
+        if self.activations.threshold is None:
             raise FormatError(f"{qtensor.scheme}: names no outlier threshold; int8-a8-over6 does")
-        self.out_features, self.in_features = qtensor.shape
-        self.scheme, self.threshold = qtensor.scheme, activations.threshold
-        self.codes, self.scale = _parameters(qtensor)
-        self.bias = None if bias is None else _frozen(bias)
+        self.threshold = self.activations.threshold
 
-    @property
-    def qtensor(self) -> QuantizedTensor:
-        """The weight as it is stored; its codes are a copy."""
-        return _qtensor(self, None)
-
-    def dense_weight(self) -> Tensor:
-        """The dequantized weight [out, in], fp32."""
-        return self.codes.float() * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """X [..., in] -> [..., out] in the dtype of `x`, or autocast's."""
-        return _StraightThrough.apply(x, self).to(compute_dtype(x))
-
-    def product(self, x: Tensor) -> Tensor:
-        """The formula at the head of the module, [..., in] -> [..., out], in the dtype of `x`."""
-        tokens = x.reshape(-1, self.in_features)  # [..., in] -> [tokens, in]
+    def _multiplied(self, tokens: Tensor) -> Tensor:
         codes, scale, outliers = vector_codes(tokens, self.threshold)
-        y = int8_matmul(codes, self.codes).float().mul_(scale).mul_(self.scale.view(1, -1))  # [tokens, out]
+        y = int8_matmul(codes, self.codes).float().mul_(scale).mul_(self.scale.view(1, -1))
         if outliers.numel():
             weight = self.codes[:, outliers].float() * self.scale  # [out, outliers]
             y += tokens[:, outliers].float() @ weight.T
-        if self.bias is not None:
-            y += self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def extra_repr(self) -> str:
-        """Shape, scheme and bias, for printing."""
-        return extra_repr(self, scheme=self.scheme.name, bias=self.bias is not None)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OutlierInt8Linear:  # noqa: FBT001, FBT002
-        with held_back(self, _HELD, fn):
-            super()._apply(fn, recurse)
-        return self
-
-
-def _checked(qtensor: QuantizedTensor) -> Activations:
-    scheme = qtensor.scheme
-    if scheme.activations is None:
-        raise FormatError(f"{scheme}: leaves activations as they are; int8-a8 rounds them to int8")
-    if qtensor.shape[1] > MOST_INPUTS:
-        raise FormatError(
-            f"{scheme}: the layer has {qtensor.shape[1]} inputs, and sums of int8 products fit 32 bits up to "
-            f"{MOST_INPUTS}; use int8, which leaves the activations as they are"
-        )
-    return scheme.activations
-
-
-def _parameters(qtensor: QuantizedTensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """Codes as int8 [out, in], scales as they are stored."""
-    assert qtensor.scale is not None  # schemes with 8-bit activations nest no scales
-    return _frozen((qtensor.codes ^ 0x80).view(torch.int8)), _frozen(qtensor.scale)
-
-
-def _qtensor(layer: Int8Linear | OutlierInt8Linear, activation_scale: Tensor | None) -> QuantizedTensor:
-    codes = layer.codes.detach().view(torch.uint8) ^ 0x80  # q as its bits to q + 128
-    shape = (layer.out_features, layer.in_features)
-    return QuantizedTensor(codes, layer.scale.detach(), None, layer.scheme, shape, activation_scale=activation_scale)
+        return y
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:

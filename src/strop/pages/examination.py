@@ -10,22 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
+from strop.pages.rendering import render
 
 
 def render_examination(examination: Mapping[str, Any]) -> str:
     """The page's HTML text."""
-    templates = Path(__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    styles = [Markup((templates / name).read_text(encoding="utf-8")) for name in ("page.css", "examination.css")]
     names = [Path(str(examination[key])).name for key in ("model", "data")]
-    return environment.get_template("examination.html").render(
-        examination, css=Markup("\n").join(styles), title=f"{examination['method']} of {names[0]} on {names[1]}"
-    )
+    return render("examination", title=f"{examination['method']} of {names[0]} on {names[1]}", **examination)

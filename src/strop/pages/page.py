@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from strop.evaluation.comparison import mebibytes, signed, significant
 from strop.pages.atomic import write_whole
 from strop.pages.charts import Point, heat, interval_track, mark, marked_difference, number, scatter, ticks
+from strop.pages.rendering import render
 
 _LOWEST_HEAT, _HIGHEST_HEAT = 1e-6, 1.0
 _LOG_SPAN = 20  # a loss axis that spans more than this is drawn logarithmically
@@ -69,20 +69,12 @@ def write_page(
 
 def render_page(comparison: Mapping[str, Any], *, title: str, sections: Sequence[Section] = ()) -> str:
     """The page's HTML text; see `write_page`."""
-    templates = Path(__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     models: Sequence[Model] = comparison["models"]
     reference = comparison["reference"]
     others = models[1:]
-    return environment.get_template("page.html").render(
+    return render(
+        "page",
         title=title,
-        css=Markup((templates / "page.css").read_text(encoding="utf-8")),
         mark=mark,
         headline=comparison["headline"],
         provenance=_provenance(comparison),

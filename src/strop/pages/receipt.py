@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import jinja2
 from markupsafe import Markup
 
 from strop.evaluation.comparison import mebibytes, significant
 from strop.pages.atomic import write_whole
 from strop.pages.charts import mark, number
+from strop.pages.rendering import render
 
 RECEIPT_PAGE: Final = "receipt.html"
 
@@ -42,19 +42,11 @@ def write_receipt_page(receipt: Values, path: str | os.PathLike[str]) -> Path:
 
 def render_receipt_page(receipt: Values) -> str:
     """The page's HTML text; see `write_receipt_page`."""
-    templates = Path(__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     layers = _shown(receipt["tensors"])
     measured = [block for block in receipt["blocks"] if block["calibration_error"] or block["held_out_error"]]
-    return environment.get_template("receipt.html").render(
+    return render(
+        "receipt",
         title=f"{_name(receipt['source'])} as {receipt['requested']}, by {receipt['settings']['method']}",
-        css=Markup((templates / "page.css").read_text(encoding="utf-8")),
         mark=mark,
         headline=_headline(receipt),
         verdicts=_verdicts(receipt),

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from strop.pages.atomic import write_whole
 from strop.pages.charts import interval_track, mark, number, shortened, ticks
+from strop.pages.rendering import render
 
 _KINDS = {"gained": "better", "forgot": "worse", "undecided": "undecided"}
 _SHAPES = ("circle", "square", "diamond", "cross")
@@ -35,19 +35,11 @@ def write_stages_page(report: Mapping[str, Any], path: str | os.PathLike[str], *
 
 def render_stages_page(report: Mapping[str, Any], *, title: str) -> str:
     """The page's HTML text; see `write_stages_page`."""
-    templates = Path(__file__).parent / "templates"
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     names = set_labels(report)
     effects, matrix = report["effects"], report["matrix"]
-    return environment.get_template("stages.html").render(
+    return render(
+        "stages",
         title=title,
-        css=Markup((templates / "page.css").read_text(encoding="utf-8")),
         headline=_headline(effects, report["overall"]),
         rows=[f"{entry['rows']:,} of {entry['label']}" for entry in _sets(report)],
         level=100 * effects[0]["difference"]["level"],
