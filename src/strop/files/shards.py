@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,11 @@ from torch import Tensor
 from strop.errors import FileFormatError, MissingInputError, ModelError
 from strop.files.folders import inside, read_json, write_json
 
-MAX_HEADER_BYTES = 100_000_000
-"""The longest header that the format allows."""
+MAX_HEADER_BYTES = 8 << 20
+"""The longest header that is read: that of some 70,000 tensors. The format allows 100 MB, whose JSON could take GBs."""
+
+MAX_HEADER_MARKS = 600_000
+"""Commas and opening brackets of a header that is read; each may become an object of its own."""
 
 MAX_SHARD_BYTES = 5_000_000_000
 """The size at which a model is split, as transformers splits it."""
@@ -108,20 +112,33 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             overlap or leave a gap, or the data end before or after the last tensor.
     """
     try:
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # a pipe would be waited for without end
+            raise FileFormatError(f"{path}: is not a regular file; copy what it gives into one first")
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size < 8:
                 raise FileFormatError(f"{path}: {size} bytes; a safetensors file has at least 8 (the header's length)")
             length = int.from_bytes(file.read(8), "little")
-            if length > min(size - 8, MAX_HEADER_BYTES):
+            if length > size - 8:
                 raise FileFormatError(
-                    f"{path}: header length {length:,}; the file holds {size - 8:,} bytes after it and the format "
-                    "allows "
-                    f"{MAX_HEADER_BYTES:,}. The file is truncated, or no safetensors file"
+                    f"{path}: header length {length:,}; the file holds {size - 8:,} bytes after it. The file is "
+                    "truncated, or no safetensors file"
+                )
+            if length > MAX_HEADER_BYTES:
+                raise FileFormatError(
+                    f"{path}: header length {length:,}; headers of up to {MAX_HEADER_BYTES:,} bytes are read, and a "
+                    "thousand tensors take a hundred thousand"
                 )
             raw = file.read(length)
     except (FileNotFoundError, IsADirectoryError):
         raise MissingInputError(f"{path}: no such file") from None
+    marks = sum(raw.count(mark) for mark in (b",", b"[", b"{"))
+    if marks > MAX_HEADER_MARKS:
+        raise FileFormatError(
+            f"{path}: header: {marks:,} commas and opening brackets; up to {MAX_HEADER_MARKS:,} are read, and a tensor "
+            "has eight"
+        )
     try:
         text = raw.decode("utf-8")
         if not text.startswith("{"):
@@ -134,7 +151,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     metadata = fields.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(f"{path}: header: __metadata__ must map texts to texts")
-    entries = {name: _entry(f"{path}: {name}", field) for name, field in fields.items()}
+    entries = {name: _entry(f"{path}: {_label(name)}", field) for name, field in fields.items()}
     _check_extent(path, entries, size - 8 - length)
     return Header(entries, 8 + length, metadata)
 
@@ -333,9 +350,9 @@ def _check_extent(path: str | os.PathLike[str], entries: Mapping[str, Entry], da
         if entry.start != end:
             how = "overlaps" if entry.start < end else "leaves a gap after"
             raise FileFormatError(
-                f"{path}: {name}: data_offsets begin at {entry.start:,}, which {how} {before} (byte {end:,})"
+                f"{path}: {_label(name)}: data_offsets begin at {entry.start:,}, which {how} {before} (byte {end:,})"
             )
-        end, before = entry.end, name
+        end, before = entry.end, _label(name)
     if end != data_bytes:
         what = "is truncated" if end > data_bytes else "holds bytes that belong to no tensor"
         raise FileFormatError(
@@ -344,11 +361,17 @@ def _check_extent(path: str | os.PathLike[str], entries: Mapping[str, Entry], da
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name {_short(next(name for name in names if names.count(name) > 1))} comes twice")
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise ValueError(f"the name {_short(name)} comes twice")
+        fields[name] = value
     return fields
+
+
+def _label(name: str) -> str:
+    """A tensor's name as messages have it: as it is, unless it is long or would move a terminal's cursor."""
+    return name if 0 < len(name) <= 200 and name.isprintable() else _short(name)
 
 
 def _short(value: object) -> str:

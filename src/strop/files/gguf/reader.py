@@ -336,8 +336,7 @@ def _check_list(cursor: _Cursor, key: str, kind: int, count: int, *, depth: int,
         if kind == _BOOL and count and np.frombuffer(cursor.data, np.uint8, count, start).max() > 1:
             raise cursor.error(f"the list {key!r} holds a bool that is neither 0 nor 1")
     elif kind == _STRING:
-        for _ in range(count):
-            cursor.text(f"a text of {key!r}")
+        _check_texts(cursor, key, count)
     elif kind != _ARRAY:
         raise cursor.error(f"the kind of the items of {key!r} is {kind:,}; kinds 0 to 12 are known")
     elif depth == _MAX_DEPTH:
@@ -347,6 +346,26 @@ def _check_list(cursor: _Cursor, key: str, kind: int, count: int, *, depth: int,
             inner, size = cursor.u32(f"the kind of {key!r}"), cursor.u64(f"the length of {key!r}")
             left = _check_list(cursor, key, inner, size, depth=depth + 1, left=left)
     return left
+
+
+def _check_texts(cursor: _Cursor, key: str, count: int) -> None:
+    """Move past texts; a loop of its own, for vocabularies have hundreds of thousands."""
+    data, place, end = cursor.data, cursor.place, cursor.end
+    for _ in range(count):
+        start = place + 8
+        stop = start + _U64.unpack_from(data, place)[0] if start <= end else end + 1
+        try:
+            if stop > end:
+                break
+            str(data[start:stop], "utf-8")
+        except UnicodeDecodeError:
+            break
+        place = stop
+    else:
+        cursor.place = place
+        return
+    cursor.place = place
+    cursor.text(f"a text of {key!r}")  # says what is wrong with it
 
 
 def _description(cursor: _Cursor, place: int) -> TensorInfo:
@@ -369,9 +388,9 @@ def _description(cursor: _Cursor, place: int) -> TensorInfo:
         raise cursor.error(f"{what} has type {number:,}, which no GGUF type has (known: {known})")
     shape = tuple(reversed(sizes))
     try:
-        nbytes = BY_NUMBER[number].nbytes(shape)
+        nbytes = BY_NUMBER[number].nbytes(shape, where=what)
     except FormatError as error:
-        raise cursor.error(f"{what}: {error}") from None
+        raise cursor.error(str(error)) from None
     return TensorInfo(name, BY_NUMBER[number].name, shape, offset, nbytes)
 
 
