@@ -222,6 +222,7 @@ HOSTILE: Mapping[str, tuple[bytes, str]] = {
         built([], [tensor("a", (16,)), tensor("b", (4,), offset=32)], bytes(64)),
         "'b' begins at byte .* within tensor 'a'",
     ),
+    "one of three parts": (built([key("split.count", 2, struct.pack("<H", 3))]), "one of 3 parts.*--merge"),
     "alignment of zero": (built([key("general.alignment", 4, bytes(4))]), "power of two"),
     "alignment of three": (built([key("general.alignment", 4, struct.pack("<I", 3))]), "power of two"),
     "alignment of text": (built([key("general.alignment", 8, text("x"))]), "power of two"),
@@ -266,9 +267,9 @@ def test_missing_files_folders_and_pipes_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_a_type_that_is_not_decoded_and_a_tensor_that_is_not_there_are_named(tmp_path: Path) -> None:
-    file = opened(tmp_path, built([], [tensor(sizes=(256,), kind=16)], bytes(66)))
-    assert file.raw("t").size == 66
-    with pytest.raises(FormatError, match=r"x\.gguf: t: iq2_xxs is not read; these are"):
+    file = opened(tmp_path, built([], [tensor(sizes=(32,), kind=9)], bytes(36)))
+    assert file.raw("t").size == 36
+    with pytest.raises(FormatError, match=r"x\.gguf: t: q8_1 is not read; these are"):
         file.tensor("t")
     with pytest.raises(FileFormatError, match="no tensor 'u'"):
         file.tensor("u")

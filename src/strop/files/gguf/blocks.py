@@ -1,7 +1,8 @@
 """Weights to the bytes of GGUF's blocks and back, a bounded piece at a time.
 
-`encode` writes f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k and q6_k; `decode` reads these and q2_k, q3_k and
-q5_k, so that files of others open. The layouts of the blocks stand in `small_blocks` and `k_blocks`.
+`encode` writes f32, f16, bf16, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k and q6_k; `decode` reads these, q2_k, q3_k, q5_k,
+mxfp4 and f64, and through the `gguf` package the types of its codebooks (iq4_xs and its like) and of three values
+(tq1_0, tq2_0), so that files of others open. The layouts of the blocks stand in `small_blocks` and `k_blocks`.
 
 Without importance q4_0 to q8_0 are llama.cpp's own bytes; q4_k and q6_k are searched for the least squared error. With
 an importance of every column (an importance matrix: the mean square of what the column multiplies) all but q8_0 and
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from strop.errors import FormatError
 from strop.files.gguf.k_blocks import K_BLOCKS, KParts, parts_of, q6_k_bytes
-from strop.files.gguf.small_blocks import SMALL_BLOCKS, SmallBlock
+from strop.files.gguf.small_blocks import SMALL_BLOCKS, SmallBlock, mxfp4_values
 from strop.files.gguf.transcoding import Bytes, blocks_of, from_raw, q4_k_blocks, transcode
 from strop.files.gguf.types import GgmlType, type_named
 from strop.methods.base import Statistics
@@ -29,7 +30,7 @@ from strop.methods.block_fit import codes_of_step, fit_line, fit_step, search_si
 from strop.methods.search import search
 from strop.numerics.scheme import GGUF_TYPES
 
-_PIECE = 1 << 19
+_PIECE = 1 << 18
 """Values worked on at a time."""
 
 _FLOATS: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -39,7 +40,10 @@ __all__ = ["DECODED", "ENCODED", "decode", "encode", "from_raw", "transcode"]
 ENCODED = (*_FLOATS, *SMALL_BLOCKS, "q4_k", "q6_k")
 """The types that `encode` writes."""
 
-DECODED = (*_FLOATS, *SMALL_BLOCKS, *K_BLOCKS)
+_BY_PACKAGE = ("iq2_xxs", "iq2_xs", "iq3_xxs", "iq1_s", "iq4_nl", "iq3_s", "iq2_s", "iq4_xs", "iq1_m")
+_BY_PACKAGE += ("tq1_0", "tq2_0", "nvfp4")
+
+DECODED = (*_FLOATS, "f64", *SMALL_BLOCKS, *K_BLOCKS, "mxfp4", *_BY_PACKAGE)
 """The types that `decode` reads."""
 
 
@@ -191,7 +195,22 @@ def _decoded(blocks: Tensor, name: str) -> Tensor:
     """Blocks of bytes as values, float32 [blocks, values]."""
     if name in _FLOATS:
         return blocks.view(_FLOATS[name]).float()
-    return parts_of(name, blocks).values() if name in K_BLOCKS else SMALL_BLOCKS[name].values(blocks)
+    if name == "f64":
+        return blocks.view(torch.float64).float()
+    if name == "mxfp4":
+        return mxfp4_values(blocks)
+    if name in SMALL_BLOCKS:
+        return SMALL_BLOCKS[name].values(blocks)
+    return parts_of(name, blocks).values() if name in K_BLOCKS else _decoded_by_package(blocks, name)
+
+
+def _decoded_by_package(blocks: Tensor, name: str) -> Tensor:
+    """What the `gguf` package makes of blocks whose tables of values it has."""
+    from gguf import GGMLQuantizationType, quants
+
+    with np.errstate(all="ignore"):  # any bytes may stand for infinite scales
+        values = quants.dequantize(blocks.numpy(), GGMLQuantizationType[name.upper()])
+    return torch.from_numpy(values.astype(np.float32, copy=False))
 
 
 def _check_scales(where: str, *scales: Tensor | None) -> None:

@@ -107,6 +107,7 @@ class GgufFile:
                 raise cursor.error(f"key {key!r} comes twice")
             values[key] = _value(cursor, key)
         metadata = Metadata(values)
+        _check_whole(metadata, path)
         found = [_description(cursor, place) for place in range(tensor_count)]
         alignment = _alignment(metadata, cursor)
         data_start = -(-cursor.place // alignment) * alignment
@@ -392,6 +393,15 @@ def _description(cursor: _Cursor, place: int) -> TensorInfo:
     except FormatError as error:
         raise cursor.error(str(error)) from None
     return TensorInfo(name, BY_NUMBER[number].name, shape, offset, nbytes)
+
+
+def _check_whole(metadata: Mapping[str, object], path: str | os.PathLike[str]) -> None:
+    """Refuse one part of a model that was split: what is told of it would not be true of the model."""
+    parts = metadata.get("split.count", 1)
+    if isinstance(parts, int) and parts > 1:
+        raise FileFormatError(
+            f"{path}: is one of {parts:,} parts of a model; join them first: llama-gguf-split --merge FIRST_PART WHOLE"
+        )
 
 
 def _alignment(metadata: Mapping[str, object], cursor: _Cursor) -> int:

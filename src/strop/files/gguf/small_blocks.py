@@ -1,10 +1,11 @@
-"""The blocks of 32 values: Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0, codes and bytes.
+"""The blocks of 32 values: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4, codes and bytes.
 
     Q4_0  d f16, 16 bytes       byte j holds codes j (low) and j + 16 (high)          d * (q - 8)
     Q4_1  d f16, m f16, 16 bytes                                                      d * q + m
     Q5_0  d f16, 4 bytes, 16 bytes   bit j of the first four is bit 4 of code j       d * (q - 16)
     Q5_1  d f16, m f16, 4 bytes, 16 bytes                                             d * q + m
     Q8_0  d f16, 32 int8                                                              d * q
+    MXFP4 e (8 bits), 16 bytes of codes of e2m1 (numerics' mxfp4)                     2^(e - 127) * value of the code
 
 Plain rounding is llama.cpp's, bit for bit (`quantize_row_q4_0_ref` and its like in ggml-quants.c): codes are chosen
 against the scale before it is rounded to float16, and halves go up. With an importance for every column, d (and m) are
@@ -91,6 +92,29 @@ SMALL_BLOCKS = {
     "q8_0": SmallBlock(8, has_minimum=False),
 }
 """The types by their names."""
+
+
+_DOUBLED = torch.tensor([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=torch.float32)
+"""Twice the value of every code of MXFP4; no -0, as in llama.cpp."""
+
+
+def mxfp4_bytes(codes: Tensor, exponents: Tensor) -> Tensor:
+    """Blocks of MXFP4, uint8 [blocks, 17], of codes uint8 [blocks, 32] and exponents uint8 [blocks, 1]."""
+    return torch.cat([exponents, codes[:, :16] | codes[:, 16:] << 4], dim=-1)
+
+
+def mxfp4_parts(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Undo `mxfp4_bytes`."""
+    low = blocks[:, 1:]
+    return torch.cat([low & 15, low >> 4], dim=-1), blocks[:, :1]
+
+
+def mxfp4_values(blocks: Tensor) -> Tensor:
+    """What blocks of MXFP4 stand for, float32 [blocks, 32], exactly."""
+    codes, exponents = mxfp4_parts(blocks)
+    wide = exponents.to(torch.int32)
+    halves = torch.where(wide < 2, 0x200000 << wide.clamp(max=1), (wide - 1) << 23)  # the bits of 2^(e - 128)
+    return _DOUBLED[codes.long()] * halves.view(torch.float32)
 
 
 def _codes_of_8_bits(x: Tensor) -> tuple[Tensor, Tensor, None]:

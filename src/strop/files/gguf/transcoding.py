@@ -4,7 +4,7 @@
     2 to 4 bits, symmetric, groups of 32 n  q4_0          d * q, q from -8 to 7
     5 bits, likewise                        q5_0          q from -16 to 15
     6 to 8 bits, likewise                   q8_0          q from -128 to 127
-    q4_k                                    q4_k          the same numbers in another order
+    q4_k, mxfp4                             q4_k, mxfp4   the same numbers in another order
     int3-g16-sf32                           q3_k          only from GGUF: d * sc, exact in float32, is our scale
     int6-g16-sf32                           q6_k          likewise
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from strop.errors import FileFormatError, FormatError
 from strop.files.gguf.k_blocks import KParts, parts_of, q4_k_bytes
-from strop.files.gguf.small_blocks import SMALL_BLOCKS
+from strop.files.gguf.small_blocks import SMALL_BLOCKS, mxfp4_bytes, mxfp4_parts
 from strop.files.gguf.types import TYPES, GgmlType, type_named
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import row_chunks
@@ -39,6 +39,7 @@ _SCHEMES = {
     "q5_0": parse_scheme("int5-g32-full"),
     "q8_0": parse_scheme("int8-g32"),
     "q4_k": parse_scheme("q4_k"),
+    "mxfp4": parse_scheme("mxfp4"),
     "q3_k": parse_scheme("int3-g16-sf32"),
     "q6_k": parse_scheme("int6-g16-sf32"),
 }
@@ -53,16 +54,20 @@ def transcode(quantized: QuantizedTensor) -> tuple[str, Bytes] | None:
     """The type that holds a quantized weight exactly, and its bytes.
 
     Returns:
-        The type's name and uint8 [out, bytes of a row], whose decoded values are `quantized.dequantize()` bit for bit;
-        None where no type does.
+        The type's name and uint8 [out, bytes of a row], whose decoded values are `quantized.dequantize()` bit for bit
+        (but for the sign of a zero in mxfp4); None where no type does.
     """
     name = _type_for(quantized.scheme, quantized.shape[1])
     if name is None:
         return None
     rows, columns = quantized.shape
     if name == "q4_k":
-        return name, q4_k_blocks(quantized).view(rows, -1).numpy()
-    scales = quantized.scales()
+        return name, q4_k_blocks(quantized).view(rows, -1).cpu().numpy()
+    if name == "mxfp4":
+        assert quantized.scale is not None
+        found = mxfp4_bytes(quantized.stored_codes().view(-1, 32), quantized.scale.view(torch.uint8).view(-1, 1))
+        return name, found.view(rows, -1).cpu().numpy()
+    scales = quantized.scales().cpu()
     exact = scales.half()
     if not exact.float().equal(scales):  # NaN is not equal to itself
         return None
@@ -71,7 +76,7 @@ def transcode(quantized: QuantizedTensor) -> tuple[str, Bytes] | None:
     per_row = exact.expand(rows, -1)
     d = per_row.repeat_interleave(columns // per_row.shape[1] // 32, dim=1)  # [out, blocks]
     result = np.empty((rows, TYPES[name].row_bytes(columns)), np.uint8)
-    codes = quantized.stored_codes()
+    codes = quantized.stored_codes().cpu()
     for part in row_chunks(rows, columns):
         signed = codes[part].to(torch.int16) + form.qmin
         stored = signed.to(torch.int8).view(torch.uint8) if name == "q8_0" else (signed + small.middle).to(torch.uint8)
@@ -85,7 +90,7 @@ def from_raw(raw: Bytes, type_name: str, shape: tuple[int, int], *, where: str =
 
     Args:
         raw: uint8, as `GgufFile.raw` gives it.
-        type_name: q4_0, q5_0, q8_0, q4_k, q3_k or q6_k: those for which `scheme_of` has a scheme.
+        type_name: q4_0, q5_0, q8_0, q4_k, q3_k, q6_k or mxfp4: those for which `scheme_of` has a scheme.
         shape: (out, in).
         where: The weight's name, for messages.
 
@@ -114,6 +119,11 @@ def from_raw(raw: Bytes, type_name: str, shape: tuple[int, int], *, where: str =
             stored = found ^ 128 if bits == 8 else found  # int8 to the code less -128
             _check_finite(d, kind, where)
             scales.append(d.view(rows, -1))
+        elif kind.name == "mxfp4":
+            stored, exponents = mxfp4_parts(piece)
+            scale = exponents.contiguous().view(scheme.scale_dtype)
+            _check_finite(scale.float(), kind, where)
+            scales.append(scale.view(rows, -1))
         else:
             parts = parts_of(kind.name, piece)
             _check_finite(parts.d, kind, where)
@@ -160,8 +170,12 @@ def blocks_of(raw: Bytes, kind: GgmlType, shape: Sequence[int], *, where: str = 
 
 def _type_for(scheme: Scheme, columns: int) -> str | None:
     """The type whose codes hold a scheme's, before its scales are looked at."""
+    if scheme.activations is not None:  # no type rounds what it is multiplied with
+        return None
     if scheme.super_size is not None:
         return "q4_k"
+    if scheme.has_power_scale:
+        return "mxfp4"
     form = scheme.format
     if not isinstance(form, IntFormat) or scheme.mode is Mode.ASYMMETRIC or scheme.granularity is Granularity.BLOCK:
         return None
