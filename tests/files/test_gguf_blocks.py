@@ -300,6 +300,7 @@ def test_what_cannot_be_encoded_or_decoded_is_named() -> None:
     for call, words in [
         (lambda: encode(weight, "q2_k"), "q2_k is not written; these are: f32, "),
         (lambda: encode(weight, "q4_kk"), "'q4_kk' is not a type of GGUF files.*did you mean 'q4_k'"),
+        (lambda: encode(weight[:, :0], "q4_0"), r"\[2, 0\] holds no value"),
         (lambda: encode(weight.int(), "q4_0"), "a float dtype, got torch.int32"),
         (lambda: decode(np.zeros(36, np.uint8), "q8_1", (32,)), "q8_1 is not read"),
         (lambda: encode(weight, "q4_0", torch.ones(3)), r"importance \[3\] does not fit a weight \[2, 512\]"),

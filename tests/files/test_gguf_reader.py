@@ -17,6 +17,7 @@ from strop.errors import FileFormatError, FormatError, MissingInputError
 from strop.files.gguf import reader
 from strop.files.gguf.blocks import encode
 from strop.files.gguf.reader import GgufFile
+from strop.files.gguf.types import TYPES
 
 FIELDS: Mapping[str, Any] = {
     "general.name": "tiny Ünïcode 🐟",
@@ -273,3 +274,24 @@ def test_a_type_that_is_not_decoded_and_a_tensor_that_is_not_there_are_named(tmp
         file.tensor("t")
     with pytest.raises(FileFormatError, match="no tensor 'u'"):
         file.tensor("u")
+
+
+@pytest.mark.parametrize(("name", "place"), [("f32", 2), ("f16", 0), ("q4_0", 0), ("q4_k", 2), ("q6_k", 208)])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, name: str, place: int) -> None:
+    """They would spoil everything that they meet, in silence."""
+    kind = TYPES[name]
+    data = bytearray(kind.nbytes((256,)))
+    content = built([], [tensor(sizes=(256,), kind=kind.number)], bytes(data))
+    assert not opened(tmp_path, content).tensor("t").any()
+    data[place : place + 2] = b"\x80\x7f" if name == "f32" else b"\x00\x7c"
+    file = opened(tmp_path, built([], [tensor(sizes=(256,), kind=kind.number)], bytes(data)))
+    with pytest.raises(FileFormatError, match=rf"x\.gguf: t: holds NaN or infinite values \(as {name}"):
+        file.tensor("t")
+
+
+def test_asking_for_a_key_does_not_decode_its_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = opened(tmp_path, built([key("a", 9, listed(8, 1, text("x")))]))
+    monkeypatch.setattr(reader, "_items", None)
+    assert "a" in file.metadata
+    assert "b" not in file.metadata
+    assert list(file.metadata) == ["a"]

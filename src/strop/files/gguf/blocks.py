@@ -69,6 +69,8 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
         raise FormatError(f"{where}: {kind.name} is not written; these are: {', '.join(ENCODED)}")
     if not weight.is_floating_point():
         raise FormatError(f"{where}: a weight has a float dtype, got {weight.dtype}")
+    if not weight.numel():
+        raise FormatError(f"{where}: {list(weight.shape)} holds no value at all")
     *lead, columns = weight.shape or (1,)
     row_bytes = kind.row_bytes(columns, where=where)
     rows = weight.detach().reshape(-1, columns)

@@ -145,11 +145,17 @@ class GgufFile:
         """A tensor decoded, in torch's shape; computed in float32 and rounded once to `dtype`.
 
         Raises:
-            FileFormatError: The file holds no tensor of that name.
+            FileFormatError: The file holds no tensor of that name, or one with NaN or infinite values.
             FormatError: It has a type that strop does not decode.
         """
-        info = self._info(name)
-        return decode(self.raw(name), info.type, info.shape, dtype=dtype, where=f"{self.path}: {name}")
+        info, where = self._info(name), f"{self.path}: {name}"
+        values = decode(self.raw(name), info.type, info.shape, dtype=dtype, where=where)
+        if not torch.isfinite(values).all():
+            raise FileFormatError(
+                f"{where}: holds NaN or infinite values (as {info.type}, read in {str(dtype).removeprefix('torch.')}); "
+                "the file is damaged, or a scale overflowed when it was made"
+            )
+        return values
 
     def _info(self, name: str) -> TensorInfo:
         if name not in self.tensors:
@@ -166,6 +172,9 @@ class Metadata(Mapping[str, object]):
     def __getitem__(self, key: str) -> object:
         value = self._values[key]
         return value.items() if isinstance(value, _List) else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)
