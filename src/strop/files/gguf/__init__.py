@@ -1,1 +1,1 @@
-"""GGUF, the file of llama.cpp: its types and blocks, its names of tensors and settings, its vocabularies."""
+"""GGUF, the file of llama.cpp: types and blocks of weights, the reader, and what a file of a model needs besides."""
