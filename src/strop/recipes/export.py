@@ -27,14 +27,15 @@ from torch import Tensor
 
 from strop import __version__
 from strop.data.templates import stop_ids
-from strop.errors import MissingInputError, UsageError
+from strop.errors import MissingInputError, ModelError, UsageError
 from strop.files.folders import read_json, sha256_file
 from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
 from strop.files.gguf.architectures import Architecture, architecture_of
 from strop.files.gguf.blocks import Bytes
 from strop.files.gguf.mixtures import FILE_TYPES, RUNTIME_TYPES, Mixture, parse_export_format
 from strop.files.gguf.rope import Value
-from strop.files.gguf.vocabulary import Vocabulary, vocabulary
+from strop.files.gguf.sentencepiece import read_sentencepiece
+from strop.files.gguf.vocabulary import Vocabulary, vocabulary, vocabulary_of_pieces
 from strop.files.gguf.writer import TensorToWrite, atomic_file, check_disk, check_file_target, file_bytes, write_gguf
 from strop.files.peft_adapter import base_digest, read_adapter_config
 from strop.models.opening import open_tokenizer
@@ -139,7 +140,7 @@ def export(
         source = open_source(whole)
         architecture = architecture_of(source.config)
         metadata = architecture.metadata(source.config)  # refuses what llama.cpp computes otherwise, before any work
-        words = _vocabulary(source)
+        words, tokenizer = _vocabulary(source)
         weighed = None
         if data is not None:
             weighed = measure_importance(
@@ -160,7 +161,6 @@ def export(
             proof = _make(temporary, plan, name, verify=verify, reporter=reporter)
             receipt = _receipt(temporary, f"gguf:{name}", made_of, plan.notes, proof, plan.records)
         result = ExportResult(target, list(plan.records.values()), proof, beside, receipt)
-        tokenizer = open_tokenizer(whole)
         _write_beside(result, words, tokenizer, source.config)
     return result
 
@@ -201,11 +201,22 @@ def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: 
             ) from error
 
 
-def _vocabulary(source: Source) -> Vocabulary:
-    tokenizer = open_tokenizer(source.folder)
-    embedding = architecture_of(source.config).embedding_name(source.names)
-    rows = source.shape(embedding)[0]
-    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer))
+def _vocabulary(source: Source) -> tuple[Vocabulary, Any]:
+    """The vocabulary, and the tokenizer where transformers opens it; a SentencePiece file alone does as well."""
+    rows = source.shape(architecture_of(source.config).embedding_name(source.names))[0]
+    file = source.folder / "tokenizer.model"
+    pieces = read_sentencepiece(file) if file.is_file() else None
+    try:
+        tokenizer = open_tokenizer(source.folder)
+    except ModelError:
+        if pieces is None:
+            raise
+        words = vocabulary_of_pieces(pieces, rows=rows, stops=_stops(source.folder, None))
+        words.notes.append(
+            "the tokenizer was read from tokenizer.model, as transformers opens none here; there is no chat template"
+        )
+        return words, None
+    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer), pieces=pieces), tokenizer
 
 
 def _plan(
@@ -372,11 +383,11 @@ def _whole(folder: Path, target: Path, reporter: Reporter) -> Iterator[Path]:
 
 def _stops(folder: Path, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the tokenizer's end, those of generation_config.json, those of the chat template."""
-    stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    stops = [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []
     if (folder / "generation_config.json").is_file():
         given = read_json(folder / "generation_config.json").get("eos_token_id")
         stops += [number for number in (given if isinstance(given, list) else [given]) if isinstance(number, int)]
-    if tokenizer.chat_template:
+    if tokenizer is not None and tokenizer.chat_template:
         stops += stop_ids(tokenizer)
     return list(dict.fromkeys(stops))
 

@@ -132,13 +132,13 @@ def modelfile(name: str, tokenizer: Any, stops: Sequence[str], *, adds_bos: bool
 
     Args:
         name: the GGUF file's name, in the same folder.
-        tokenizer: the model's.
+        tokenizer: the model's; None where transformers opens none.
         stops: texts that end an answer.
         adds_bos: whether the runtime puts the first token before the text.
         context: tokens that fit.
     """
     lines = [f"# written by strop {__version__}: ollama create NAME -f {name}{MODELFILE}", f"FROM ./{name}"]
-    if tokenizer.chat_template:
+    if tokenizer is not None and tokenizer.chat_template:
         template = ollama_template(tokenizer, adds_bos=adds_bos)
         if template is None:
             lines.append("# The chat template cannot be written as Ollama's; it stands in the GGUF file itself.")

@@ -117,7 +117,9 @@ def _yarn(config: Any, parameters: Mapping[str, Any]) -> dict[str, Value]:
     if (attention := parameters.get("attention_factor")) is not None:  # llama.cpp multiplies it with its own default
         keys["rope.scaling.attn_factor"] = float(attention) / (0.1 * math.log(factor) + 1.0)
     fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 0, "mscale_all_dim": 0}
-    others = [f"{name} {parameters[name]}" for name, one in fixed.items() if parameters.get(name, one) not in (one, None)]
+    others = [
+        f"{name} {parameters[name]}" for name, one in fixed.items() if parameters.get(name, one) not in (one, None)
+    ]
     if others:
         raise FormatError(f"{config.model_type}: yarn with {', '.join(others)} is not computed by llama.cpp")
     return keys
