@@ -4,29 +4,43 @@
 q5_k, so that files of others open. The layouts of the blocks stand in `small_blocks` and `k_blocks`.
 
 Without importance q4_0 to q8_0 are llama.cpp's own bytes; q4_k and q6_k are searched for the least squared error. With
-an importance of every column (an importance matrix: the mean square of what the column multiplies) all but q8_0, and
-the floats, keep the least sum of importance * (weight - stored)^2 that their searches find.
+an importance of every column (an importance matrix: the mean square of what the column multiplies) all but q8_0 and
+the floats keep the least sum of importance * (weight - stored)^2 that their searches find, never more than plain
+rounding leaves.
+
+A `QuantizedTensor` whose grid one of the types has goes there code by code, and back: `transcoding`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from strop.errors import FileFormatError, FormatError
+from strop.errors import FormatError
+from strop.files.gguf.k_blocks import K_BLOCKS, KParts, parts_of, q6_k_bytes
 from strop.files.gguf.small_blocks import SMALL_BLOCKS, SmallBlock
-from strop.files.gguf.types import type_named
+from strop.files.gguf.transcoding import Bytes, blocks_of, from_raw, q4_k_blocks, transcode
+from strop.files.gguf.types import GgmlType, type_named
+from strop.methods.base import Statistics
+from strop.methods.block_fit import codes_of_step, fit_line, fit_step, search_six_bit
+from strop.methods.search import search
+from strop.numerics.scheme import GGUF_TYPES
 
 _PIECE = 1 << 19
 """Values worked on at a time."""
 
 _FLOATS: Mapping[str, torch.dtype] = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+__all__ = ["DECODED", "ENCODED", "decode", "encode", "from_raw", "transcode"]
+
+ENCODED = (*_FLOATS, *SMALL_BLOCKS, "q4_k", "q6_k")
+"""The types that `encode` writes."""
+
+DECODED = (*_FLOATS, *SMALL_BLOCKS, *K_BLOCKS)
+"""The types that `decode` reads."""
 
 
 def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, where: str = "weight") -> Bytes:
@@ -40,11 +54,11 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
         where: The weight's name, for messages.
 
     Returns:
-        uint8, the shape of the weight with bytes for a row last.
+        uint8, the shape of the weight with the bytes of a row last.
 
     Raises:
         FormatError: The type is not written, the row is not a whole number of blocks, the weight holds NaN or infinite
-            values, or one too large for the type's float16.
+            values or one too large for the type, or the importance does not fit the weight.
     """
     kind = type_named(type_name)
     if kind.name not in ENCODED:
@@ -54,18 +68,14 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
     *lead, columns = weight.shape or (1,)
     row_bytes = kind.row_bytes(columns, where=where)
     rows = weight.detach().reshape(-1, columns)
-    importances = None if importance is None else _importance_of_rows(importance, weight, where)
     result = np.empty((rows.shape[0], row_bytes), np.uint8)
-    step = max(1, _PIECE // columns)
-    for start in range(0, rows.shape[0], step):
-        piece = rows[start : start + step].float().cpu()
+    for part, weights in _parts(weight, importance, kind, where):
+        piece = rows[part].float().cpu()
         if not torch.isfinite(piece).all():
             raise FormatError(
-                f"{where}: holds NaN or infinite values; no type stores them without spoiling what is beside"
+                f"{where}: holds NaN or values that are infinite in float32, which would spoil the block around them"
             )
-        some = None if importances is None else importances(start, start + piece.shape[0])
-        found = _encoded(piece, kind.name, some, where)
-        result[start : start + step] = found.view(piece.shape[0], row_bytes).numpy()
+        result[part] = _encoded(piece, kind.name, weights, where).view(-1, row_bytes).numpy()
     return result.reshape(*lead, row_bytes)
 
 
@@ -88,44 +98,100 @@ def decode(
     kind = type_named(type_name)
     if kind.name not in DECODED:
         raise FormatError(f"{where}: {kind.name} is not read; these are: {', '.join(DECODED)}")
-    needed = kind.nbytes(shape, where=where)
-    flat = np.ascontiguousarray(raw).reshape(-1)
-    if flat.dtype != np.uint8 or flat.size != needed:
-        raise FileFormatError(
-            f"{where}: {flat.size:,} items of {flat.dtype}; {kind.name} {list(shape)} takes {needed:,} bytes"
-        )
-    blocks = flat.reshape(-1, kind.block_bytes)
+    blocks = blocks_of(raw, kind, shape, where=where)
     result = torch.empty((blocks.shape[0], kind.block), dtype=dtype)
-    step = max(1, _PIECE // kind.block)
+    step = _PIECE // kind.block
     for start in range(0, blocks.shape[0], step):
         piece = torch.from_numpy(blocks[start : start + step].copy())  # a mapped file is read-only and unaligned
         result[start : start + step] = _decoded(piece, kind.name)
     return result.reshape(tuple(shape))
 
 
+def _parts(
+    weight: Tensor, importance: Tensor | None, kind: GgmlType, where: str
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Slices of the rows, bounded, and the importance that all rows of a slice share, float32 [in]."""
+    columns = weight.shape[-1] if weight.ndim else 1
+    total = weight.numel() // columns
+    tables, each = [None], total
+    if importance is not None:
+        given = importance.detach().float().cpu()
+        experts = weight.shape[0] if weight.ndim == 3 else 0
+        if tuple(given.shape) not in ((columns,), (experts, columns)):
+            raise FormatError(f"{where}: importance {list(given.shape)} does not fit a weight {list(weight.shape)}")
+        if not torch.isfinite(given).all() or (given < 0).any():
+            raise FormatError(f"{where}: importances must be finite and not negative; calibrate on finite activations")
+        tables = [_livened(one, kind) for one in given.view(-1, columns)]
+        each = total // len(tables)
+    step = max(1, _PIECE // columns)
+    for number, table in enumerate(tables):
+        for start in range(number * each, (number + 1) * each, step):
+            yield slice(start, min(start + step, (number + 1) * each)), table
+
+
+def _livened(importance: Tensor, kind: GgmlType) -> Tensor:
+    """Importances in which no group that shares a scale counts for nothing at all: it would be stored as zeros."""
+    if kind.block == 1:
+        return importance
+    groups = importance.view(-1, 16 if kind.name == "q6_k" else 32)
+    least = 1e-6 * importance.mean() if importance.any() else torch.tensor(1.0)
+    return torch.where(groups.amax(-1, keepdim=True) > 0, groups, least).view(-1)
+
+
 def _encoded(piece: Tensor, name: str, importance: Tensor | None, where: str) -> Tensor:
-    """Rows as bytes, uint8; importance float32 of the rows' shape, or None."""
+    """Rows float32 [rows, in] as bytes, uint8; importance float32 [in], or None."""
     if name in _FLOATS:
         stored = piece.to(_FLOATS[name])
         if not torch.isfinite(stored).all():
             largest = piece.abs().max().item()
-            raise FormatError(f"{where}: holds {largest:g}, which {name} cannot hold; use bf16 or f32")
+            raise FormatError(f"{where}: holds {largest:g}, which {name} cannot hold; use f32")
         return stored.view(torch.uint8)
+    if name == "q4_k":
+        statistics = None if importance is None else Statistics(importance, rows=1)
+        return q4_k_blocks(search(piece, GGUF_TYPES[name], statistics, where=where))
+    weights = torch.ones(1) if importance is None else importance
+    if name == "q6_k":
+        weights = weights.view(1, -1, 16, 16) if importance is not None else weights.view(1, 1, 1, 1)
+        d, sub_scales, codes = search_six_bit(piece.view(piece.shape[0], -1, 16, 16), weights)
+        _check_scales(where, d)
+        return q6_k_bytes(KParts(codes.view(-1, 16, 16), d.view(-1, 1), sub_scales.view(-1, 16)))
     small = SMALL_BLOCKS[name]
-    return _small_blocks(piece.view(-1, 32), small, where)
-
-
-def _small_blocks(x: Tensor, small: SmallBlock, where: str) -> Tensor:
-    codes, d, m = small.codes(x)
+    codes, d, m = small.codes(piece.view(-1, 32))
+    if importance is not None and small.bits < 8:
+        codes, d, m = _searched(piece, small, importance, codes, d, m)
     _check_scales(where, d, m)
     return small.to_bytes(codes, d, m)
+
+
+def _searched(
+    piece: Tensor, small: SmallBlock, importance: Tensor, codes: Tensor, d: Tensor, m: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Blocks whose scales are searched; those given where the search gains nothing."""
+    x, weights = piece.view(piece.shape[0], -1, 32), importance.view(1, -1, 32)
+    if small.has_minimum:
+        scale, offset = fit_line(x, weights, small.bits)
+        new_d, new_m = scale.view(-1, 1).half(), offset.view(-1, 1).half()
+        places = (x.view(-1, 32) - new_m.float()) / torch.where(new_d == 0, torch.inf, new_d.float())
+        new_codes = places.round_().clamp_(0, (1 << small.bits) - 1).nan_to_num_(0.0)
+    else:
+        new_d, new_m = fit_step(x, weights, small.bits).view(-1, 1).half(), None
+        new_codes = codes_of_step(x.view(-1, 32), new_d.view(-1).float(), small.bits) + small.middle
+    new_codes = new_codes.to(torch.uint8)
+    spread = weights.expand_as(x).reshape(-1, 32)
+    old, new = (
+        (spread * (small.values_of(*parts) - x.view(-1, 32)).square()).sum(-1, keepdim=True)
+        for parts in ((codes, d, m), (new_codes, new_d, new_m))
+    )
+    better = new < old
+    kept_m = None if m is None or new_m is None else torch.where(better, new_m, m)
+    return torch.where(better, new_codes, codes), torch.where(better, new_d, d), kept_m
 
 
 def _decoded(blocks: Tensor, name: str) -> Tensor:
     """Blocks of bytes as values, float32 [blocks, values]."""
     if name in _FLOATS:
         return blocks.view(_FLOATS[name]).float()
-    return SMALL_BLOCKS[name].values(blocks)
+    return parts_of(name, blocks).values() if name in K_BLOCKS else SMALL_BLOCKS[name].values(blocks)
 
 
 def _check_scales(where: str, *scales: Tensor | None) -> None:
@@ -135,23 +201,3 @@ def _check_scales(where: str, *scales: Tensor | None) -> None:
             f"{where}: the scale of a block overflows float16, whose largest value is 65504; keep this tensor in f32 "
             "or bf16, or scale the weights down"
         )
-
-
-def _importance_of_rows(importance: Tensor, weight: Tensor, where: str) -> Callable[[int, int], Tensor]:
-    """A function that gives the importances of the rows from one to another, float32 [rows, in]."""
-    columns = weight.shape[-1]
-    given = importance.detach().float().cpu()
-    if given.shape not in ((columns,), (weight.shape[0], columns)) or (given.ndim == 2 and weight.ndim != 3):
-        raise FormatError(f"{where}: importance {list(given.shape)} does not fit a weight {list(weight.shape)}")
-    if not torch.isfinite(given).all() or (given < 0).any():
-        raise FormatError(f"{where}: importances are finite and not negative")
-    each = weight.shape[-2] if given.ndim == 2 else max(1, weight.numel() // columns)
-    table = given.view(-1, columns)
-    return lambda start, end: table[torch.arange(start, end) // each]
-
-
-ENCODED = (*_FLOATS, *SMALL_BLOCKS)
-"""The types that `encode` writes."""
-
-DECODED = (*_FLOATS, *SMALL_BLOCKS)
-"""The types that `decode` reads."""

@@ -102,8 +102,8 @@ def pre_tokenizer_name(tokenizer: Tokenizer, *, ignore_merges: bool) -> str:
         else f"cuts alike and has ignore_merges {not ignore_merges}, the tokenizer {ignore_merges}"
     )
     raise FormatError(
-        f"the tokenizer cuts text as no pre-tokenizer of llama.cpp does that strop knows; the nearest, {nearest}, {where}. "
-        f"{_advice()}"
+        "the tokenizer cuts text as no pre-tokenizer of llama.cpp does that strop knows; the nearest, "
+        f"{nearest}, {where}. {_advice()}"
     )
 
 

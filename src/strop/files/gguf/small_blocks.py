@@ -63,7 +63,7 @@ class SmallBlock:
         scales = blocks[:, :place].contiguous().view(torch.float16)
         rest = blocks[:, place:]
         if self.bits == 8:
-            codes = rest
+            codes = rest.contiguous()
         else:
             low = rest[:, -16:]
             codes = torch.cat([low & 15, low >> 4], dim=-1)
@@ -71,13 +71,16 @@ class SmallBlock:
                 codes |= _bytes_to_bits(rest[:, :4]) << 4
         return codes, scales[:, :1], scales[:, 1:] if self.has_minimum else None
 
-    def values(self, blocks: Tensor) -> Tensor:
-        """What blocks stand for, float32 [blocks, 32]."""
-        codes, d, m = self.from_bytes(blocks)
+    def values_of(self, codes: Tensor, d: Tensor, m: Tensor | None) -> Tensor:
+        """What codes stand for, float32 [blocks, 32]."""
         if self.bits == 8:
             return codes.view(torch.int8).float() * d.float()
         values = (codes.float() - self.middle) * d.float()
         return values if m is None else values.add_(m.float())
+
+    def values(self, blocks: Tensor) -> Tensor:
+        """What blocks of bytes stand for, float32 [blocks, 32]."""
+        return self.values_of(*self.from_bytes(blocks))
 
 
 SMALL_BLOCKS = {

@@ -147,8 +147,8 @@ def _byte_level(backend: Tokenizer, fields: Mapping[str, Any], notes: list[str])
     if not any(step["type"] == "ByteLevel" for step in steps):
         kinds = ", ".join(step["type"] for step in steps) or "none"
         raise FormatError(
-            "the tokenizer's BPE works neither on bytes (ByteLevel) nor with bytes to fall back on, which are the two that "
-            f"llama.cpp has; its pre-tokenizer: {kinds}"
+            "the tokenizer's BPE works neither on bytes (ByteLevel) nor with bytes to fall back on, which are the two "
+            f"that llama.cpp has; its pre-tokenizer: {kinds}"
         )
     if any(step["type"] == "ByteLevel" and step.get("add_prefix_space") for step in steps):
         raise FormatError("the tokenizer puts a space before each text (add_prefix_space), which llama.cpp does not")
