@@ -279,8 +279,8 @@ def _unigram(fields: Mapping[str, Any], texts: Sequence[str], notes: list[str]) 
             raise FormatError(f"the tokenizer normalizes text by {step['type']}, which llama.cpp's unigram does not")
     if merges != strips:
         raise FormatError(
-            f"the tokenizer {'merges spaces but keeps' if merges else 'keeps spaces but removes'} those at a text's end; "
-            "llama.cpp's unigram does both or neither"
+            f"the tokenizer {'merges spaces but keeps' if merges else 'keeps spaces but removes'} those at a text's "
+            "end; llama.cpp's unigram does both or neither"
         )
     keys["remove_extra_whitespaces"] = merges
     if strips and "precompiled_charsmap" not in keys:
