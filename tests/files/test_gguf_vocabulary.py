@@ -27,10 +27,18 @@ def _differing(tokenizer: Any, words: Vocabulary, folder: Path, texts: list[str]
     pytest.importorskip("llama_cpp")
     opened = LlamaVocabulary(words, folder / "vocabulary.gguf")
     try:
-        wanted = tokenizer(texts)["input_ids"]
+        wanted = _ids(tokenizer, texts)
         return [text for text, ids in zip(texts, wanted, strict=True) if opened.ids(text) != ids]
     finally:
         opened.close()
+
+
+def _ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """transformers' ids, kept with the tokenizer for the next vocabulary that is made of it."""
+    known = vars(tokenizer).setdefault("_ids_of_texts", {})
+    if len(texts) not in known:
+        known[len(texts)] = tokenizer(texts)["input_ids"]
+    return known[len(texts)]
 
 
 def _words(tokenizer: Any, **options: Any) -> Vocabulary:

@@ -6,12 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from strop.errors import DiskFullError, FileFormatError, FormatError, MissingInputError, UsageError
 from strop.files.gguf.blocks import decode
 from strop.files.gguf.reader import GgufFile
+from strop.files.gguf.types import TYPES
 from strop.files.gguf.writer import write_gguf
 from strop.files.shards import iter_tensors
 from strop.memory import PeakMemory
@@ -78,7 +80,9 @@ def test_every_type_is_written_with_the_loss_that_its_reader_finds(name: str, wi
 
 
 @pytest.mark.parametrize("name", ["q4_k_m", "q4_0", "q8_0"])
-def test_types_are_those_that_llama_cpps_own_quantizer_chooses(name: str, tmp_path: Path) -> None:
+def test_types_are_those_that_llama_cpps_own_quantizer_chooses(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lib = pytest.importorskip("llama_cpp.llama_cpp")
     from strop.files.gguf.mixtures import FILE_TYPES
     from strop.runtime.library import library
@@ -86,6 +90,11 @@ def test_types_are_those_that_llama_cpps_own_quantizer_chooses(name: str, tmp_pa
     library()
     model = tiny_folder(tmp_path, "llama", tied=True, hidden_size=256, intermediate_size=96, num_hidden_layers=9)
     _export(model, tmp_path / "full.gguf", "f32")
+
+    def nothing(weight: torch.Tensor, kind: str, *_: Any, **__: Any) -> np.ndarray:  # types alone are compared
+        return np.zeros((*weight.shape[:-1], TYPES[kind].row_bytes(weight.shape[-1])), np.uint8)
+
+    monkeypatch.setattr(export_tensors, "encode", nothing)
     _export(model, tmp_path / "ours.gguf", name)
     params = lib.llama_model_quantize_default_params()
     params.ftype, params.nthread = FILE_TYPES[name], 1
@@ -104,6 +113,11 @@ def test_the_other_k_quants_come_from_llama_cpps_quantizer(wide: Path, tmp_path:
     assert kinds == {"f32", "q5_k", "q6_k"}
     assert all(0 < record.loss < 1e-2 for record in result.tensors if record.type != "f32")
     assert _names(tmp_path) == {"m.gguf", "m.gguf.md", "m.gguf.json"}
+    weighed = _export(wide, tmp_path / "w.gguf", "q5_k_m", data=tiny_chat_file(tmp_path / "c.jsonl"), max_rows=8)
+    changed = [
+        one.name for one, other in zip(weighed.tensors, result.tensors, strict=True) if one.sha256 != other.sha256
+    ]
+    assert len(changed) >= 20  # every matrix of the blocks, or nearly
 
 
 def test_without_llama_cpp_its_types_are_refused_with_the_extra_and_those_there_are(
@@ -268,7 +282,36 @@ def test_options_that_contradict_each_other_are_refused(adapter: Path, wide: Pat
     ):
         with pytest.raises(UsageError, match=said):
             _export(model, tmp_path / "m.gguf", name, **options)
+    with pytest.raises(MissingInputError, match="is a file"):
+        _export(tmp_path / "c.jsonl", tmp_path / "m.gguf", "q8_0")
     assert _names(tmp_path) == {"c.jsonl"}
+
+
+def test_a_chat_template_is_embedded_in_a_model_that_has_none(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path, "llama", tokenizer=tiny_tokenizer(chat_template=False))
+    _export(model, tmp_path / "plain.gguf")
+    assert "tokenizer.chat_template" not in GgufFile.open(tmp_path / "plain.gguf").metadata
+    assert "-p 'Once upon a time'" in (tmp_path / "plain.gguf.md").read_text(encoding="utf-8")
+    (tmp_path / "own.jinja").write_text(str(tiny_tokenizer().chat_template), encoding="utf-8")
+    _export(model, tmp_path / "m.gguf", chat_template=tmp_path / "own.jinja")
+    metadata = GgufFile.open(tmp_path / "m.gguf").metadata
+    assert metadata["tokenizer.chat_template"] == tiny_tokenizer().chat_template
+    assert metadata["tokenizer.ggml.eot_token_id"] == 4  # what the template ends an answer with
+
+
+def test_codes_that_would_not_read_back_as_they_are_are_not_moved(
+    wide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantize(wide, "int4-g32-full", output=tmp_path / "quantized")
+    real = export_tensors.transcode
+
+    def wrong(quantized: Any) -> Any:
+        found = real(quantized)
+        return None if found is None else (found[0], found[1] ^ 1)
+
+    monkeypatch.setattr(export_tensors, "transcode", wrong)
+    result = _export(tmp_path / "quantized", tmp_path / "m.gguf", "q4_0")
+    assert not any(record.how == "moved" for record in result.tensors)
 
 
 def test_a_tokenizer_model_alone_is_enough(tmp_path: Path, material: Path) -> None:

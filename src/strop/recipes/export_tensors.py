@@ -220,12 +220,13 @@ def _of_codes(
     quantized = source.quantized(piece.source)
     weight = quantized.dequantize()
     order = architecture.row_order(piece.layout, weight.shape[0])
-    if order is not None:
-        weight = weight[order]
     moved = transcode(quantized)
-    if moved is not None and moved[0] == chosen.type:
+    same = moved is not None and moved[0] == chosen.type
+    if moved is not None and same and decode(moved[1], chosen.type, quantized.shape, where=record.name).equal(weight):
         record.how = "moved"
         raw = moved[1].reshape(weight.shape[0], -1)
-        return (raw if order is None else raw[order.numpy()]), weight
+        return (raw, weight) if order is None else (raw[order.numpy()], weight[order])
+    if order is not None:
+        weight = weight[order]
     record.how = "decoded" if chosen.type in _FLOATS else "rounded again"
     return encode(weight, chosen.type, importance, where=record.name), weight
