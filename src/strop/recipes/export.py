@@ -376,6 +376,7 @@ def _receipt(
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
         "notes": notes,
+        "summary": summary(list(records.values())),
         "proof": proof.lines,
         "run": proof.run,
         "made_by": record(),
