@@ -1,0 +1,436 @@
+"""`export`: a model as one GGUF file, proved before it has its name.
+
+    folder or run                 weights in their own dtype, encoded tensor by tensor
+    quantized folder              codes moved where GGUF has the grid, else decoded and encoded: a second rounding
+    adapter                       merged into its base first (`merge`); or alone, as a GGUF adapter (`adapter_only`)
+
+Memory holds a piece of a tensor, the disk is asked for the whole file first, and the file stands under a temporary name
+until it is proved: read back by the `gguf` package and by strop's own reader, tensor by tensor, and, where llama.cpp is
+installed, run there beside the model that it was made from (`export_proof`). What was proved is said and recorded.
+Beside the file stand a card, a receipt and, asked for, an Ollama Modelfile (`export_beside`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from strop import __version__
+from strop.data.templates import set_chat_template, stop_ids
+from strop.errors import MissingInputError, ModelError, UsageError
+from strop.files.folders import read_json, sha256_file
+from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
+from strop.files.gguf.architectures import Architecture, architecture_of
+from strop.files.gguf.blocks import Bytes
+from strop.files.gguf.mixtures import FILE_TYPES, RUNTIME_TYPES, Mixture, parse_export_format
+from strop.files.gguf.rope import Value
+from strop.files.gguf.sentencepiece import read_sentencepiece
+from strop.files.gguf.vocabulary import Vocabulary, vocabulary, vocabulary_of_pieces
+from strop.files.gguf.writer import TensorToWrite, atomic_file, check_disk, check_file_target, file_bytes, write_gguf
+from strop.files.peft_adapter import base_digest, read_adapter_config
+from strop.models.opening import open_tokenizer
+from strop.models.sources import find_folder, is_adapter, read_config
+from strop.pages.atomic import write_whole
+from strop.progress import SILENT, Reporter
+from strop.recipes.export_beside import CARD, MODELFILE, RECEIPT, card, modelfile, origin
+from strop.recipes.export_check import read_back
+from strop.recipes.export_importance import Importance, measure_importance
+from strop.recipes.export_proof import prove_export
+from strop.recipes.export_runtime import quantize_in_runtime
+from strop.recipes.export_source import Source, open_source
+from strop.recipes.export_summary import summary
+from strop.recipes.export_tensors import TensorRecord, gguf_tensors
+from strop.recipes.manifest import adapter_digest
+from strop.recipes.merge import merge
+from strop.recipes.recording import record, recorded
+from strop.recipes.rows import Rows
+from strop.runtime.library import library
+
+_QUANTIZATION_VERSION: Final = 2
+_STOP_KEYS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
+_ROUNDING: Final = frozenset({*FILE_TYPES, *RUNTIME_TYPES} - {"f32", "f16", "bf16", "q8_0"})
+"""Formats whose encoding an importance of the columns changes."""
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An exported file and what is known of it.
+
+    Attributes:
+        path: the file.
+        tensors: what became of each tensor.
+        proof: how it was proved, in sentences.
+        beside: files written beside it.
+        receipt: all of it as plain values.
+    """
+
+    path: Path
+    tensors: list[TensorRecord]
+    proof: list[str]
+    beside: list[Path] = field(default_factory=list)
+    receipt: dict[str, Any] = field(default_factory=dict)
+
+    def lines(self) -> list[str]:
+        """The result in sentences."""
+        return [
+            *summary(self.tensors),
+            *(f"note: {note}" for note in self.receipt["notes"]),
+            *self.proof,
+            f"{self.path}: {self.receipt['format']}, {self.receipt['bytes']:,} bytes, "
+            f"SHA-256 {self.receipt['sha256'][:16]}...; beside it: {', '.join(path.name for path in self.beside)}",
+        ]
+
+
+@recorded
+def export(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    format: str,
+    data: Rows | None = None,
+    max_rows: int = 128,
+    max_length: int | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
+    adapter_only: bool = False,
+    modelfile: bool = False,
+    verify: bool = True,
+    max_kl: float | None = None,
+    overwrite: bool = False,
+    reporter: Reporter = SILENT,
+) -> ExportResult:
+    """Write a model as a GGUF file.
+
+    Args:
+        model: a folder, a run, an adapter, a hub id, or "demo".
+        output: the file.
+        format: `gguf:` and a type or mixture.
+        data: rows over which the use of each column is measured, so that rounding spares what is used most.
+        max_rows: rows of `data` that are used; a quarter of them is left out, as `quantize` does.
+        max_length: most tokens of a row.
+        chat_template: for models that have none, as `tune` takes it; it is embedded, and rows are written by it.
+        adapter_only: the adapter alone, as a GGUF adapter.
+        modelfile: write an Ollama Modelfile too.
+        verify: prove the file before it gets its name.
+        max_kl: most nats per token between the file in llama.cpp and the model; the type's own gate by default.
+        overwrite: replace what stands at `output` and beside it.
+        reporter: told what happens.
+
+    Raises:
+        UsageError: something stands at `output` or beside it, or options that contradict each other.
+        FormatError: an unknown format, or an architecture or a tokenizer that llama.cpp does not have.
+        DiskFullError: the disk has no room for the file.
+        GateError: the proof failed; nothing was kept.
+        ModelError, FileFormatError, MissingInputError: as the model's opening raises them.
+    """
+    name = parse_export_format(format)
+    target = check_file_target(output, overwrite=overwrite)
+    endings = [CARD, RECEIPT, *([MODELFILE] if modelfile else [])]
+    beside = [check_file_target(target.with_name(target.name + ending), overwrite=overwrite) for ending in endings]
+    folder = find_folder(model)
+    if max_kl is not None and not verify:
+        raise UsageError("--max-kl is judged by the proof; leave --no-verify out")
+    _check_options(folder, name, data=data, adapter_only=adapter_only, modelfile=modelfile)
+    if adapter_only:
+        return _export_adapter(folder, target, beside, str(model), name, verify=verify, overwrite=overwrite)
+    with _whole(folder, target, reporter) as whole:
+        source = open_source(whole)
+        architecture = architecture_of(source.config)
+        metadata = architecture.metadata(source.config)  # refuses what llama.cpp computes otherwise, before any work
+        words, tokenizer = _vocabulary(source, chat_template)
+        weighed = None
+        if data is not None:
+            weighed = measure_importance(
+                source,
+                architecture,
+                data,
+                max_rows=max_rows,
+                max_length=max_length,
+                chat_template=chat_template,
+                reporter=reporter,
+            )
+        made_of = {"model": str(model), "base_sha256": base_digest(whole), "origin": origin(folder)}
+        made_of["importance"] = None if weighed is None else dict(weighed.rows)
+        plan = _plan(source, architecture, metadata, words, name, made_of, weighed)
+        for note in plan.notes:
+            reporter.note(f"note: {note}")
+        with atomic_file(target, overwrite=overwrite) as temporary:
+            read = _make(temporary, plan, name, verify=verify, reporter=reporter)
+            run = _run(temporary, model, verify=verify, max_kl=max_kl, reporter=reporter)
+            proof = _Proof([*read, *run.lines], run.run)
+            receipt = _receipt(temporary, f"gguf:{name}", made_of, plan.notes, proof, plan.records)
+        result = ExportResult(target, list(plan.records.values()), proof.lines, beside, receipt)
+        _write_beside(result, words, tokenizer, source.config)
+    return result
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Everything that will be in the file."""
+
+    metadata: dict[str, Value]
+    to_write: list[TensorToWrite]
+    records: dict[str, TensorRecord]
+    notes: list[str]
+    importance: Mapping[str, Tensor]
+
+
+def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: bool, modelfile: bool) -> None:
+    if adapter_only:
+        if not is_adapter(folder):
+            raise UsageError(f"{folder}: --adapter-only takes an adapter, and this is a whole model; leave it out")
+        if name != "f32":
+            raise UsageError(f"--format gguf:{name}: an adapter alone is kept in full precision; use gguf:f32")
+        if data is not None or modelfile:
+            raise UsageError("--adapter-only goes without --data and --modelfile: nothing is rounded, no model is made")
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: is a file already; export the model that it was made from")
+    if data is not None and name not in _ROUNDING:
+        raise UsageError(
+            f"--data weighs the columns of what is rounded in a search, and gguf:{name} has none; leave it out, or use "
+            "gguf:q4_k_m, gguf:q4_0 ..."
+        )
+    if name in RUNTIME_TYPES:
+        try:
+            library()
+        except MissingInputError as error:
+            raise UsageError(
+                f"--format gguf:{name}: is written by llama.cpp's own quantizer. {error} Without it there are "
+                f"gguf:{', gguf:'.join(FILE_TYPES)}"
+            ) from error
+
+
+def _vocabulary(source: Source, chat_template: str | os.PathLike[str] | None) -> tuple[Vocabulary, Any]:
+    """The vocabulary, and the tokenizer where transformers opens it; a SentencePiece file alone does as well."""
+    rows = source.shape(architecture_of(source.config).embedding_name(source.names))[0]
+    file = source.folder / "tokenizer.model"
+    pieces = read_sentencepiece(file) if file.is_file() else None
+    try:
+        tokenizer = open_tokenizer(source.folder)
+    except ModelError:
+        if pieces is None:
+            raise
+        words = vocabulary_of_pieces(pieces, rows=rows, stops=_stops(source.folder, None))
+        words.notes.append(
+            "the tokenizer was read from tokenizer.model, as transformers opens none here; there is no chat template"
+        )
+        return words, None
+    if chat_template is not None:
+        set_chat_template(tokenizer, os.fspath(chat_template))
+    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer), pieces=pieces), tokenizer
+
+
+def _plan(
+    source: Source,
+    architecture: Architecture,
+    metadata: dict[str, Value],
+    words: Vocabulary,
+    name: str,
+    made_of: Mapping[str, Any],
+    weighed: Importance | None,
+) -> _Plan:
+    config = source.config
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    kind = _full_type(source) if name in RUNTIME_TYPES else name
+    mixture = Mixture(kind, architecture.blocks, architecture.experts, tied and not architecture.table.untied_only)
+    importance = {} if weighed is None else weighed.columns
+    tensors = gguf_tensors(source, architecture, mixture, tied=tied, importance=importance)
+    general = _general(str(made_of["model"]), words.tokens) | {
+        "general.architecture": architecture.name,
+        "general.type": "model",
+        "general.file_type": {**FILE_TYPES, **RUNTIME_TYPES}[name],
+        "general.quantization_version": _QUANTIZATION_VERSION,
+        "strop.provenance": json.dumps(made_of),
+    }
+    notes = [*architecture.notes(config), *words.notes]
+    return _Plan(general | metadata | words.metadata(), tensors.to_write, tensors.records, notes, importance)
+
+
+def _full_type(source: Source) -> str:
+    """The type that holds every weight of a folder exactly."""
+    if source.container is None:
+        kinds = {source.dtype(name) for name in source.names}
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
+            if kinds == {dtype}:
+                return name
+    return "f32"
+
+
+def _make(path: Path, plan: _Plan, name: str, *, verify: bool, reporter: Reporter) -> list[str]:
+    """Write a file and prove it; returns what was proved."""
+    if name in RUNTIME_TYPES:
+        quantize_in_runtime(path, plan.metadata, plan.to_write, plan.records, name, plan.importance, reporter=reporter)
+    else:
+        check_disk(path.parent, file_bytes(plan.metadata, plan.to_write))
+        _write(path, plan.metadata, plan.to_write, reporter)
+    return _prove(path, plan.metadata, plan.records, verify=verify, reporter=reporter)
+
+
+def _write(path: Path, metadata: Mapping[str, Value], tensors: list[TensorToWrite], reporter: Reporter) -> None:
+    reporter.start("write the file", len(tensors), "tensors")
+    try:
+        with path.open("wb") as file:
+            write_gguf(file, metadata, tensors, told=lambda done, tensor: reporter.advance(done, tensor=tensor))
+    finally:
+        reporter.finish()
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """How a file was proved, in sentences, and the figures of its run; None where it was not run."""
+
+    lines: list[str]
+    run: dict[str, Any] | None = None
+
+
+def _prove(
+    path: Path, metadata: Mapping[str, Value], records: Mapping[str, TensorRecord], *, verify: bool, reporter: Reporter
+) -> list[str]:
+    """Read a file back; returns what that proves, or that it was left out."""
+    if not verify:
+        return ["NOT PROVED: --no-verify was given; nothing was read back and nothing was run"]
+    reporter.start("read the file back", len(records), "tensors")
+    try:
+        read_back(path, metadata, records, told=lambda done: reporter.advance(done))
+    finally:
+        reporter.finish()
+    return ["read back by the gguf package and by strop's reader: every key and every tensor as they were written"]
+
+
+def _run(
+    path: Path, model: str | os.PathLike[str], *, verify: bool, max_kl: float | None, reporter: Reporter
+) -> _Proof:
+    """Run a file in llama.cpp beside the model that it was made from.
+
+    Raises:
+        GateError: it is not that model.
+    """
+    if not verify:
+        return _Proof([])
+    try:
+        library()
+    except MissingInputError as error:
+        return _Proof([f"NOT RUN in llama.cpp, where it is to serve: {error}"])
+    proof = prove_export(path, model, max_kl=max_kl, reporter=reporter)
+    return _Proof(proof.lines(), proof.to_dict())
+
+
+def _export_adapter(
+    folder: Path, target: Path, beside: list[Path], model: str, name: str, *, verify: bool, overwrite: bool
+) -> ExportResult:
+    """An adapter alone; its base is needed for its shape only."""
+    config = read_adapter_config(folder)
+    if config.merge_only:
+        raise UsageError(
+            f"{folder}: was trained to be merged into its base and is worse than the base beside it; leave "
+            "--adapter-only out"
+        )
+    base = find_folder(config.base)
+    architecture = architecture_of(read_config(base)[0])
+    made_of = {"model": model, "base_sha256": adapter_digest(folder), "origin": origin(folder), "importance": None}
+    metadata = _general(model, []) | adapter_metadata(architecture, config) | {"strop.provenance": json.dumps(made_of)}
+    tensors = adapter_tensors(folder, architecture, config)
+    records = {one.name: TensorRecord(one.name, one.type, one.shape, ()) for one in tensors}
+    watched = [
+        TensorToWrite(one.name, one.type, one.shape, partial(_watched, one, records[one.name])) for one in tensors
+    ]
+    with atomic_file(target, overwrite=overwrite) as temporary:
+        check_disk(target.parent, file_bytes(metadata, watched))
+        _write(temporary, metadata, watched, SILENT)
+        read = _prove(temporary, metadata, records, verify=verify, reporter=SILENT)
+        proof = _Proof(
+            [*read, *(["NOT RUN in llama.cpp: an adapter runs over its base's file alone"] if verify else [])]
+        )
+        notes = [f"an adapter over {config.base}: llama.cpp opens it with --lora beside a GGUF file of that base"]
+        receipt = _receipt(temporary, f"gguf:{name} adapter", made_of, notes, proof, records)
+    result = ExportResult(target, list(records.values()), proof.lines, beside, receipt)
+    _write_beside(result, None, None, None)
+    return result
+
+
+def _watched(tensor: TensorToWrite, record: TensorRecord) -> Iterator[Bytes]:
+    nothing = torch.empty(0)  # f32 loses nothing, so nothing is compared
+    yield from record.watching((raw, nothing) for raw in tensor.make())
+
+
+def _receipt(
+    path: Path,
+    format: str,
+    made_of: Mapping[str, Any],
+    notes: list[str],
+    proof: _Proof,
+    records: Mapping[str, TensorRecord],
+) -> dict[str, Any]:
+    return {
+        **made_of,
+        "format": format,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+        "notes": notes,
+        "summary": summary(list(records.values())),
+        "proof": proof.lines,
+        "run": proof.run,
+        "made_by": record(),
+        "tensors": [tensor.to_dict() for tensor in records.values()],
+    }
+
+
+def _write_beside(result: ExportResult, words: Vocabulary | None, tokenizer: Any, config: Any) -> None:
+    name = result.path.name
+    for path in result.beside:
+        if path.name.endswith(RECEIPT):
+            write_whole(path, [json.dumps(result.receipt, indent=2, allow_nan=False), "\n"])
+        elif path.name.endswith(MODELFILE):
+            assert words is not None
+            ends = [words.keys[key] for key in _STOP_KEYS if key in words.keys]
+            stops = [words.tokens[number] for number in ends if isinstance(number, int)]
+            context = int(getattr(config, "max_position_embeddings", None) or config.n_positions)
+            adds = bool(words.keys["add_bos_token"])
+            write_whole(path, [modelfile(name, tokenizer, stops, adds_bos=adds, context=context)])
+        else:
+            template = words is not None and "tokenizer.chat_template" in words.keys
+            write_whole(path, [card(name, result.receipt, summary(result.tensors), prompt=template)])
+
+
+@contextlib.contextmanager
+def _whole(folder: Path, target: Path, reporter: Reporter) -> Iterator[Path]:
+    """A folder that holds a whole model: an adapter is merged into its base for as long as the export takes."""
+    if not is_adapter(folder):
+        yield folder
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".merged", dir=target.parent) as scratch:
+        result = merge(folder, Path(scratch) / "model", reporter=reporter)
+        for line in result.lines()[:-1]:
+            reporter.note(line)
+        yield result.path
+
+
+def _stops(folder: Path, tokenizer: Any) -> list[int]:
+    """Ids that end an answer: the tokenizer's end, those of generation_config.json, those of the chat template."""
+    stops = [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []
+    if (folder / "generation_config.json").is_file():
+        given = read_json(folder / "generation_config.json").get("eos_token_id")
+        stops += [number for number in (given if isinstance(given, list) else [given]) if isinstance(number, int)]
+    if tokenizer is not None and tokenizer.chat_template:
+        stops += stop_ids(tokenizer)
+    return list(dict.fromkeys(stops))
+
+
+def _general(model: str, tokens: list[str]) -> dict[str, Value]:
+    """The file's own keys. llama.cpp treats models by some names as if they had certain tokens: those are avoided."""
+    title = Path(model).resolve().name or model
+    needed = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
+    for part in ("phi-3", "phi3", "modern-bert"):
+        if part in title.lower() and not needed <= set(tokens):
+            title = title.lower().replace(part, part[:3] + "_" + part[3:].lstrip("-"))
+    return {"general.name": title, "general.quantized_by": f"strop {__version__}"}
