@@ -73,6 +73,10 @@ _KNOWN: Mapping[str, _Known] = {
 """By llama.cpp's names (src/llama-vocab.cpp); the expressions are those of the models' own tokenizer.json."""
 
 
+APPROXIMATE: Final = frozenset({"tekken", "gpt-4o"})
+"""Those whose expression llama.cpp replaces by one that knows no combining marks."""
+
+
 def pre_tokenizer_name(tokenizer: Tokenizer, *, ignore_merges: bool) -> str:
     """llama.cpp's name of a byte-level tokenizer's pre-tokenizer.
 
