@@ -91,7 +91,7 @@ class LlamaVocabulary:
 _kept: list[Any] = []
 
 
-def _SILENT(lib: Any) -> Any:  # noqa: N802  a callback that must live as long as the library
+def _SILENT(lib: Any) -> Any:
     if not _kept:
         _kept.append(lib.llama_log_callback(lambda level, text, user: None))
     return _kept[0]
