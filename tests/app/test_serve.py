@@ -1,4 +1,4 @@
-"""`strop serve`, asked by OpenAI's own client over a real socket: GGUF files and folders answer alike, and as `chat`."""
+"""`strop serve`, asked by the official client over a socket: GGUF files and folders answer alike, and as `chat` does."""
 
 from __future__ import annotations
 
