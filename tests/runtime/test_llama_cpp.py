@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import sys
 from pathlib import Path
 
+import gguf as gguf_package
 import numpy as np
 import pytest
 import torch
@@ -159,6 +162,42 @@ def test_weights_that_are_no_numbers_are_refused(place: Path, tmp_path: Path):
     broken.write_bytes(content)
     with pytest.raises(ModelError, match=r"nan\.gguf"):
         GgufModel.open(broken, threads=1).logits([5, 6])
+
+
+def changed(path: Path, key: str, value: bytes) -> bytes:
+    """The file with another value (4 bytes) of a setting, or type of a tensor."""
+    reader, content = gguf_package.GGUFReader(path), bytearray(path.read_bytes())
+    if key in reader.fields:
+        place = reader.fields[key].offset + 8 + len(key) + 4
+    else:
+        tensor = next(tensor for tensor in reader.tensors if tensor.name == key)
+        place = tensor.field.offset + 8 + len(key) + 4 + 8 * len(tensor.shape)
+    content[place : place + 4] = value
+    return bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", struct.pack("<I", 0)),
+        ("llama.block_count", struct.pack("<I", 1)),
+        ("llama.block_count", struct.pack("<I", 513)),
+        ("llama.block_count", struct.pack("<I", 0xFFFFFFFF)),
+        ("llama.rope.dimension_count", struct.pack("<I", 7)),
+        ("llama.rope.dimension_count", struct.pack("<I", 1 << 30)),
+        ("llama.attention.layer_norm_rms_epsilon", struct.pack("<f", float("nan"))),
+        ("llama.attention.layer_norm_rms_epsilon", struct.pack("<f", -1e-5)),
+        ("blk.0.attn_norm.weight", struct.pack("<I", 26)),  # int32
+        ("output_norm.weight", struct.pack("<I", 30)),  # bfloat16
+    ],
+)
+def test_settings_at_which_llama_cpp_would_end_the_process_are_refused(
+    path: Path, tmp_path: Path, key: str, value: bytes
+):
+    hostile = tmp_path / "hostile.gguf"
+    hostile.write_bytes(changed(path, key, value))
+    with pytest.raises(FileFormatError, match=rf"hostile\.gguf: .*{re.escape(key)}"):
+        GgufModel.open(hostile, threads=1)
 
 
 def test_nothing_reaches_the_screen(path: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]):

@@ -36,6 +36,9 @@ from strop.scratch import Scratch, Stored
 KL_GATES: Final[Mapping[str, float]] = {"f32": 1e-9, "f16": 5e-6, "bf16": 2e-4, "q8_0": 1e-3}
 """Most nats per token, by the coarsest type of the file's matrices."""
 
+MERGE_GATES: Final[Mapping[str, float]] = {"float32": 0.0, "float16": KL_GATES["f16"], "bfloat16": KL_GATES["bf16"]}
+"""The least that is allowed against base and adapter apart, by the dtype that their sum is rounded to."""
+
 CODES_GATE: Final = 2e-3
 """The same for files of fewer bits against their own codes: llama.cpp's rounding of activations to 8 bits alone."""
 
@@ -111,6 +114,7 @@ class Measured:
         self._untuned: list[Stored] = []
         self._decoded: list[Stored] = []
         self._answers: list[Answer] = []
+        self._merged_as = "float32"
         self._gaps = {"trained": Gap(), "codes": Gap()}
         self._effect = Effect()
         self.steps: tuple[Callable[[Scratch], None], ...] = (
@@ -174,6 +178,7 @@ class Measured:
             self._notes.append(f"{len(self._trained)} of {len(self._questions)} prompts fitted the time and the disk")
         self._prompts = self._prompts[: len(self._trained)]
         if opened.adapter is not None:
+            self._merged_as = str(opened.model.dtype).removeprefix("torch.")
             detach_lora(opened.model)
             self._untuned = set_aside(opened.model, self._prompts, scratch)
 
@@ -256,7 +261,8 @@ class Measured:
         types = _types(self._file)
         coarse = any(kind not in KL_GATES for kind in types)
         own_gate = None if coarse else max((KL_GATES[kind] for kind in types), default=KL_GATES["f32"])
-        trained = _agreement(self._gaps["trained"], own_gate if max_kl is None else max_kl)
+        gate = own_gate if own_gate is None else max(own_gate, MERGE_GATES[self._merged_as])
+        trained = _agreement(self._gaps["trained"], gate if max_kl is None else max_kl)
         codes = _agreement(self._gaps["codes"], CODES_GATE if own_gate is None else own_gate) if self._decoded else None
         quantized = any(kind not in ("f32", "f16", "bf16") for kind in types)
         effect, effect_gate = self._effect.share, EFFECT_GATES[quantized]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 from collections import deque
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ def library() -> Any:
     Raises:
         MissingInputError: It is not installed, or its library does not load here.
     """
+    os.environ.setdefault("GGML_NO_BACKTRACE", "1")  # where it aborts, it would start a debugger on this process first
     try:
         import llama_cpp.llama_cpp as functions
     except ImportError as error:

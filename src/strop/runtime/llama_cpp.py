@@ -16,6 +16,7 @@ A file is checked by our own reader before llama.cpp sees it, and every tensor's
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 import os
 import time
@@ -31,6 +32,7 @@ from numpy.typing import NDArray
 from strop.errors import DataError, ModelError, UsageError
 from strop.files.gguf.reader import GgufFile
 from strop.runtime.library import forget_words, last_words, library, require_runtime
+from strop.runtime.settings_check import check_settings
 from strop.runtime.tokenizer import GgufTokenizer
 
 __all__ = ["SUFFIX", "Generation", "GgufModel", "is_gguf", "require_runtime"]
@@ -121,6 +123,7 @@ class GgufModel:
             raise UsageError(f"context {context}, threads {threads}: needed at least 1 of each")
         lib = library()
         checked = GgufFile.open(file)
+        check_settings(checked)
         if threads is None:
             import torch
 
@@ -203,7 +206,7 @@ class GgufModel:
         """Whether the runtime itself stops at a token."""
         return bool(library().llama_vocab_is_eog(self._vocab, token))
 
-    @property
+    @functools.cached_property
     def stop_ids(self) -> list[int]:
         """Every token at which the runtime itself stops."""
         return [token for token in range(self.vocabulary) if self.ends_generation(token)]

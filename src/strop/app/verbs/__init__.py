@@ -12,6 +12,7 @@ from strop.app.verbs.export import export
 from strop.app.verbs.plan import plan
 from strop.app.verbs.quantize import quantize
 from strop.app.verbs.selftest import selftest
+from strop.app.verbs.serve import serve
 from strop.app.verbs.tune import merge, tune
 from strop.app.verbs.verify import verify
 
@@ -28,6 +29,7 @@ __all__ = [
     "predict",
     "quantize",
     "selftest",
+    "serve",
     "stop",
     "tensor",
     "tune",
