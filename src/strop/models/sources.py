@@ -92,6 +92,8 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
             "opened: call it model.safetensors and remove the key"
         )
     quantization = raw.get("quantization_config")
+    if quantization is None and (folder / "quantize_config.json").is_file():
+        quantization = _of_autogptq(folder / "quantize_config.json")
     if quantization is not None and not isinstance(quantization, dict):
         raise ModelError(f"{path}: quantization_config is a {type(quantization).__name__}; an object is needed")
     try:
@@ -103,6 +105,12 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     return config, quantization or None
+
+
+def _of_autogptq(path: Path) -> dict[str, Any]:
+    """What AutoGPTQ wrote beside config.json before transformers had a place for it."""
+    fields = {name: value for name, value in read_json(path).items() if value is not None}
+    return {"quant_method": "gptq"} | fields
 
 
 def first_line(error: BaseException) -> str:
