@@ -152,6 +152,21 @@ def read_tensor(path: str | os.PathLike[str], name: str, *, header: Header | Non
         return _read(file, header, header.entries[name])
 
 
+def read_rows(path: str | os.PathLike[str], name: str, start: int, stop: int, *, header: Header) -> Tensor:
+    """Read rows [start, stop) of one tensor, so that a large one need never be whole in memory.
+
+    Raises:
+        FileFormatError: the file holds no tensor of that name, or ended meanwhile.
+    """
+    if name not in header.entries:
+        raise FileFormatError(f"{path}: holds no tensor {name!r}")
+    entry = header.entries[name]
+    row = math.prod(entry.shape[1:]) * entry.dtype.itemsize
+    part = Entry(entry.dtype, (stop - start, *entry.shape[1:]), entry.start + start * row, entry.start + stop * row)
+    with open(path, "rb") as file:
+        return _read(file, header, part)
+
+
 def read_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Read all tensors of one safetensors file."""
     header = read_header(path)

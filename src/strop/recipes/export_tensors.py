@@ -1,0 +1,219 @@
+"""A folder's weights made into the tensors of a GGUF file, each when its turn comes, with what it lost.
+
+    dense weight              -> its layout there -> encoded in the type chosen for it
+    codes on the same grid    -> the same codes, moved row by row: nothing is lost
+    codes on another grid     -> decoded, then encoded: a second rounding, which is said
+
+The loss of a tensor is sum (source - stored)^2 / sum source^2, the source being what the folder holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from strop.files.gguf.architecture_table import Layout
+from strop.files.gguf.architectures import Architecture, Piece, Planned
+from strop.files.gguf.blocks import decode, encode
+from strop.files.gguf.mixtures import Chosen, Mixture
+from strop.files.gguf.transcoding import transcode
+from strop.files.gguf.types import TYPES
+from strop.files.gguf.writer import Bytes, TensorToWrite
+from strop.recipes.export_source import Source
+
+_FLOATS = ("f32", "f16", "bf16")
+
+
+@dataclass
+class TensorRecord:
+    """What became of one tensor.
+
+    Attributes:
+        name: in the file.
+        type: its type there.
+        shape: the row last.
+        sources: the checkpoint's tensors that it holds.
+        how: "kept" (every value), "rounded", "moved" (codes as they were), "rounded again" (codes of another grid).
+        reason: why the type is not the one that was asked for, or None.
+        nbytes: bytes in the file.
+        error: sum (source - stored)^2.
+        power: sum source^2.
+        sha256: of its bytes.
+    """
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    how: str = "kept"
+    reason: str | None = None
+    nbytes: int = 0
+    error: float = 0.0
+    power: float = 0.0
+    sha256: str = ""
+
+    @property
+    def loss(self) -> float:
+        """Relative squared error."""
+        return self.error / self.power if self.power else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "name": self.name,
+            "type": self.type,
+            "shape": list(self.shape),
+            "sources": list(self.sources)
+            if len(self.sources) <= 4
+            else [*self.sources[:2], f"... {len(self.sources)}"],
+            "how": self.how,
+            "reason": self.reason,
+            "bytes": self.nbytes,
+            "relative_error": self.loss,
+            "sha256": self.sha256,
+        }
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """The tensors of a file and what became of them; records are filled while the file is written."""
+
+    to_write: list[TensorToWrite]
+    records: dict[str, TensorRecord]
+
+
+def gguf_tensors(
+    source: Source,
+    architecture: Architecture,
+    mixture: Mixture,
+    *,
+    tied: bool,
+    importance: Mapping[str, Tensor] | None = None,
+) -> Tensors:
+    """Plan every tensor of a file.
+
+    Args:
+        source: the folder.
+        architecture: its architecture.
+        mixture: which types.
+        tied: whether the head is the embedding.
+        importance: mean squared input of every column, by the checkpoint's layer names; None without.
+
+    Raises:
+        ModelError: as `Architecture.plan`.
+    """
+    made: list[TensorToWrite] = []
+    records: dict[str, TensorRecord] = {}
+    for name, tensor in architecture.extra_tensors(source.config).items():
+        record = TensorRecord(name, "f32", tuple(tensor.shape), ())
+        records[name] = record
+        made.append(TensorToWrite(name, "f32", record.shape, partial(_extra, tensor, record)))
+    for planned in architecture.plan(source.names, tied=tied):
+        shape = _shape(source, planned)
+        chosen = mixture.choose(planned.name, shape)
+        names = tuple(dict.fromkeys(piece.source for piece in planned.pieces))
+        record = TensorRecord(planned.name, chosen.type, shape, names, reason=chosen.reason)
+        records[planned.name] = record
+        make = partial(_made, source, architecture, planned, chosen, record, importance or {})
+        made.append(TensorToWrite(planned.name, chosen.type, shape, make))
+    return Tensors(made, records)
+
+
+def _shape(source: Source, planned: Planned) -> tuple[int, ...]:
+    piece = planned.pieces[0]
+    shape = source.shape(piece.source)
+    if piece.expert is not None:
+        shape = shape[1:]
+    shape = (shape[0] // piece.parts, *shape[1:])
+    if piece.layout is Layout.TRANSPOSED and len(shape) == 2 and not source.is_quantized(piece.source):
+        shape = (shape[1], shape[0])
+    return (len(planned.pieces), *shape) if planned.stacked else shape
+
+
+def _extra(tensor: Tensor, record: TensorRecord) -> Iterator[Bytes]:
+    yield from _noted(iter([(encode(tensor, "f32", where=record.name), tensor)]), record)
+
+
+def _made(
+    source: Source,
+    architecture: Architecture,
+    planned: Planned,
+    chosen: Chosen,
+    record: TensorRecord,
+    importance: Mapping[str, Tensor],
+) -> Iterator[Bytes]:
+    """The bytes of a tensor, piece by piece; its record is filled as they pass."""
+    record.how, record.nbytes, record.error, record.power = "kept", 0, 0.0, 0.0
+    yield from _noted(_pieces(source, architecture, planned, chosen, record, importance), record)
+
+
+def _pieces(
+    source: Source,
+    architecture: Architecture,
+    planned: Planned,
+    chosen: Chosen,
+    record: TensorRecord,
+    importance: Mapping[str, Tensor],
+) -> Iterator[tuple[Bytes, Tensor]]:
+    fused: tuple[str, Tensor] | None = None
+    for piece in planned.pieces:
+        columns = importance.get(piece.line)
+        if source.is_quantized(piece.source):
+            yield _of_codes(source, architecture, piece, chosen, record, columns)
+            continue
+        if piece.expert is not None:
+            if fused is None or fused[0] != piece.source:
+                fused = (piece.source, source.dense(piece.source))
+            parts: Iterator[Tensor] = iter([architecture.laid_out(piece.of(fused[1]), piece.layout)])
+        elif piece.layout is Layout.SAME and len(record.shape) == 2:
+            parts = source.rows(piece.source)
+        else:
+            parts = iter([architecture.laid_out(source.dense(piece.source), piece.layout)])
+        for part in parts:
+            if chosen.type != "f32" and TYPES[chosen.type].block > 1:
+                record.how = "rounded"
+            yield encode(part, chosen.type, columns, where=planned.name), part
+
+
+def _of_codes(
+    source: Source,
+    architecture: Architecture,
+    piece: Piece,
+    chosen: Chosen,
+    record: TensorRecord,
+    importance: Tensor | None,
+) -> tuple[Bytes, Tensor]:
+    """A quantized weight: its codes where the grid is the type's, else what they stand for, encoded."""
+    quantized = source.quantized(piece.source)
+    weight = quantized.dequantize()
+    order = architecture.row_order(piece.layout, weight.shape[0])
+    if order is not None:
+        weight = weight[order]
+    moved = transcode(quantized)
+    if moved is not None and moved[0] == chosen.type:
+        record.how = "moved"
+        raw = moved[1].reshape(weight.shape[0], -1)
+        return (raw if order is None else raw[order.numpy()]), weight
+    record.how = "decoded" if chosen.type in _FLOATS else "rounded again"
+    return encode(weight, chosen.type, importance, where=record.name), weight
+
+
+def _noted(pieces: Iterator[tuple[Bytes, Tensor]], record: TensorRecord) -> Iterator[Bytes]:
+    """Pass the bytes on and put their size, digest and loss into the record."""
+    digest = hashlib.sha256()
+    for raw, wanted in pieces:
+        digest.update(np.ascontiguousarray(raw).reshape(-1).data)
+        record.nbytes += raw.nbytes
+        if record.how != "moved":
+            stored = decode(raw, record.type, tuple(wanted.shape), where=record.name)
+            exact = wanted.detach().double()
+            record.error += float((stored.double() - exact).square().sum())
+            record.power += float(exact.square().sum())
+        yield raw
+    record.sha256 = digest.hexdigest()
