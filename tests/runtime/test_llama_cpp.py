@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from strop.errors import DataError, MissingInputError, ModelError, StropError, UsageError
+from strop.errors import DataError, FileFormatError, MissingInputError, ModelError, StropError, UsageError
 from strop.models import load
 from strop.runtime.library import library
 from strop.runtime.llama_cpp import GgufModel, require_runtime
@@ -148,7 +148,7 @@ def test_misuse_is_refused_by_name(gguf: GgufModel, tmp_path: Path):
 def test_a_truncated_file_is_refused_and_no_crash(path: Path, tmp_path: Path, keep: int):
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(StropError, match=r"broken\.gguf"):
+    with pytest.raises(FileFormatError, match=r"broken\.gguf"):
         GgufModel.open(broken)
 
 

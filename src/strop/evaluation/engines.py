@@ -51,8 +51,13 @@ class Engine(Protocol):
         """Tokens that fit, prompt and answer together; None where no limit is named."""
         ...
 
+    @property
+    def tokenizer(self) -> Any:
+        """Transformers' tokenizer, or one with the same names; None without one."""
+        ...
+
     def require_tokenizer(self) -> Any:
-        """The tokenizer, transformers' or one with the same names.
+        """The tokenizer.
 
         Raises:
             ModelError: there is none.
@@ -140,7 +145,7 @@ class FolderEngine:
 
     def __init__(self, opened: OpenedModel) -> None:
         self._opened = opened
-        self.source, self.network = opened.source, opened.model
+        self.source, self.network, self.tokenizer = opened.source, opened.model, opened.tokenizer
         self.context = context_length(opened.model)
         self.format = f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format
 
@@ -179,8 +184,8 @@ class GgufEngine:
     network = None
 
     def __init__(self, model: GgufModel) -> None:
-        self.model = model
-        self.source, self.format, self.context = str(model.path), f"gguf ({model.description})", model.context
+        self.model, self.tokenizer = model, model.tokenizer
+        self.source, self.format, self.context = str(model.path), model.format, model.context
 
     def require_tokenizer(self) -> Any:
         """The file's own."""

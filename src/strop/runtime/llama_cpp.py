@@ -28,7 +28,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from strop.errors import DataError, MissingInputError, ModelError, UsageError
+from strop.errors import DataError, ModelError, UsageError
+from strop.files.gguf.reader import GgufFile
 from strop.runtime.library import forget_words, last_words, library, require_runtime
 from strop.runtime.tokenizer import GgufTokenizer
 
@@ -76,13 +77,14 @@ class GgufModel:
         threads: Threads that compute.
         seed: Of what is drawn where a call names none.
         architecture: The architecture's name in the file.
-        description: llama.cpp's own: architecture, size, type of most weights.
+        format: The types of its matrices, those with most weights first, such as `gguf:q4_k + q6_k`.
         chat_template: The template in the file; None without one.
     """
 
-    def __init__(self, path: Path, model: Any, context: Any, *, threads: int, seed: int) -> None:
+    def __init__(self, file: GgufFile, model: Any, context: Any, *, threads: int, seed: int) -> None:
         lib = library()
-        self.path, self.threads, self.seed = path, threads, seed
+        self.path, self.threads, self.seed = file.path, threads, seed
+        self.format = _format(file)
         self._model, self._context = model, context
         self._vocab = lib.llama_model_get_vocab(model)
         self.vocabulary = int(lib.llama_vocab_n_tokens(self._vocab))
@@ -92,7 +94,6 @@ class GgufModel:
         self._outputs = min(self._at_once, _outputs_at_once(self.vocabulary))
         self._batch: Any = lib.llama_batch_init(self._at_once, 0, 1)
         self.architecture = self.metadata_text("general.architecture") or "unknown"
-        self.description = self._description()
         template = lib.llama_model_chat_template(model, None)
         self.chat_template = template.decode("utf-8", errors="replace") if template else None
         self.tokenizer = GgufTokenizer(self)
@@ -118,9 +119,8 @@ class GgufModel:
         file = Path(path).expanduser()
         if (context is not None and context < 1) or (threads is not None and threads < 1):
             raise UsageError(f"context {context}, threads {threads}: needed at least 1 of each")
-        if not file.is_file():
-            raise MissingInputError(f"{file}: no such file; name a GGUF file")
         lib = library()
+        checked = GgufFile.open(file)
         if threads is None:
             import torch
 
@@ -132,7 +132,7 @@ class GgufModel:
         except BaseException:
             lib.llama_model_free(model)
             raise
-        return cls(file, model, made, threads=threads, seed=seed)
+        return cls(checked, model, made, threads=threads, seed=seed)
 
     def close(self) -> None:
         """Give the memory back; nothing can be asked of the model afterwards."""
@@ -182,11 +182,6 @@ class GgufModel:
             buffer = ctypes.create_string_buffer(length + 1)
             length = lib.llama_model_meta_val_str(self._model, key.encode(), buffer, len(buffer))
         return buffer.raw[:length].decode("utf-8", errors="replace") if length >= 0 else None
-
-    def _description(self) -> str:
-        buffer = ctypes.create_string_buffer(256)
-        library().llama_model_desc(self._model, buffer, len(buffer))
-        return buffer.value.decode("utf-8", errors="replace")
 
     def special_id(self, name: str) -> int | None:
         """The id of the token called `bos`, `eos`, `pad` or `unk`; None where the file names none."""
@@ -439,6 +434,14 @@ class _Sampler:
         if self._chain is not None:
             library().llama_sampler_free(self._chain)
             self._chain = None
+
+
+def _format(file: GgufFile) -> str:
+    weights: dict[str, int] = {}
+    for info in file.tensors.values():
+        if len(info.shape) > 1:
+            weights[info.type] = weights.get(info.type, 0) + math.prod(info.shape)
+    return f"gguf:{' + '.join(sorted(weights, key=lambda name: -weights[name])) or 'empty'}"
 
 
 def _outputs_at_once(vocabulary: int) -> int:

@@ -93,9 +93,12 @@ class GgufTokenizer:
     def __len__(self) -> int:
         return self._model.vocabulary
 
-    @functools.cache  # noqa: B019  the tokenizer lives as long as its model, and there is one
     def get_vocab(self) -> dict[str, int]:
         """Text of every token to its id; rows that only fill the embedding up are left out."""
+        return self._vocab
+
+    @functools.cached_property
+    def _vocab(self) -> dict[str, int]:
         tokens = range(self._model.vocabulary)
         return {self._model.token_text(at): at for at in tokens if not self._model.token_attributes(at) & _UNUSED}
 
