@@ -98,12 +98,15 @@ class AdapterConfig:
 
 
 def base_digest(folder: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 that stands for a base's weights: of its config.json and every safetensors file.
+    """Return the SHA-256 that stands for a base's weights: of its config.json and every safetensors file, or of its
+    GGUF file.
 
     Raises:
         MissingInputError: there is no such folder, or no such file in it.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return sha256_files({"model.gguf": folder})  # whatever it is called
     files = {path.name: path for path in [*folder.glob("config.json"), *folder.glob("*.safetensors")]}
     if not any(name.endswith(".safetensors") for name in files):
         raise MissingInputError(f"{folder}: holds no safetensors files to take a digest of")
@@ -388,14 +391,14 @@ def _read_record(folder: Path) -> tuple[BaseRecord | None, bool]:
 
 
 def _absolute(base: str) -> str:
-    """A folder's full path, since an adapter may be opened from anywhere; a hub id as it is."""
-    return os.path.abspath(base) if os.path.isdir(base) else base
+    """A folder's or file's full path, since an adapter may be opened from anywhere; a hub id as it is."""
+    return os.path.abspath(base) if os.path.exists(base) else base
 
 
 def _resolve(folder: Path, base: str) -> str:
     """A relative base is looked for beside the adapter first; what is no folder there is left for the opener."""
     beside = folder / base
-    return str(beside.resolve()) if not os.path.isabs(base) and beside.is_dir() else base
+    return str(beside.resolve()) if not os.path.isabs(base) and beside.exists() else base
 
 
 def _is_number(value: object) -> bool:

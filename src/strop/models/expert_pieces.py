@@ -19,6 +19,7 @@ from strop.errors import FormatError, ModelError
 from strop.files.expert_tensors import Place, join, places
 from strop.layers.quant_experts import ExpertWeights, check_experts, expert_weights
 from strop.models.containers import Container
+from strop.models.gguf_base import GgufBase
 from strop.numerics.qtensor import QuantizedTensor
 
 
@@ -64,7 +65,7 @@ def decode_experts(
     weights: ExpertWeights,
     pieces: Mapping[str, ExpertPiece],
     arrived: Mapping[str, list[Tensor]],
-    container: Container,
+    container: Container | GgufBase,
     device: torch.device,
 ) -> list[QuantizedTensor]:
     """The experts of a parameter.

@@ -126,10 +126,12 @@ def open_base(
     scheme = _rounding(folder, method, adapter, quantized=quantization is not None)
     masters = isinstance(method, Full | Qat)
     opened = load(folder, scheme, dtype=torch.float32 if masters else dtype, device=device)
+    for note in opened.notes:
+        reporter.note(note)
     if adapter_folder is not None:
         adapter = load_adapter(opened.model, adapter_folder)
     record = BaseRecord(
-        base=str(folder) if os.path.isdir(name) else name,
+        base=str(folder) if os.path.exists(name) else name,
         format=scheme.name if scheme is not None and quantization is None else None,
         digest=None if masters else base_digest(folder),  # a checkpoint holds every weight of a whole model
     )

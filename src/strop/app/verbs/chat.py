@@ -8,7 +8,6 @@ import typer
 
 from strop.app.verbs.common import KVCache, Model, Output
 
-
 Template = Annotated[
     str | None, typer.Option("--chat-template", help="For models that have none: chatml, plain, or a Jinja file.")
 ]
