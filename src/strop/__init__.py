@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from strop.numerics.scheme import Scheme, parse_format
     from strop.recipes.compare import compare
     from strop.recipes.doctor import doctor
+    from strop.recipes.export import export
     from strop.recipes.generate import predict
     from strop.recipes.merge import merge
     from strop.recipes.plan import plan
@@ -30,6 +31,7 @@ _HOMES = {
     "Scheme": "strop.numerics.scheme",
     "compare": "strop.recipes.compare",
     "doctor": "strop.recipes.doctor",
+    "export": "strop.recipes.export",
     "load": "strop.models",
     "merge": "strop.recipes.merge",
     "parse_format": "strop.numerics.scheme",
@@ -47,6 +49,7 @@ __all__ = [  # noqa: RUF022  the version stands last
     "Scheme",
     "compare",
     "doctor",
+    "export",
     "load",
     "merge",
     "parse_format",

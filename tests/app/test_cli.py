@@ -53,6 +53,7 @@ def test_the_public_names_are_these() -> None:
             "__version__",
             "compare",
             "doctor",
+            "export",
             "load",
             "merge",
             "parse_format",

@@ -21,7 +21,7 @@ from strop.app import verbs
 from strop.errors import StropError, Terminated, nearest
 
 # What DESIGN.md names and this version does not have: asked for, each says so instead of "no such command".
-PLANNED = ("export", "prove", "squeeze", "serve", "bench")
+PLANNED = ("prove", "squeeze", "serve", "bench")
 
 
 class _Verbs(TyperGroup):
@@ -104,7 +104,7 @@ def _root(
     """Take the options that stand before a verb."""
 
 
-for _function in (verbs.plan, verbs.tune, verbs.quantize, verbs.compare, verbs.chat, verbs.demo):
+for _function in (verbs.plan, verbs.tune, verbs.quantize, verbs.compare, verbs.export, verbs.chat, verbs.demo):
     app.command(rich_help_panel="Verbs")(_guarded(_function))
 for _function in (verbs.doctor, verbs.predict, verbs.merge, verbs.verify, verbs.selftest):
     app.command(rich_help_panel="More")(_guarded(_function))

@@ -15,8 +15,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_TRIES = tuple(0.1 * step for step in range(-9, 10))
-_LINE_TRIES = (-1.5, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+_STEPS = tuple(0.2 * step for step in range(-4, 5))
+"""What is added to the code that the value of largest magnitude takes."""
+_FACTORS = (1.08, 1.16, 1.24, 1.32, -1.0, -1.08)
+"""Multiples of that code: values that count for little are clipped, or the longer side of the grid is the other."""
+_LINE_STEPS = (-1.5, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 5.0)
+"""A range is cut into this many steps more than the grid has."""
+_LINE_CUTS = ((0.06, 0.06), (0.12, 0.0), (0.0, 0.12), (0.24, 0.0), (0.0, 0.24), (0.15, 0.15))
+"""Shares of a range cut off below and above."""
+_MOVES = (-4, -3, -2, -1, 1, 2, 3, 4)
+"""How far a sub-scale is moved once its superblock's d is rounded."""
 _ROUNDS = 2
 _LARGEST = 65504.0
 
@@ -37,8 +45,8 @@ def fit_step(x: Tensor, weights: Tensor, bits: int) -> Tensor:
     weighted = weights * x
     unit = x / torch.where(extreme == 0, 1.0, extreme)
     best, scale = torch.zeros(x.shape[:-1]), torch.zeros(x.shape[:-1])
-    for steps in _TRIES:
-        codes = (unit * (low + steps)).round_().clamp_(low, high)
+    for reach in (*(low + step for step in _STEPS), *(low * factor for factor in _FACTORS)):
+        codes = (unit * reach).round_().clamp_(low, high)
         best, scale = _better_step(weighted, weights, codes, best, scale)
     for _ in range(_ROUNDS):
         codes = codes_of_step(x, scale, bits)
@@ -65,8 +73,9 @@ def fit_line(x: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = torch.where(some, low, 0.0), torch.where(some, high, 0.0)
     scale, offset = (high - low) / top, low
     best = _line_errors(x, weights, scale, offset, top)
-    for steps in _LINE_TRIES:
-        step, start = (high - low) / (top + steps), low
+    tries = [(0.0, steps / (top + steps)) for steps in _LINE_STEPS]
+    for below, above in (*tries, *_LINE_CUTS):
+        step, start = (high - low) * (1 - below - above) / top, low + below * (high - low)
         for _ in range(_ROUNDS):
             step, start = _least_squares(x, weights, _line_codes(x, step, start, top), step, start)
             error = _line_errors(x, weights, step, start, top)
@@ -79,6 +88,8 @@ def fit_line(x: Tensor, weights: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 def search_six_bit(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Q6_K's numbers for superblocks: d, the sub-scales and the codes of least weighted squared error.
 
+    A superblock that the plain grid, whose scales span each group's own range, serves as well keeps it.
+
     Args:
         x: float32 [superblocks, 16, 16], finite.
         weights: float32, broadcasts with x, not negative.
@@ -87,13 +98,11 @@ def search_six_bit(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         d float16 [superblocks] (infinite where it overflows), sub-scales int8 [superblocks, 16], and codes int8 like x,
         from -32 to 31.
     """
-    scales = fit_step(x, weights, 6)
-    largest = _extreme(scales)
-    d = (largest / -128).half()
-    sub_scales = (scales / _divisor(d.float()).unsqueeze(-1)).round_().clamp_(-128, 127)
+    plain_d, plain_scales = _nested(_extreme(x) / -32)
+    d, sub_scales = _nested(fit_step(x, weights, 6))
     errors = _errors(x, weights, d, sub_scales)
     for _ in range(_ROUNDS):
-        for move in (-1, 1):
+        for move in _MOVES:
             moved = (sub_scales + move).clamp_(-128, 127)
             error = _errors(x, weights, d, moved)
             sub_scales = torch.where(error < errors, moved, sub_scales)
@@ -104,8 +113,16 @@ def search_six_bit(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         error = _errors(x, weights, fitted, sub_scales)
         better = (error.sum(-1) < errors.sum(-1)) & (square > 0)
         d, errors = torch.where(better, fitted, d), torch.where(better.unsqueeze(-1), error, errors)
+    better = errors.sum(-1) < _errors(x, weights, plain_d, plain_scales).sum(-1)
+    d, sub_scales = torch.where(better, d, plain_d), torch.where(better.unsqueeze(-1), sub_scales, plain_scales)
     codes = codes_of_step(x, d.float().unsqueeze(-1) * sub_scales, 6)
     return d, sub_scales.to(torch.int8), codes.to(torch.int8)
+
+
+def _nested(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales [superblocks, 16] as d float16 and codes of 8 bits, float32: the one of largest magnitude becomes -128."""
+    d = (_extreme(scales) / -128).half()
+    return d, (scales / _divisor(d.float()).unsqueeze(-1)).round_().clamp_(-128, 127)
 
 
 def codes_of_step(x: Tensor, scale: Tensor, bits: int) -> Tensor:

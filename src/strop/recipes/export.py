@@ -5,44 +5,58 @@
     adapter                       merged into its base first (`merge`); or alone, as a GGUF adapter (`adapter_only`)
 
 Memory holds a piece of a tensor, the disk is asked for the whole file first, and the file stands under a temporary name
-until it is proved: in llama.cpp against the model it was made from (`export_proof`), or, where llama.cpp is not
-installed, read back by the `gguf` package and by strop's own reader, tensor by tensor; which of the two is said and
-recorded. Beside it stand a card (what it is, what was lost, how to run it) and, asked for, an Ollama Modelfile.
+until it is proved: read back by the `gguf` package and by strop's own reader, tensor by tensor, and, where llama.cpp is
+installed, run there beside the model that it was made from (`export_proof`). What was proved is said and recorded.
+Beside the file stand a card, a receipt and, asked for, an Ollama Modelfile (`export_beside`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
+import json
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from strop import __version__
 from strop.data.templates import stop_ids
-from strop.errors import FormatError, UsageError
+from strop.errors import MissingInputError, UsageError
 from strop.files.folders import read_json, sha256_file
-from strop.files.gguf.architectures import architecture_of
-from strop.files.gguf.mixtures import FILE_TYPES, Mixture, parse_export_format
+from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
+from strop.files.gguf.architectures import Architecture, architecture_of
+from strop.files.gguf.blocks import Bytes
+from strop.files.gguf.mixtures import FILE_TYPES, RUNTIME_TYPES, Mixture, parse_export_format
 from strop.files.gguf.rope import Value
-from strop.files.gguf.vocabulary import vocabulary
+from strop.files.gguf.vocabulary import Vocabulary, vocabulary
 from strop.files.gguf.writer import TensorToWrite, atomic_file, check_disk, check_file_target, file_bytes, write_gguf
-from strop.files.peft_adapter import base_digest
+from strop.files.peft_adapter import base_digest, read_adapter_config
 from strop.models.opening import open_tokenizer
-from strop.models.sources import find_folder, is_adapter
+from strop.models.sources import find_folder, is_adapter, read_config
+from strop.pages.atomic import write_whole
 from strop.progress import SILENT, Reporter
+from strop.recipes.export_beside import CARD, MODELFILE, RECEIPT, card, modelfile, origin
 from strop.recipes.export_check import read_back
+from strop.recipes.export_importance import Importance, measure_importance
+from strop.recipes.export_runtime import quantize_in_runtime
 from strop.recipes.export_source import Source, open_source
+from strop.recipes.export_summary import summary
 from strop.recipes.export_tensors import TensorRecord, gguf_tensors
+from strop.recipes.manifest import adapter_digest
 from strop.recipes.merge import merge
 from strop.recipes.recording import record, recorded
+from strop.recipes.rows import Rows
 
 _QUANTIZATION_VERSION: Final = 2
+_STOP_KEYS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
+_ROUNDING: Final = frozenset({*FILE_TYPES, *RUNTIME_TYPES} - {"f32", "f16", "bf16", "q8_0"})
+"""Formats whose encoding an importance of the columns changes."""
 
 
 @dataclass(frozen=True)
@@ -51,22 +65,14 @@ class ExportResult:
 
     Attributes:
         path: the file.
-        format: what was asked for, `gguf:...`.
-        nbytes: its size.
-        sha256: of its bytes.
         tensors: what became of each tensor.
-        notes: what a user should know of it.
-        proof: how it was proved, in sentences; the first says whether.
+        proof: how it was proved, in sentences.
         beside: files written beside it.
         receipt: all of it as plain values.
     """
 
     path: Path
-    format: str
-    nbytes: int
-    sha256: str
     tensors: list[TensorRecord]
-    notes: list[str]
     proof: list[str]
     beside: list[Path] = field(default_factory=list)
     receipt: dict[str, Any] = field(default_factory=dict)
@@ -75,10 +81,10 @@ class ExportResult:
         """The result in sentences."""
         return [
             *summary(self.tensors),
-            *(f"note: {note}" for note in self.notes),
+            *(f"note: {note}" for note in self.receipt["notes"]),
             *self.proof,
-            f"{self.path}: {self.format}, {self.nbytes:,} bytes, SHA-256 {self.sha256[:16]}",
-            *(f"beside it: {path}" for path in self.beside),
+            f"{self.path}: {self.receipt['format']}, {self.receipt['bytes']:,} bytes, "
+            f"SHA-256 {self.receipt['sha256'][:16]}...; beside it: {', '.join(path.name for path in self.beside)}",
         ]
 
 
@@ -88,6 +94,12 @@ def export(
     output: str | os.PathLike[str],
     *,
     format: str,
+    data: Rows | None = None,
+    max_rows: int = 128,
+    max_length: int | None = None,
+    chat_template: str | os.PathLike[str] | None = None,
+    adapter_only: bool = False,
+    modelfile: bool = False,
     verify: bool = True,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
@@ -98,12 +110,18 @@ def export(
         model: a folder, a run, an adapter, a hub id, or "demo".
         output: the file.
         format: `gguf:` and a type or mixture.
+        data: rows over which the use of each column is measured, so that rounding spares what is used most.
+        max_rows: rows of `data` that are used; a quarter of them is left out, as `quantize` does.
+        max_length: most tokens of a row.
+        chat_template: for models that have none, as `tune` takes it; rows alone are written by it.
+        adapter_only: the adapter alone, as a GGUF adapter.
+        modelfile: write an Ollama Modelfile too.
         verify: prove the file before it gets its name.
-        overwrite: replace what stands at `output`.
+        overwrite: replace what stands at `output` and beside it.
         reporter: told what happens.
 
     Raises:
-        UsageError: something stands at `output`, or cannot be written there.
+        UsageError: something stands at `output` or beside it, or options that contradict each other.
         FormatError: an unknown format, or an architecture or a tokenizer that llama.cpp does not have.
         DiskFullError: the disk has no room for the file.
         GateError: the proof failed; nothing was kept.
@@ -111,88 +129,231 @@ def export(
     """
     name = parse_export_format(format)
     target = check_file_target(output, overwrite=overwrite)
-    with _whole(find_folder(model), target, reporter) as folder:
-        source = open_source(folder)
-        plan = _plan(source, name, str(model), {})
-        check_disk(target.parent, file_bytes(plan.metadata, plan.to_write))
+    endings = [CARD, RECEIPT, *([MODELFILE] if modelfile else [])]
+    beside = [check_file_target(target.with_name(target.name + ending), overwrite=overwrite) for ending in endings]
+    folder = find_folder(model)
+    _check_options(folder, name, data=data, adapter_only=adapter_only, modelfile=modelfile)
+    if adapter_only:
+        return _export_adapter(folder, target, beside, str(model), name, verify=verify, overwrite=overwrite)
+    with _whole(folder, target, reporter) as whole:
+        source = open_source(whole)
+        architecture = architecture_of(source.config)
+        metadata = architecture.metadata(source.config)  # refuses what llama.cpp computes otherwise, before any work
+        words = _vocabulary(source)
+        weighed = None
+        if data is not None:
+            weighed = measure_importance(
+                source,
+                architecture,
+                data,
+                max_rows=max_rows,
+                max_length=max_length,
+                chat_template=chat_template,
+                reporter=reporter,
+            )
+        made_of = {"model": str(model), "base_sha256": base_digest(whole), "origin": origin(folder)}
+        made_of["importance"] = None if weighed is None else dict(weighed.rows)
+        plan = _plan(source, architecture, metadata, words, name, made_of, weighed)
         for note in plan.notes:
             reporter.note(f"note: {note}")
         with atomic_file(target, overwrite=overwrite) as temporary:
-            _write(temporary, plan, reporter)
-            proof = _prove(temporary, plan, verify=verify, reporter=reporter)
-            nbytes, sha256 = temporary.stat().st_size, sha256_file(temporary)
-        receipt = {
-            "model": str(model),
-            "base_sha256": base_digest(folder),
-            "format": f"gguf:{name}",
-            "bytes": nbytes,
-            "sha256": sha256,
-            "notes": plan.notes,
-            "proof": proof,
-            "made_by": record(),
-            "tensors": [tensor.to_dict() for tensor in plan.records.values()],
-        }
-    return ExportResult(
-        target, f"gguf:{name}", nbytes, sha256, list(plan.records.values()), plan.notes, proof, [], receipt
-    )
+            proof = _make(temporary, plan, name, verify=verify, reporter=reporter)
+            receipt = _receipt(temporary, f"gguf:{name}", made_of, plan.notes, proof, plan.records)
+        result = ExportResult(target, list(plan.records.values()), proof, beside, receipt)
+        tokenizer = open_tokenizer(whole)
+        _write_beside(result, words, tokenizer, source.config)
+    return result
 
 
 @dataclass(frozen=True)
 class _Plan:
     """Everything that will be in the file."""
 
-    source: Source
     metadata: dict[str, Value]
     to_write: list[TensorToWrite]
     records: dict[str, TensorRecord]
     notes: list[str]
+    importance: Mapping[str, Tensor]
 
 
-def _plan(source: Source, name: str, model: str, importance: Mapping[str, Tensor]) -> _Plan:
-    config = source.config
-    architecture = architecture_of(config)
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    mixture = Mixture(name, architecture.blocks, architecture.experts, tied and not architecture.table.untied_only)
-    metadata = architecture.metadata(config)
-    tensors = gguf_tensors(source, architecture, mixture, tied=tied, importance=importance)
+def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: bool, modelfile: bool) -> None:
+    if adapter_only:
+        if not is_adapter(folder):
+            raise UsageError(f"{folder}: --adapter-only takes an adapter, and this is a whole model; leave it out")
+        if name != "f32":
+            raise UsageError(f"--format gguf:{name}: an adapter alone is kept in full precision; use gguf:f32")
+        if data is not None or modelfile:
+            raise UsageError("--adapter-only goes without --data and --modelfile: nothing is rounded, no model is made")
+    if data is not None and name not in _ROUNDING:
+        raise UsageError(
+            f"--data weighs the columns of what is rounded in a search, and gguf:{name} has none; leave it out, or use "
+            "gguf:q4_k_m, gguf:q4_0 ..."
+        )
+    if name in RUNTIME_TYPES:
+        from strop.runtime.library import require_runtime
+
+        try:
+            require_runtime()
+        except MissingInputError as error:
+            raise UsageError(
+                f"--format gguf:{name}: is written by llama.cpp's own quantizer. {error} Without it there are "
+                f"gguf:{', gguf:'.join(FILE_TYPES)}"
+            ) from error
+
+
+def _vocabulary(source: Source) -> Vocabulary:
     tokenizer = open_tokenizer(source.folder)
-    embedding = tensors.records["token_embd.weight"].shape[0]
-    words = vocabulary(tokenizer, rows=embedding, stops=_stops(source.folder, tokenizer))
-    general: dict[str, Value] = {
-        "general.architecture": metadata.pop("general.architecture"),
+    embedding = architecture_of(source.config).embedding_name(source.names)
+    rows = source.shape(embedding)[0]
+    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer))
+
+
+def _plan(
+    source: Source,
+    architecture: Architecture,
+    metadata: dict[str, Value],
+    words: Vocabulary,
+    name: str,
+    made_of: Mapping[str, Any],
+    weighed: Importance | None,
+) -> _Plan:
+    config = source.config
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    kind = _full_type(source) if name in RUNTIME_TYPES else name
+    mixture = Mixture(kind, architecture.blocks, architecture.experts, tied and not architecture.table.untied_only)
+    importance = {} if weighed is None else weighed.columns
+    tensors = gguf_tensors(source, architecture, mixture, tied=tied, importance=importance)
+    general = _general(str(made_of["model"]), words.tokens) | {
+        "general.architecture": architecture.name,
         "general.type": "model",
-        "general.name": _title(model, words.tokens),
-        "general.quantized_by": f"strop {__version__}",
-        "general.file_type": FILE_TYPES[name],
+        "general.file_type": {**FILE_TYPES, **RUNTIME_TYPES}[name],
         "general.quantization_version": _QUANTIZATION_VERSION,
+        "strop.provenance": json.dumps(made_of),
     }
     notes = [*architecture.notes(config), *words.notes]
-    return _Plan(source, general | metadata | words.metadata(), tensors.to_write, tensors.records, notes)
+    return _Plan(general | metadata | words.metadata(), tensors.to_write, tensors.records, notes, importance)
 
 
-def _write(path: Path, plan: _Plan, reporter: Reporter) -> None:
-    reporter.start("write the file", len(plan.to_write), "tensors")
+def _full_type(source: Source) -> str:
+    """The type that holds every weight of a folder exactly."""
+    if source.container is None:
+        kinds = {source.dtype(name) for name in source.names}
+        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
+            if kinds == {dtype}:
+                return name
+    return "f32"
+
+
+def _make(path: Path, plan: _Plan, name: str, *, verify: bool, reporter: Reporter) -> list[str]:
+    """Write a file and prove it; returns what was proved."""
+    if name in RUNTIME_TYPES:
+        quantize_in_runtime(path, plan.metadata, plan.to_write, plan.records, name, plan.importance, reporter=reporter)
+    else:
+        check_disk(path.parent, file_bytes(plan.metadata, plan.to_write))
+        _write(path, plan.metadata, plan.to_write, reporter)
+    return _prove(path, plan.metadata, plan.records, verify=verify, reporter=reporter)
+
+
+def _write(path: Path, metadata: Mapping[str, Value], tensors: list[TensorToWrite], reporter: Reporter) -> None:
+    reporter.start("write the file", len(tensors), "tensors")
     try:
         with path.open("wb") as file:
-            write_gguf(
-                file, plan.metadata, plan.to_write, told=lambda done, tensor: reporter.advance(done, tensor=tensor)
-            )
+            write_gguf(file, metadata, tensors, told=lambda done, tensor: reporter.advance(done, tensor=tensor))
     finally:
         reporter.finish()
 
 
-def _prove(path: Path, plan: _Plan, *, verify: bool, reporter: Reporter) -> list[str]:
+def _prove(
+    path: Path,
+    metadata: Mapping[str, Value],
+    records: Mapping[str, TensorRecord],
+    *,
+    verify: bool,
+    reporter: Reporter,
+) -> list[str]:
     if not verify:
-        return ["not proved: --no-verify"]
-    reporter.start("read the file back", len(plan.records), "tensors")
+        return ["NOT PROVED: --no-verify was given; nothing was read back and nothing was run"]
+    reporter.start("read the file back", len(records), "tensors")
     try:
-        read_back(path, plan.metadata, plan.records, told=lambda done: reporter.advance(done))
+        read_back(path, metadata, records, told=lambda done: reporter.advance(done))
     finally:
         reporter.finish()
     return [
-        "read back by the gguf package and by strop's reader: every key and every tensor as they were written; "
-        "the proof in llama.cpp itself was not made: it needs `pip install 'strop[gguf]'`"
+        "read back by the gguf package and by strop's reader: every key and every tensor as they were written",
+        "NOT RUN in llama.cpp: that proof needs `pip install 'strop[gguf]'`",
     ]
+
+
+def _export_adapter(
+    folder: Path, target: Path, beside: list[Path], model: str, name: str, *, verify: bool, overwrite: bool
+) -> ExportResult:
+    """An adapter alone; its base is needed for its shape only."""
+    config = read_adapter_config(folder)
+    if config.merge_only:
+        raise UsageError(
+            f"{folder}: was trained to be merged into its base and is worse than the base beside it; leave "
+            "--adapter-only out"
+        )
+    base = find_folder(config.base)
+    architecture = architecture_of(read_config(base)[0])
+    made_of = {"model": model, "base_sha256": adapter_digest(folder), "origin": origin(folder), "importance": None}
+    metadata = _general(model, []) | adapter_metadata(architecture, config) | {"strop.provenance": json.dumps(made_of)}
+    tensors = adapter_tensors(folder, architecture, config)
+    records = {one.name: TensorRecord(one.name, one.type, one.shape, ()) for one in tensors}
+    watched = [
+        TensorToWrite(one.name, one.type, one.shape, partial(_watched, one, records[one.name])) for one in tensors
+    ]
+    with atomic_file(target, overwrite=overwrite) as temporary:
+        check_disk(target.parent, file_bytes(metadata, watched))
+        _write(temporary, metadata, watched, SILENT)
+        proof = _prove(temporary, metadata, records, verify=verify, reporter=SILENT)
+        notes = [f"an adapter over {config.base}: llama.cpp opens it with --lora beside a GGUF file of that base"]
+        receipt = _receipt(temporary, f"gguf:{name} adapter", made_of, notes, proof, records)
+    result = ExportResult(target, list(records.values()), proof, beside, receipt)
+    _write_beside(result, None, None, None)
+    return result
+
+
+def _watched(tensor: TensorToWrite, record: TensorRecord) -> Iterator[Bytes]:
+    nothing = torch.empty(0)  # f32 loses nothing, so nothing is compared
+    yield from record.watching((raw, nothing) for raw in tensor.make())
+
+
+def _receipt(
+    path: Path,
+    format: str,
+    made_of: Mapping[str, Any],
+    notes: list[str],
+    proof: list[str],
+    records: Mapping[str, TensorRecord],
+) -> dict[str, Any]:
+    return {
+        **made_of,
+        "format": format,
+        "bytes": path.stat().st_size,
+        "sha256": sha256_file(path),
+        "notes": notes,
+        "proof": proof,
+        "made_by": record(),
+        "tensors": [tensor.to_dict() for tensor in records.values()],
+    }
+
+
+def _write_beside(result: ExportResult, words: Vocabulary | None, tokenizer: Any, config: Any) -> None:
+    name = result.path.name
+    for path in result.beside:
+        if path.name.endswith(RECEIPT):
+            write_whole(path, [json.dumps(result.receipt, indent=2, allow_nan=False), "\n"])
+        elif path.name.endswith(MODELFILE):
+            assert words is not None
+            ends = [words.keys[key] for key in _STOP_KEYS if key in words.keys]
+            stops = [words.tokens[number] for number in ends if isinstance(number, int)]
+            context = int(getattr(config, "max_position_embeddings", None) or config.n_positions)
+            adds = bool(words.keys["add_bos_token"])
+            write_whole(path, [modelfile(name, tokenizer, stops, adds_bos=adds, context=context)])
+        else:
+            template = words is not None and "tokenizer.chat_template" in words.keys
+            write_whole(path, [card(name, result.receipt, summary(result.tensors), prompt=template)])
 
 
 @contextlib.contextmanager
@@ -220,39 +381,11 @@ def _stops(folder: Path, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(stops))
 
 
-def _title(model: str, tokens: list[str]) -> str:
-    """A name for the file; llama.cpp treats models by some names as if they had certain tokens."""
-    title = Path(model).name or model
+def _general(model: str, tokens: list[str]) -> dict[str, Value]:
+    """The file's own keys. llama.cpp treats models by some names as if they had certain tokens: those are avoided."""
+    title = Path(model).resolve().name or model
     needed = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
-    if any(part in title.lower() for part in ("phi-3", "phi3")) and not needed <= set(tokens):
-        title = title.lower().replace("phi-3", "phi_3").replace("phi3", "phi_3")
-    return title.lower().replace("modern-bert", "modern_bert") if "modern-bert" in title.lower() else title
-
-
-def summary(records: list[TensorRecord]) -> list[str]:
-    """How many tensors took which type, what that lost, and which took another than was asked for."""
-    kinds: dict[str, list[TensorRecord]] = {}
-    for one in records:
-        kinds.setdefault(one.type, []).append(one)
-    lines = []
-    for kind, ones in sorted(kinds.items(), key=lambda item: -sum(one.nbytes for one in item[1])):
-        weights = sum(math.prod(one.shape) for one in ones)
-        error, power = sum(one.error for one in ones), sum(one.power for one in ones)
-        moved = sum(one.how == "moved" for one in ones)
-        said = f"{len(ones)} tensors ({weights:,} weights) as {kind}"
-        if moved:
-            said += f", the codes of {moved} taken over bit for bit"
-        if error:
-            said += f", relative error {math.sqrt(error / power):.2e}"
-        lines.append(said)
-    again = [one for one in records if one.how == "rounded again"]
-    if again:
-        lines.append(
-            f"WARNING: {len(again)} tensors were quantized before on another grid and have been rounded a second time "
-            f"({again[0].name}, ...); export the full-precision model instead, or choose the type of their grid"
-        )
-    lines += [f"{one.name}: {one.type}, as {one.reason}" for one in records if one.reason]
-    return lines
-
-
-__all__ = ["ExportResult", "FormatError", "UsageError", "export"]
+    for part in ("phi-3", "phi3", "modern-bert"):
+        if part in title.lower() and not needed <= set(tokens):
+            title = title.lower().replace(part, part[:3] + "_" + part[3:].lstrip("-"))
+    return {"general.name": title, "general.quantized_by": f"strop {__version__}"}

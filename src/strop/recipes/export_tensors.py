@@ -39,6 +39,7 @@ class TensorRecord:
         type: its type there.
         shape: the row last.
         sources: the checkpoint's tensors that it holds.
+        lines: its layers by the checkpoint's names, one for each expert.
         how: "kept" (every value), "rounded", "moved" (codes as they were), "rounded again" (codes of another grid).
         reason: why the type is not the one that was asked for, or None.
         nbytes: bytes in the file.
@@ -51,6 +52,7 @@ class TensorRecord:
     type: str
     shape: tuple[int, ...]
     sources: tuple[str, ...]
+    lines: tuple[str, ...] = ()
     how: str = "kept"
     reason: str | None = None
     nbytes: int = 0
@@ -62,6 +64,21 @@ class TensorRecord:
     def loss(self) -> float:
         """Relative squared error."""
         return self.error / self.power if self.power else 0.0
+
+    def watching(self, pieces: Iterator[tuple[Bytes, Tensor]]) -> Iterator[Bytes]:
+        """Pass bytes on, of (bytes, what they stand for), and take down their size, digest and loss."""
+        self.how, self.nbytes, self.error, self.power = "kept", 0, 0.0, 0.0
+        digest = hashlib.sha256()
+        for raw, wanted in pieces:
+            digest.update(np.ascontiguousarray(raw).reshape(-1).data)
+            self.nbytes += raw.nbytes
+            if self.how != "moved" and self.type != "f32":
+                stored = decode(raw, self.type, tuple(wanted.shape), where=self.name)
+                exact = wanted.detach().double()
+                self.error += float((stored.double() - exact).square().sum())
+                self.power += float(exact.square().sum())
+            yield raw
+        self.sha256 = digest.hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -118,7 +135,8 @@ def gguf_tensors(
         shape = _shape(source, planned)
         chosen = mixture.choose(planned.name, shape)
         names = tuple(dict.fromkeys(piece.source for piece in planned.pieces))
-        record = TensorRecord(planned.name, chosen.type, shape, names, reason=chosen.reason)
+        lines = tuple(piece.line for piece in planned.pieces)
+        record = TensorRecord(planned.name, chosen.type, shape, names, lines, reason=chosen.reason)
         records[planned.name] = record
         make = partial(_made, source, architecture, planned, chosen, record, importance or {})
         made.append(TensorToWrite(planned.name, chosen.type, shape, make))
@@ -137,7 +155,7 @@ def _shape(source: Source, planned: Planned) -> tuple[int, ...]:
 
 
 def _extra(tensor: Tensor, record: TensorRecord) -> Iterator[Bytes]:
-    yield from _noted(iter([(encode(tensor, "f32", where=record.name), tensor)]), record)
+    yield from record.watching(iter([(encode(tensor, "f32", where=record.name), tensor)]))
 
 
 def _made(
@@ -149,8 +167,7 @@ def _made(
     importance: Mapping[str, Tensor],
 ) -> Iterator[Bytes]:
     """The bytes of a tensor, piece by piece; its record is filled as they pass."""
-    record.how, record.nbytes, record.error, record.power = "kept", 0, 0.0, 0.0
-    yield from _noted(_pieces(source, architecture, planned, chosen, record, importance), record)
+    yield from record.watching(_pieces(source, architecture, planned, chosen, record, importance))
 
 
 def _pieces(
@@ -202,18 +219,3 @@ def _of_codes(
         return (raw if order is None else raw[order.numpy()]), weight
     record.how = "decoded" if chosen.type in _FLOATS else "rounded again"
     return encode(weight, chosen.type, importance, where=record.name), weight
-
-
-def _noted(pieces: Iterator[tuple[Bytes, Tensor]], record: TensorRecord) -> Iterator[Bytes]:
-    """Pass the bytes on and put their size, digest and loss into the record."""
-    digest = hashlib.sha256()
-    for raw, wanted in pieces:
-        digest.update(np.ascontiguousarray(raw).reshape(-1).data)
-        record.nbytes += raw.nbytes
-        if record.how != "moved":
-            stored = decode(raw, record.type, tuple(wanted.shape), where=record.name)
-            exact = wanted.detach().double()
-            record.error += float((stored.double() - exact).square().sum())
-            record.power += float(exact.square().sum())
-        yield raw
-    record.sha256 = digest.hexdigest()

@@ -8,6 +8,7 @@ from strop.app.verbs.compare import compare
 from strop.app.verbs.demo import demo
 from strop.app.verbs.doctor import doctor
 from strop.app.verbs.explain import affine, bits, tensor
+from strop.app.verbs.export import export
 from strop.app.verbs.plan import plan
 from strop.app.verbs.quantize import quantize
 from strop.app.verbs.selftest import selftest
@@ -21,6 +22,7 @@ __all__ = [
     "compare",
     "demo",
     "doctor",
+    "export",
     "merge",
     "plan",
     "predict",

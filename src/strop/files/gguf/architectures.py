@@ -183,6 +183,18 @@ class Architecture:
         pieces = self._pieces_of(name)
         return None if not pieces else pieces[0][0]
 
+    def lines_of(self, layer: str) -> list[str]:
+        """The checkpoint's layers that a layer of the model in memory is made of; several for stacked experts.
+
+        Args:
+            layer: its full name; an expert's is that of the parameter and its number.
+        """
+        parameter, _, expert = layer.rpartition(".")
+        for fused, lines in self.table.fused:
+            if (found := _number(fused, parameter)) is not None:
+                return [line.replace("{n}", str(found["n"])).replace("{e}", expert) for line in lines]
+        return [_split(self._full(f"{layer}.weight"))[0]]
+
     def checkpoint_names(self, name: str) -> list[str]:
         """The checkpoint's names of what a GGUF tensor holds, one for each expert where they are stacked.
 
@@ -207,7 +219,11 @@ class Architecture:
 
     def to_gguf(self, name: str, tensor: Tensor) -> Tensor:
         """A checkpoint's tensor in GGUF's layout; of one expert where they are numbered one by one."""
-        return self.laid_out(tensor, self._line(_split(self._full(name))[0])[2])
+        return self.laid_out(tensor, self.layout_of(name))
+
+    def layout_of(self, name: str) -> Layout:
+        """How GGUF lays out a checkpoint's tensor."""
+        return self._line(_split(self._full(name))[0])[2]
 
     def from_gguf(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """The checkpoint's tensors, in its own layout, that a GGUF tensor holds."""
@@ -280,6 +296,18 @@ class Architecture:
             Planned(name, tuple(sorted(pieces, key=_expert_of)), self._is_stacked(name))
             for name, pieces in sorted(found.items(), key=lambda item: _place(item[0]))
         ]
+
+    def embedding_name(self, names: Iterable[str]) -> str:
+        """Which of a checkpoint's tensors is the embedding.
+
+        Raises:
+            ModelError: none is.
+        """
+        own = f"{self.table.lines[0][0]}.weight"
+        found = next((name for name in names if not _NOT_WEIGHTS.fullmatch(name) and self._full(name) == own), None)
+        if found is None:
+            raise ModelError(f"the weights hold no {own}")
+        return found
 
     def _weights(self, *, tied: bool) -> Iterator[str]:
         """The weights that every such file holds."""

@@ -5,7 +5,8 @@ q5_k, so that files of others open. The layouts of the blocks stand in `small_bl
 
 Without importance q4_0 to q8_0 are llama.cpp's own bytes; q4_k and q6_k are searched for the least squared error. With
 an importance of every column (an importance matrix: the mean square of what the column multiplies) all but q8_0 and
-the floats keep the least sum of importance * (weight - stored)^2 that their searches find, never more than without.
+the floats keep the least sum of importance * (weight - stored)^2 that their searches find, never more than plain
+rounding leaves.
 
 A `QuantizedTensor` whose grid one of the types has goes there code by code, and back: `transcoding`.
 """
