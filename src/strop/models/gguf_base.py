@@ -10,8 +10,9 @@ holds the result and a few tensors. What is decoded although it was quantized is
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -104,20 +105,24 @@ class GgufBase:
         kept = {f"{layer}.weight" for layer in self.group(self.places)} if codes else set[str]()
         return {name: _Later(self, place, dtype, raw=name in kept) for name, place in self.places.items()}
 
+    def renamed(self, name: Callable[[str], str]) -> GgufBase:
+        """The same with other names of the checkpoint's tensors."""
+        return dataclasses.replace(self, places={name(own): place for own, place in self.places.items()})
+
     def notes(self) -> list[str]:
         """What is decoded although it was quantized."""
         total = sum(math.prod(place.shape) for place in self.places.values())
-        kinds: dict[str, int] = {}
+        counts: dict[tuple[bool, str], int] = {}
         for name, place in self.places.items():
             if place.type not in _FLOATS and not self._keeps(name, place):
-                kinds[place.type] = kinds.get(place.type, 0) + math.prod(place.shape)
-        if not kinds:
-            return []
-        shares = ", ".join(f"{count / total:.1%} of the parameters from {kind}" for kind, count in kinds.items())
-        return [
-            f"{self.file.path}: {shares} are held decoded, in {str(self.config.dtype).removeprefix('torch.')} "
-            "(embedding and head, and types whose codes strop has no scheme for)"
+                kind = place.tensor.startswith("blk."), place.type
+                counts[kind] = counts.get(kind, 0) + math.prod(place.shape)
+        held = str(self.config.dtype).removeprefix("torch.")
+        said = [
+            f"{count / total:.1%} of the parameters ({kind} in the {'blocks' if inside else 'embedding or head'})"
+            for (inside, kind), count in counts.items()
         ]
+        return [f"{self.file.path}: {', '.join(said)} are held decoded, in {held}"] if said else []
 
     def bytes_of(self, place: _Place) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The bytes of a place in the checkpoint's order of rows, a view of the file or a copy."""
@@ -179,7 +184,7 @@ def open_gguf(path: Path) -> GgufBase:
         )
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
-        raise ModelError(f"{path}: holds a {kind}, and a model is needed")
+        raise ModelError(f"{path}: is of the type {kind!r}, and a model is needed (an adapter goes with its base)")
     config, architecture = configuration_of(file)
     places: dict[str, _Place] = {}
     strangers = []
@@ -187,10 +192,11 @@ def open_gguf(path: Path) -> GgufBase:
         if info.name.startswith(_FACTORS):
             continue  # the configuration was checked against them
         try:
-            names, layout = architecture.checkpoint_names(info.name), architecture.layout_of(info.name)
+            names = architecture.checkpoint_names(info.name)
         except ModelError:
             strangers.append(info.name)
             continue
+        layout = architecture.layout_of(names[0])
         stacked = info.name.split(".")[-2].endswith("_exps")
         for expert, name in enumerate(names):
             shape = info.shape[1:] if stacked else info.shape

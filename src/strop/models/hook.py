@@ -187,21 +187,13 @@ class SkeletonPlan(Plan):
 
 
 class ReadingPlan(Plan):
-    """Take over the codes of a folder whose weights are quantized already.
-
-    Args:
-        container: who reads them.
-        device: where the quantized weights are put.
-        names: of the checkpoint's tensors, where no safetensors files say them.
-    """
+    """Take over the codes of a folder or a GGUF file whose weights are quantized already."""
 
     reads_codes = True
 
-    def __init__(
-        self, container: Container | GgufBase, device: torch.device, *, names: Collection[str] | None = None
-    ) -> None:
+    def __init__(self, container: Container | GgufBase, device: torch.device) -> None:
         super().__init__(device)
-        self.container, self._keys = container, names
+        self.container = container
         self._parts: dict[str, list[str]] = {}
         self._pieces: dict[str, dict[str, ExpertPiece]] = {}
         self._prefix = ""
@@ -216,8 +208,11 @@ class ReadingPlan(Plan):
         """
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
         pieces = expert_pieces(model, renamings)
-        held = self._keys or [key for file in checkpoint_files for key in read_header(file).entries]
-        keys = [apply_renamings(key, renamings) for key in held]
+        if isinstance(self.container, GgufBase):
+            self.container = self.container.renamed(lambda name: apply_renamings(name, renamings))
+            keys = list(self.container.places)
+        else:
+            keys = [apply_renamings(key, renamings) for file in checkpoint_files for key in read_header(file).entries]
         self._prefix = f"{model.base_model_prefix}."
         modules = dict(model.named_modules())
         strangers = []

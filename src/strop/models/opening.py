@@ -220,7 +220,7 @@ def _open_gguf(
     plan: Plan | None = None
     if base.is_quantized:
         _check_not_twice(path, scheme, base.scheme)
-        plan = ReadingPlan(base, device, names=base.places)
+        plan = ReadingPlan(base, device)
     elif scheme is not None:
         plan = _rounding_plan(path, scheme, device, rounding, keep)
     if isinstance(dtype, torch.dtype):

@@ -209,14 +209,6 @@ class Architecture:
                 return [named.replace("{e}", str(expert)) + ending for expert in experts]
         raise ModelError(f"{name}: a tensor of GGUF's {self.name} that strop does not know")
 
-    def layout_of(self, name: str) -> Layout:
-        """How a GGUF tensor is laid out there.
-
-        Raises:
-            ModelError: a tensor that the architecture does not know.
-        """
-        return self._line(_split(self.checkpoint_names(name)[0])[0])[2]
-
     def to_gguf(self, name: str, tensor: Tensor) -> Tensor:
         """A checkpoint's tensor in GGUF's layout; of one expert where they are numbered one by one."""
         return self.laid_out(tensor, self.layout_of(name))

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from strop.errors import FormatError, StropError, nearest
@@ -136,20 +136,18 @@ def _unigram(keys: Mapping[str, Any], texts: Sequence[str], types: Sequence[int]
     if charsmap := keys.get("precompiled_charsmap"):
         steps.append(normalizers.Precompiled(bytes(charsmap)))
     if keys.get("remove_extra_whitespaces"):
-        steps += [normalizers.Strip(), normalizers.Replace(_spaces(), " ")]
-    _write_spaces(backend, prefix=bool(keys.get("add_space_prefix", False)), before=steps)
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        backend.normalizer = normalizers.Sequence(steps)
+    scheme = "always" if keys.get("add_space_prefix", False) else "never"
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
     return backend
 
 
-def _spaces() -> Any:
-    from tokenizers import Regex
-
-    return Regex(" {2,}")
-
-
-def _write_spaces(backend: Tokenizer, *, prefix: bool, before: Sequence[Any] = ()) -> None:
-    """Write spaces as SentencePiece does, and read them back."""
-    steps = [*before, *([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)]
+def _write_spaces(backend: Tokenizer, *, prefix: bool) -> None:
+    """Write spaces as SentencePiece's BPE does, and read them back."""
+    steps = [*([normalizers.Prepend(_SPACE)] if prefix else []), normalizers.Replace(" ", _SPACE)]
     backend.normalizer = normalizers.Sequence(steps)
     backend.decoder = decoders.Sequence(
         [
