@@ -27,14 +27,15 @@ from torch import Tensor
 
 from strop import __version__
 from strop.data.templates import stop_ids
-from strop.errors import MissingInputError, UsageError
+from strop.errors import MissingInputError, ModelError, UsageError
 from strop.files.folders import read_json, sha256_file
 from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
 from strop.files.gguf.architectures import Architecture, architecture_of
 from strop.files.gguf.blocks import Bytes
 from strop.files.gguf.mixtures import FILE_TYPES, RUNTIME_TYPES, Mixture, parse_export_format
 from strop.files.gguf.rope import Value
-from strop.files.gguf.vocabulary import Vocabulary, vocabulary
+from strop.files.gguf.sentencepiece import read_sentencepiece
+from strop.files.gguf.vocabulary import Vocabulary, vocabulary, vocabulary_of_pieces
 from strop.files.gguf.writer import TensorToWrite, atomic_file, check_disk, check_file_target, file_bytes, write_gguf
 from strop.files.peft_adapter import base_digest, read_adapter_config
 from strop.models.opening import open_tokenizer
@@ -44,6 +45,7 @@ from strop.progress import SILENT, Reporter
 from strop.recipes.export_beside import CARD, MODELFILE, RECEIPT, card, modelfile, origin
 from strop.recipes.export_check import read_back
 from strop.recipes.export_importance import Importance, measure_importance
+from strop.recipes.export_proof import prove_export
 from strop.recipes.export_runtime import quantize_in_runtime
 from strop.recipes.export_source import Source, open_source
 from strop.recipes.export_summary import summary
@@ -52,6 +54,7 @@ from strop.recipes.manifest import adapter_digest
 from strop.recipes.merge import merge
 from strop.recipes.recording import record, recorded
 from strop.recipes.rows import Rows
+from strop.runtime.library import library
 
 _QUANTIZATION_VERSION: Final = 2
 _STOP_KEYS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
@@ -101,6 +104,7 @@ def export(
     adapter_only: bool = False,
     modelfile: bool = False,
     verify: bool = True,
+    max_kl: float | None = None,
     overwrite: bool = False,
     reporter: Reporter = SILENT,
 ) -> ExportResult:
@@ -117,6 +121,7 @@ def export(
         adapter_only: the adapter alone, as a GGUF adapter.
         modelfile: write an Ollama Modelfile too.
         verify: prove the file before it gets its name.
+        max_kl: most nats per token between the file in llama.cpp and the model; the type's own gate by default.
         overwrite: replace what stands at `output` and beside it.
         reporter: told what happens.
 
@@ -132,6 +137,8 @@ def export(
     endings = [CARD, RECEIPT, *([MODELFILE] if modelfile else [])]
     beside = [check_file_target(target.with_name(target.name + ending), overwrite=overwrite) for ending in endings]
     folder = find_folder(model)
+    if max_kl is not None and not verify:
+        raise UsageError("--max-kl is judged by the proof; leave --no-verify out")
     _check_options(folder, name, data=data, adapter_only=adapter_only, modelfile=modelfile)
     if adapter_only:
         return _export_adapter(folder, target, beside, str(model), name, verify=verify, overwrite=overwrite)
@@ -139,7 +146,7 @@ def export(
         source = open_source(whole)
         architecture = architecture_of(source.config)
         metadata = architecture.metadata(source.config)  # refuses what llama.cpp computes otherwise, before any work
-        words = _vocabulary(source)
+        words, tokenizer = _vocabulary(source)
         weighed = None
         if data is not None:
             weighed = measure_importance(
@@ -157,10 +164,11 @@ def export(
         for note in plan.notes:
             reporter.note(f"note: {note}")
         with atomic_file(target, overwrite=overwrite) as temporary:
-            proof = _make(temporary, plan, name, verify=verify, reporter=reporter)
+            read = _make(temporary, plan, name, verify=verify, reporter=reporter)
+            run = _run(temporary, model, verify=verify, max_kl=max_kl, reporter=reporter)
+            proof = _Proof([*read, *run.lines], run.run)
             receipt = _receipt(temporary, f"gguf:{name}", made_of, plan.notes, proof, plan.records)
-        result = ExportResult(target, list(plan.records.values()), proof, beside, receipt)
-        tokenizer = open_tokenizer(whole)
+        result = ExportResult(target, list(plan.records.values()), proof.lines, beside, receipt)
         _write_beside(result, words, tokenizer, source.config)
     return result
 
@@ -190,10 +198,8 @@ def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: 
             "gguf:q4_k_m, gguf:q4_0 ..."
         )
     if name in RUNTIME_TYPES:
-        from strop.runtime.library import require_runtime
-
         try:
-            require_runtime()
+            library()
         except MissingInputError as error:
             raise UsageError(
                 f"--format gguf:{name}: is written by llama.cpp's own quantizer. {error} Without it there are "
@@ -201,11 +207,22 @@ def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: 
             ) from error
 
 
-def _vocabulary(source: Source) -> Vocabulary:
-    tokenizer = open_tokenizer(source.folder)
-    embedding = architecture_of(source.config).embedding_name(source.names)
-    rows = source.shape(embedding)[0]
-    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer))
+def _vocabulary(source: Source) -> tuple[Vocabulary, Any]:
+    """The vocabulary, and the tokenizer where transformers opens it; a SentencePiece file alone does as well."""
+    rows = source.shape(architecture_of(source.config).embedding_name(source.names))[0]
+    file = source.folder / "tokenizer.model"
+    pieces = read_sentencepiece(file) if file.is_file() else None
+    try:
+        tokenizer = open_tokenizer(source.folder)
+    except ModelError:
+        if pieces is None:
+            raise
+        words = vocabulary_of_pieces(pieces, rows=rows, stops=_stops(source.folder, None))
+        words.notes.append(
+            "the tokenizer was read from tokenizer.model, as transformers opens none here; there is no chat template"
+        )
+        return words, None
+    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer), pieces=pieces), tokenizer
 
 
 def _plan(
@@ -263,14 +280,18 @@ def _write(path: Path, metadata: Mapping[str, Value], tensors: list[TensorToWrit
         reporter.finish()
 
 
+@dataclass(frozen=True)
+class _Proof:
+    """How a file was proved, in sentences, and the figures of its run; None where it was not run."""
+
+    lines: list[str]
+    run: dict[str, Any] | None = None
+
+
 def _prove(
-    path: Path,
-    metadata: Mapping[str, Value],
-    records: Mapping[str, TensorRecord],
-    *,
-    verify: bool,
-    reporter: Reporter,
+    path: Path, metadata: Mapping[str, Value], records: Mapping[str, TensorRecord], *, verify: bool, reporter: Reporter
 ) -> list[str]:
+    """Read a file back; returns what that proves, or that it was left out."""
     if not verify:
         return ["NOT PROVED: --no-verify was given; nothing was read back and nothing was run"]
     reporter.start("read the file back", len(records), "tensors")
@@ -278,10 +299,25 @@ def _prove(
         read_back(path, metadata, records, told=lambda done: reporter.advance(done))
     finally:
         reporter.finish()
-    return [
-        "read back by the gguf package and by strop's reader: every key and every tensor as they were written",
-        "NOT RUN in llama.cpp: that proof needs `pip install 'strop[gguf]'`",
-    ]
+    return ["read back by the gguf package and by strop's reader: every key and every tensor as they were written"]
+
+
+def _run(
+    path: Path, model: str | os.PathLike[str], *, verify: bool, max_kl: float | None, reporter: Reporter
+) -> _Proof:
+    """Run a file in llama.cpp beside the model that it was made from.
+
+    Raises:
+        GateError: it is not that model.
+    """
+    if not verify:
+        return _Proof([])
+    try:
+        library()
+    except MissingInputError as error:
+        return _Proof([f"NOT RUN in llama.cpp, where it is to serve: {error}"])
+    proof = prove_export(path, model, max_kl=max_kl, reporter=reporter)
+    return _Proof(proof.lines(), proof.to_dict())
 
 
 def _export_adapter(
@@ -306,10 +342,13 @@ def _export_adapter(
     with atomic_file(target, overwrite=overwrite) as temporary:
         check_disk(target.parent, file_bytes(metadata, watched))
         _write(temporary, metadata, watched, SILENT)
-        proof = _prove(temporary, metadata, records, verify=verify, reporter=SILENT)
+        read = _prove(temporary, metadata, records, verify=verify, reporter=SILENT)
+        proof = _Proof(
+            [*read, *(["NOT RUN in llama.cpp: an adapter runs over its base's file alone"] if verify else [])]
+        )
         notes = [f"an adapter over {config.base}: llama.cpp opens it with --lora beside a GGUF file of that base"]
         receipt = _receipt(temporary, f"gguf:{name} adapter", made_of, notes, proof, records)
-    result = ExportResult(target, list(records.values()), proof, beside, receipt)
+    result = ExportResult(target, list(records.values()), proof.lines, beside, receipt)
     _write_beside(result, None, None, None)
     return result
 
@@ -324,7 +363,7 @@ def _receipt(
     format: str,
     made_of: Mapping[str, Any],
     notes: list[str],
-    proof: list[str],
+    proof: _Proof,
     records: Mapping[str, TensorRecord],
 ) -> dict[str, Any]:
     return {
@@ -333,7 +372,8 @@ def _receipt(
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
         "notes": notes,
-        "proof": proof,
+        "proof": proof.lines,
+        "run": proof.run,
         "made_by": record(),
         "tensors": [tensor.to_dict() for tensor in records.values()],
     }
@@ -372,11 +412,11 @@ def _whole(folder: Path, target: Path, reporter: Reporter) -> Iterator[Path]:
 
 def _stops(folder: Path, tokenizer: Any) -> list[int]:
     """Ids that end an answer: the tokenizer's end, those of generation_config.json, those of the chat template."""
-    stops = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    stops = [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []
     if (folder / "generation_config.json").is_file():
         given = read_json(folder / "generation_config.json").get("eos_token_id")
         stops += [number for number in (given if isinstance(given, list) else [given]) if isinstance(number, int)]
-    if tokenizer.chat_template:
+    if tokenizer is not None and tokenizer.chat_template:
         stops += stop_ids(tokenizer)
     return list(dict.fromkeys(stops))
 

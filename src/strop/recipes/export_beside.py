@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from strop import __version__
+from strop.data.layout import added_tokens
 from strop.data.records import Message
 from strop.data.templates import chat_format
 from strop.errors import DataError, FileFormatError, MissingInputError
@@ -131,13 +132,13 @@ def modelfile(name: str, tokenizer: Any, stops: Sequence[str], *, adds_bos: bool
 
     Args:
         name: the GGUF file's name, in the same folder.
-        tokenizer: the model's.
+        tokenizer: the model's; None where transformers opens none.
         stops: texts that end an answer.
         adds_bos: whether the runtime puts the first token before the text.
         context: tokens that fit.
     """
     lines = [f"# written by strop {__version__}: ollama create NAME -f {name}{MODELFILE}", f"FROM ./{name}"]
-    if tokenizer.chat_template:
+    if tokenizer is not None and tokenizer.chat_template:
         template = ollama_template(tokenizer, adds_bos=adds_bos)
         if template is None:
             lines.append("# The chat template cannot be written as Ollama's; it stands in the GGUF file itself.")
@@ -161,9 +162,10 @@ def ollama_template(tokenizer: Any, *, adds_bos: bool) -> str | None:
     before, rest = text.split(first)
     asked, rest = rest.split(answer)
     between, after = rest.split(second)
-    if asked != after:
+    if not asked.startswith(after):
         return None
-    begin, user = _common(before, between)
+    opened = asked.removeprefix(after)  # what stands before an answer that is there, and not where one is asked for
+    begin, user = _common(before, between, added_tokens(tokenizer))
     end = between.removesuffix(user)
     with_system = _prompt(tokenizer, [Message("system", system), chat[0]])
     says: tuple[str, str] | None = None
@@ -181,9 +183,9 @@ def ollama_template(tokenizer: Any, *, adds_bos: bool) -> str | None:
                     return None
                 parts.append(says[0] + turn.content + says[1])
             elif turn.role == "user":
-                parts.append(user + turn.content + asked)
+                parts.append(user + turn.content + after)
             else:
-                parts.append(turn.content + end)
+                parts.append(opened + turn.content + end)
         return "".join(parts)
 
     tests = [chat, [*chat, Message("assistant", "b"), Message("user", "c\nd")], [Message("user", "é {x}")]]
@@ -195,20 +197,31 @@ def ollama_template(tokenizer: Any, *, adds_bos: bool) -> str | None:
     opening = begin.removeprefix(bos) if adds_bos and bos else begin
     roles = [] if says is None else [f'eq .Role "system" }}}}{_go(says[0])}{{{{ .Content }}}}{_go(says[1])}']
     roles += [
-        f'eq .Role "user" }}}}{_go(user)}{{{{ .Content }}}}{_go(asked)}',
-        f'eq .Role "assistant" }}}}{{{{ .Content }}}}{_go(end)}',
+        f'eq .Role "user" }}}}{_go(user)}{{{{ .Content }}}}{_go(after)}',
+        f'eq .Role "assistant" }}}}{_go(opened)}{{{{ .Content }}}}{_go(end)}',
     ]
     body = "{{ if " + "{{ else if ".join(roles) + "{{ end }}"
     template = f"{_go(opening)}{{{{ range .Messages }}}}{body}{{{{ end }}}}"
     return None if '"""' in template else template
 
 
-def _common(before: str, between: str) -> tuple[str, str]:
-    """What stands before the first user's turn alone, and what before each: the longest common ending."""
+def _common(before: str, between: str, tokens: Sequence[str]) -> tuple[str, str]:
+    """What stands before the first user's turn alone, and what before each: the longest ending that both have.
+
+    No special token is cut in two.
+    """
     length = 0
     while length < min(len(before), len(between)) and before[-1 - length] == between[-1 - length]:
         length += 1
+    while _cuts_token(before, len(before) - length, tokens) or _cuts_token(between, len(between) - length, tokens):
+        length -= 1
     return before[: len(before) - length], before[len(before) - length :]
+
+
+def _cuts_token(text: str, place: int, tokens: Sequence[str]) -> bool:
+    return any(
+        text.startswith(token, start) for token in tokens for start in range(max(0, place - len(token) + 1), place)
+    )
 
 
 def _go(text: str) -> str:

@@ -19,7 +19,7 @@ def summary(records: Sequence[TensorRecord]) -> list[str]:
         weights = sum(math.prod(one.shape) for one in ones)
         error, power = sum(one.error for one in ones), sum(one.power for one in ones)
         moved = sum(one.how == "moved" for one in ones)
-        said = f"{len(ones)} tensors ({weights:,} weights) as {kind}"
+        said = f"{len(ones)} tensor{'s' if len(ones) > 1 else ''} ({weights:,} weights) as {kind}"
         if moved:
             said += f", the codes of {moved} taken over bit for bit"
         if error:

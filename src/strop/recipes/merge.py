@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from pathlib import Path
@@ -28,15 +27,11 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from strop.config import load_config
-from strop.data.mixing import open_mixture
-from strop.data.records import Message, Record
 from strop.data.samples import prepare
-from strop.data.templates import prompt_ids
-from strop.errors import FormatError, GateError, ModelError, StropError, UsageError
+from strop.errors import FormatError, GateError, ModelError, UsageError
 from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target, write_json
 from strop.files.peft_adapter import AdapterConfig, base_digest
@@ -51,22 +46,11 @@ from strop.models.sources import find_folder
 from strop.numerics.qtensor import quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
+from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, rows_of_run
 from strop.recipes.rows import Rows, held_out_records
 
 EFFECT_GATES: Final = {"quantized": 0.95, "bfloat16": 0.99, "float16": 0.99, "float32": 0.999}
 """Least share of the adapter's effect that a merged model keeps, by how its weights are stored."""
-
-PROMPTS: Final = (
-    "What can you do for me?",
-    "Write one sentence about the weather.",
-    "wake me at half past six on weekdays",
-    "Name three colours and say which you like best.",
-    "How much is 12 times 7?",
-    "Translate to French: good morning",
-    "List the files in this folder.",
-    "Tell me a short story about a dog and a lamp.",
-)
-"""What is asked where neither `data` nor the run name rows."""
 
 MAX_PROMPTS: Final = 16
 MAX_TOKENS: Final = 256
@@ -259,7 +243,7 @@ class _Probe:
         """
         parts: list[Tensor] = []
         last = {"logits_to_keep": self.positions} if "logits_to_keep" in signature(model.forward).parameters else {}
-        with torch.no_grad(), _computing_in_fp32(model.eval()):
+        with torch.no_grad(), computing_in_fp32(model.eval()):
             for prompt in self.prompts:
                 ids = torch.tensor([prompt], device=model.device)
                 logits = model(input_ids=ids, use_cache=False, **last).logits
@@ -274,61 +258,13 @@ def _prompts(opened: OpenedModel, run: Path, data: Rows | None, vocabulary: int)
     tokenizer = opened.tokenizer
     if tokenizer is None:
         return [[(97 * at + 31 * row) % vocabulary for at in range(24)] for row in range(8)], "token ids in turn"
-    records = held_out_records(data) if data is not None else _rows_of_run(run)
+    records = held_out_records(data) if data is not None else rows_of_run(run, MAX_PROMPTS)
     if records:
         context = getattr(opened.model.config.get_text_config(), "max_position_embeddings", None) or MAX_TOKENS
         samples = prepare(records[:MAX_PROMPTS], tokenizer, max_length=min(MAX_TOKENS, context)).samples
         name = "the run's own rows" if data is None else "rows of the data"
         return [list(sample.input_ids) for sample in samples[:MAX_PROMPTS]], name
-    return [_asked(text, tokenizer) for text in PROMPTS], "built-in prompts"
-
-
-def _rows_of_run(run: Path) -> list[Record]:
-    """Rows that the run was validated on, if its settings and its data are still there."""
-    for folder in (run, run.parent):
-        if (folder / "config.yaml").is_file():
-            try:
-                splits = open_mixture(load_config(folder / "config.yaml").data)
-            except StropError:
-                return []
-            return list((splits.valid or splits.test or splits.train)[:MAX_PROMPTS])
-    return []
-
-
-def _asked(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.chat_template:
-        return prompt_ids([Message("user", text)], tokenizer)
-    return list(tokenizer(text)["input_ids"])
-
-
-@contextmanager
-def _computing_in_fp32(model: nn.Module) -> Iterator[None]:
-    """Let a model of 16-bit weights compute in fp32, each layer's weights being widened for its own call alone."""
-    narrow: dict[nn.Parameter, Tensor] = {}
-
-    def widen(module: nn.Module, _: Any) -> None:
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.dtype in (torch.bfloat16, torch.float16) and parameter not in narrow:
-                narrow[parameter] = parameter.data
-                parameter.data = parameter.data.float()
-
-    def restore(module: nn.Module, *_: Any) -> None:
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter in narrow:
-                parameter.data = narrow.pop(parameter)
-
-    hooks = []
-    for module in model.modules():
-        if module._parameters and not isinstance(module, QUANTIZED):  # that computes in the dtype of its input
-            hooks.append(module.register_forward_pre_hook(widen))
-            hooks.append(module.register_forward_hook(restore, always_call=True))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, data in narrow.items():
-            parameter.data = data
+    return [asked_ids(text, tokenizer) for text in PROMPTS], "built-in prompts"
 
 
 def _without_adapters(model: PreTrainedModel, probe: _Probe, scheme: Scheme | None) -> Tensor:

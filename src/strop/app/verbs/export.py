@@ -34,6 +34,12 @@ def export(
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Prove the file before it gets its name.")
     ] = True,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            "--max-kl", help="Fail above this KL (nats per token) between the file in llama.cpp and the model.", min=0
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     json: Json = False,
 ) -> None:
@@ -55,6 +61,7 @@ def export(
         adapter_only=adapter_only,
         modelfile=modelfile,
         verify=verify,
+        max_kl=max_kl,
         overwrite=overwrite,
         reporter=ConsoleReporter(),
     )

@@ -229,7 +229,7 @@ class Architecture:
         if layout is Layout.PLUS_ONE:
             return tensor.float() + 1.0
         if layout is Layout.TRANSPOSED:
-            return tensor.t() if tensor.ndim == 2 else tensor
+            return tensor.t().contiguous() if tensor.ndim == 2 else tensor
         order = self.row_order(layout, tensor.shape[0])
         return tensor if order is None else tensor[order]
 
@@ -238,7 +238,7 @@ class Architecture:
         if layout is Layout.PLUS_ONE:
             return tensor.float() - 1.0
         if layout is Layout.TRANSPOSED:
-            return tensor.t() if tensor.ndim == 2 else tensor
+            return tensor.t().contiguous() if tensor.ndim == 2 else tensor
         order = self.row_order(layout, tensor.shape[0])
         return tensor if order is None else tensor[torch.argsort(order)]
 

@@ -87,6 +87,10 @@ def ignores_merges(name: str) -> bool:
     return name in _KNOWN and _KNOWN[name].ignore_merges
 
 
+APPROXIMATE: Final = frozenset({"tekken", "gpt-4o"})
+"""Those whose expression llama.cpp replaces by one that knows no combining marks."""
+
+
 def pre_tokenizer_name(tokenizer: Tokenizer, *, ignore_merges: bool) -> str:
     """llama.cpp's name of a byte-level tokenizer's pre-tokenizer.
 

@@ -2,7 +2,7 @@
 
     default           rope.freq_base
     linear            ... and rope.scaling.type "linear", .factor
-    yarn              ... and .type "yarn", .factor, .original_context_length, .attn_factor and the two betas
+    yarn              ... and .type "yarn", .factor, .original_context_length, .attn_factor
     llama3            rope_freqs.weight [dimensions / 2]: what each frequency is divided by (Llama alone)
     longrope          rope_factors_long.weight, rope_factors_short.weight [dimensions / 2] (Phi-3 alone)
 
@@ -116,12 +116,12 @@ def _yarn(config: Any, parameters: Mapping[str, Any]) -> dict[str, Value]:
     }
     if (attention := parameters.get("attention_factor")) is not None:  # llama.cpp multiplies it with its own default
         keys["rope.scaling.attn_factor"] = float(attention) / (0.1 * math.log(factor) + 1.0)
-    for theirs, ours in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
-        if parameters.get(theirs) is not None:
-            keys[f"rope.scaling.{ours}"] = float(parameters[theirs])
-    for unknown in ("mscale", "mscale_all_dim"):
-        if parameters.get(unknown):
-            raise FormatError(f"{config.model_type}: {unknown} of its yarn scaling is not computed by llama.cpp")
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "mscale": 0, "mscale_all_dim": 0}
+    others = [
+        f"{name} {parameters[name]}" for name, one in fixed.items() if parameters.get(name, one) not in (one, None)
+    ]
+    if others:
+        raise FormatError(f"{config.model_type}: yarn with {', '.join(others)} is not computed by llama.cpp")
     return keys
 
 

@@ -13,7 +13,9 @@ it.
 
 from __future__ import annotations
 
+import base64
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -22,10 +24,12 @@ from typing import Any, Final
 from tokenizers import Tokenizer
 
 from strop.errors import FormatError, ModelError
-from strop.files.gguf.pretokenizers import pre_tokenizer_name
+from strop.files.gguf.pretokenizers import APPROXIMATE, pre_tokenizer_name
 from strop.files.gguf.rope import Value
+from strop.files.gguf.sentencepiece import SentencePieceModel
 
 _SPACE: Final = "\u2581"
+_NAMES: Final = {"bos": "bos", "unk": "unknown", "pad": "padding"}
 _STOPS: Final = ("eos", "eot", "eom")
 """Under which names llama.cpp looks for tokens that end an answer."""
 
@@ -65,13 +69,16 @@ class Vocabulary:
         return {key if "." in key else f"tokenizer.ggml.{key}": value for key, value in own.items()}
 
 
-def vocabulary(tokenizer: Any, *, rows: int, stops: Sequence[int]) -> Vocabulary:
+def vocabulary(
+    tokenizer: Any, *, rows: int, stops: Sequence[int], pieces: SentencePieceModel | None = None
+) -> Vocabulary:
     """The vocabulary of a transformers tokenizer.
 
     Args:
         tokenizer: a fast tokenizer.
         rows: of the model's embedding; tokens are padded to as many.
         stops: ids that end an answer, the most important first.
+        pieces: the SentencePiece model that lies beside it; its scores are taken where its pieces are the tokens.
 
     Raises:
         FormatError: llama.cpp has no such tokenizer; the message says what of it, and what it has.
@@ -86,14 +93,14 @@ def vocabulary(tokenizer: Any, *, rows: int, stops: Sequence[int]) -> Vocabulary
     fields = json.loads(backend.to_str())
     model = fields["model"]
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
-    texts, types = _tokens(backend, fields, rows)
     notes: list[str] = []
+    texts, types = _tokens(backend, fields, rows, notes)
     if kind == "Unigram":
-        name, keys = "t5", _unigram(fields, texts, types)
+        name, keys = "t5", _unigram(fields, texts, notes)
     elif kind != "BPE":
         raise FormatError(f"a tokenizer of the kind {kind} is not written as GGUF; BPE and Unigram are")
     elif model.get("byte_fallback"):
-        name, keys = "llama", _sentencepiece(fields, texts, types, tokenizer, notes)
+        name, keys = "llama", _sentencepiece(fields, texts, types, tokenizer, pieces, notes)
     else:
         name, keys = "gpt2", _byte_level(backend, fields, notes)
     _check_affixes(tokenizer, keys, notes)
@@ -108,10 +115,10 @@ def vocabulary(tokenizer: Any, *, rows: int, stops: Sequence[int]) -> Vocabulary
     return Vocabulary(name, texts, types, keys, notes)
 
 
-def _tokens(backend: Tokenizer, fields: Mapping[str, Any], rows: int) -> tuple[list[str], list[int]]:
+def _tokens(backend: Tokenizer, fields: Mapping[str, Any], rows: int, notes: list[str]) -> tuple[list[str], list[int]]:
     """Text and kind of each token, padded to `rows`."""
-    known = backend.get_vocab(with_added_tokens=True)
-    highest = max(known.values(), default=-1)
+    highest = max(backend.get_vocab(with_added_tokens=False).values(), default=-1)
+    known = {text: place for text, place in backend.get_vocab(with_added_tokens=True).items() if place < rows}
     if highest >= rows:
         raise ModelError(
             f"the tokenizer has a token of id {highest}, the embedding {rows} rows; open a tokenizer and a model that "
@@ -126,16 +133,23 @@ def _tokens(backend: Tokenizer, fields: Mapping[str, Any], rows: int) -> tuple[l
         if byte_fallback and len(text) == 6 and text.startswith("<0x") and text.endswith(">"):
             types[place] = int(TokenType.BYTE)
     for entry in fields["added_tokens"]:
+        if entry["id"] >= rows:  # the model knows nothing of it, in transformers neither
+            notes.append(f"the token {entry['content']!r} has no row in the embedding and is left out")
+            continue
         types[entry["id"]] = int(TokenType.CONTROL if entry["special"] else TokenType.USER_DEFINED)
         texts[entry["id"]] = entry["content"]
     if isinstance(fields["model"].get("unk_id"), int):
         types[fields["model"]["unk_id"]] = int(TokenType.UNKNOWN)
     elif unknown in known and byte_fallback:
         types[known[unknown]] = int(TokenType.UNKNOWN)
-    if len(set(texts)) != len(texts):
-        twice = next(text for text in texts if texts.count(text) > 1)
-        raise ModelError(f"the tokenizer has two tokens of the text {twice!r}, which llama.cpp cannot tell apart")
+    _check_unique(texts)
     return texts, types
+
+
+def _check_unique(texts: Sequence[str]) -> None:
+    if len(set(texts)) != len(texts):
+        twice = next(text for text, count in Counter(texts).items() if count > 1)
+        raise ModelError(f"the tokenizer has two tokens of the text {twice!r}, which llama.cpp cannot tell apart")
 
 
 def _byte_level(backend: Tokenizer, fields: Mapping[str, Any], notes: list[str]) -> dict[str, Value]:
@@ -160,12 +174,22 @@ def _byte_level(backend: Tokenizer, fields: Mapping[str, Any], notes: list[str])
             "form (letters and accents apart) gets other ids"
         )
     name = pre_tokenizer_name(backend, ignore_merges=bool(model.get("ignore_merges")))
+    if name in APPROXIMATE:
+        notes.append(
+            f"llama.cpp's {name} cuts words elsewhere where accents stand apart from their letters (combining marks): "
+            "such texts get other ids"
+        )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {"pre": name, "merges": merges}
 
 
 def _sentencepiece(
-    fields: Mapping[str, Any], texts: Sequence[str], types: Sequence[int], tokenizer: Any, notes: list[str]
+    fields: Mapping[str, Any],
+    texts: Sequence[str],
+    types: Sequence[int],
+    tokenizer: Any,
+    pieces: SentencePieceModel | None,
+    notes: list[str],
 ) -> dict[str, Value]:
     prefix = _space_prefix(fields)
     if prefix == "first":
@@ -179,37 +203,88 @@ def _sentencepiece(
                 "the tokenizer puts a space before the text but not after a special token, and llama.cpp after both: "
                 "texts with special tokens inside get other ids"
             )
-    ranks: dict[str, int] = {}
-    for rank, merge in enumerate(fields["model"]["merges"]):
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        ranks.setdefault(left + right, rank)
-    last = -float(len(ranks) + 1)
-    scores = [
-        -1000.0 if kind in (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED) else -float(ranks[text] + 1)
-        if text in ranks
-        else 0.0 if kind in (TokenType.BYTE, TokenType.UNKNOWN) else last
-        for text, kind in zip(texts, types, strict=True)
-    ]  # fmt: skip
+    scores = _scores(fields["model"]["merges"], texts, types)
+    if pieces is not None and list(texts[: len(pieces.texts)]) == pieces.texts:
+        scores[: len(pieces.scores)] = pieces.scores
     always = prefix == "always" or (prefix == "first" and not tokenizer.chat_template)
     return {"pre": "default", "scores": scores, "add_space_prefix": always}
 
 
-def _unigram(fields: Mapping[str, Any], texts: Sequence[str], types: Sequence[int]) -> dict[str, Value]:
+def _scores(merges: Sequence[Any], texts: Sequence[str], types: Sequence[int]) -> list[float]:
+    """Scores in the order of merges: the token that is merged first has the highest."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(merges):
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        ranks.setdefault(left + right, rank)
+    last = -float(len(merges) + 1)
+    by_type = {TokenType.BYTE: 0.0, TokenType.UNKNOWN: 0.0, TokenType.NORMAL: last}
+    return [
+        -float(ranks[text] + 1) if kind == TokenType.NORMAL and text in ranks else by_type.get(TokenType(kind), -1000.0)
+        for text, kind in zip(texts, types, strict=True)
+    ]
+
+
+def vocabulary_of_pieces(pieces: SentencePieceModel, *, rows: int, stops: Sequence[int]) -> Vocabulary:
+    """The vocabulary of a SentencePiece model, where no fast tokenizer can be opened; it has no chat template.
+
+    Args:
+        pieces: the model.
+        rows: of the model's embedding.
+        stops: ids that end an answer.
+
+    Raises:
+        FormatError: a BPE without bytes to fall back on, which llama.cpp does not have.
+        ModelError: more pieces than rows, or two of one text.
+    """
+    if pieces.algorithm == "bpe" and not pieces.byte_fallback:
+        raise FormatError("the SentencePiece BPE has no bytes to fall back on (byte_fallback); llama.cpp's has")
+    count = len(pieces.texts)
+    if count > rows:
+        raise ModelError(f"the tokenizer has {count} pieces, the embedding {rows} rows; they do not belong together")
+    texts = [*pieces.texts, *(f"[PAD{place}]" for place in range(count, rows))]
+    _check_unique(texts)
+    types = [*pieces.kinds, *[int(TokenType.UNUSED)] * (rows - count)]
+    keys: dict[str, Value] = {
+        "pre": "default",
+        "scores": [*pieces.scores, *[-1000.0] * (rows - count)],
+        "add_space_prefix": pieces.space_before,
+        "add_bos_token": "bos" in pieces.special,
+        "add_eos_token": False,
+    }
+    if pieces.algorithm == "unigram":
+        keys["remove_extra_whitespaces"] = pieces.merges_spaces
+        if pieces.characters:
+            keys["precompiled_charsmap"] = pieces.characters
+    notes: list[str] = []
+    keys |= _special_keys(
+        pieces.special, stops or [pieces.special[name] for name in ("eos",) if name in pieces.special]
+    )
+    return Vocabulary("llama" if pieces.algorithm == "bpe" else "t5", texts, types, keys, notes)
+
+
+def _unigram(fields: Mapping[str, Any], texts: Sequence[str], notes: list[str]) -> dict[str, Value]:
     scores = [-1000.0] * len(texts)
     for place, (_, score) in enumerate(fields["model"]["vocab"]):
         scores[place] = float(score)
-    keys: dict[str, Value] = {"pre": "default", "scores": scores, "remove_extra_whitespaces": False}
+    keys: dict[str, Value] = {"pre": "default", "scores": scores}
+    merges, strips = False, False
     for step in _steps(fields["normalizer"], "normalizers"):
         if step["type"] == "Precompiled":
-            import base64
-
             keys["precompiled_charsmap"] = base64.b64decode(step["precompiled_charsmap"])
         elif step["type"] == "Replace" and step["pattern"] == {"Regex": " {2,}"}:
-            keys["remove_extra_whitespaces"] = True
+            merges = True
         elif step["type"] == "Strip":
-            continue  # spaces at the ends are what merging them removes too
+            strips = bool(step["strip_right"])
         elif not (step["type"] in ("Prepend", "Replace") and step.get("prepend", step.get("content")) == _SPACE):
             raise FormatError(f"the tokenizer normalizes text by {step['type']}, which llama.cpp's unigram does not")
+    if merges != strips:
+        raise FormatError(
+            f"the tokenizer {'merges spaces but keeps' if merges else 'keeps spaces but removes'} those at a text's "
+            "end; llama.cpp's unigram does both or neither"
+        )
+    keys["remove_extra_whitespaces"] = merges
+    if strips and "precompiled_charsmap" not in keys:
+        notes.append("tabs and line ends at the end of a text are removed by the tokenizer, and not by llama.cpp")
     keys["add_space_prefix"] = _space_prefix(fields) != "never"
     return keys
 
@@ -257,20 +332,17 @@ def _check_affixes(tokenizer: Any, keys: dict[str, Value], notes: list[str]) -> 
 
 
 def _special(tokenizer: Any, stops: Sequence[int], notes: list[str]) -> dict[str, Value]:
-    keys: dict[str, Value] = {}
-    for name in ("bos", "unk", "pad"):
-        number = getattr(tokenizer, f"{name}_token_id", None)
-        if number is not None:
-            keys["unknown_token_id" if name == "unk" else "padding_token_id" if name == "pad" else "bos_token_id"] = (
-                number
-            )
+    ids = {name: getattr(tokenizer, f"{name}_token_id", None) for name in _NAMES}
     ends = list(dict.fromkeys(stops))
-    for name, number in zip(_STOPS, ends, strict=False):
-        keys[f"{name}_token_id"] = number
     if len(ends) > len(_STOPS):
         left = [tokenizer.convert_ids_to_tokens(number) for number in ends[len(_STOPS) :]]
         notes.append(f"GGUF holds {len(_STOPS)} tokens that end an answer; left out: {', '.join(map(str, left))}")
-    return keys
+    return _special_keys({name: number for name, number in ids.items() if number is not None}, ends)
+
+
+def _special_keys(ids: Mapping[str, int], stops: Sequence[int]) -> dict[str, Value]:
+    keys: dict[str, Value] = {f"{ours}_token_id": ids[name] for name, ours in _NAMES.items() if name in ids}
+    return keys | {f"{name}_token_id": number for name, number in zip(_STOPS, stops, strict=False)}
 
 
 def _template(template: Any) -> str:
