@@ -60,12 +60,14 @@ class GgufBase:
         config: transformers' configuration of its model.
         architecture: its names and layouts.
         places: checkpoint's name of every weight -> where it lies.
+        dtype: what decoded weights are held in, unless another is asked for.
     """
 
     file: GgufFile
     config: PreTrainedConfig
     architecture: Architecture
     places: Mapping[str, _Place]
+    dtype: torch.dtype
 
     name = METHOD
 
@@ -207,7 +209,7 @@ def open_gguf(path: Path) -> GgufBase:
             f"{', ...' if len(strangers) > 8 else ''}; leaving them out would be another model"
         )
     config.dtype = _dtype(file)
-    return GgufBase(file, config, architecture, places)
+    return GgufBase(file, config, architecture, places, config.dtype)
 
 
 def gguf_tokenizer(path: Path) -> PreTrainedTokenizerBase | None:

@@ -223,10 +223,9 @@ def _open_gguf(
         plan = ReadingPlan(base, device)
     elif scheme is not None:
         plan = _rounding_plan(path, scheme, device, rounding, keep)
-    if isinstance(dtype, torch.dtype):
-        base.config.dtype = dtype
-    state = base.state(base.config.dtype, codes=base.is_quantized)
-    model = _through_transformers(path, base.config, plan, base.config.dtype, state=state)
+    held = dtype if isinstance(dtype, torch.dtype) else base.dtype
+    base.config.dtype = held
+    model = _through_transformers(path, base.config, plan, held, state=base.state(held, codes=base.is_quantized))
     return OpenedModel(model.to(device), None, str(path), _true_scheme(model), None, base.notes())  # type: ignore[arg-type]
 
 

@@ -56,12 +56,12 @@ def tokenizer_of(metadata: Mapping[str, object], *, where: str) -> PreTrainedTok
             f"{where}: tokenizer.ggml.model is {model!r}{nearest(str(model), makers)}; those that strop opens: "
             f"{', '.join(makers)}. Save the original tokenizer beside the file's weights instead"
         )
-    texts, types = keys.get("tokens"), keys.get("token_type")
-    if not _all(texts, str) or not texts:
-        raise FormatError(f"{where}: tokenizer.ggml.tokens is no list of texts")
-    types = [int(TokenType.NORMAL)] * len(texts) if types is None else types
-    if not _all(types, int) or len(types) != len(texts):
-        raise FormatError(f"{where}: tokenizer.ggml.token_type is no list of {len(texts)} kinds")
+    texts: list[str] = _items(keys, "tokens", str, where)
+    count = len(texts)
+    normal = [int(TokenType.NORMAL)] * count
+    types: list[int] = _items(keys, "token_type", int, where, count) if "token_type" in keys else normal
+    if all(kind == TokenType.UNUSED for kind in types):
+        raise FormatError(f"{where}: every one of its {count:,} tokens is marked as unused")
     made = _whole(makers[str(model)](keys, texts, types, where), str(model), keys, texts, types, where)
     template = metadata.get("tokenizer.chat_template")
     if isinstance(template, str) and template:
@@ -79,25 +79,21 @@ def _byte_level(keys: Mapping[str, Any], texts: Sequence[str], types: Sequence[i
             f"not know, and another one would change token ids in silence; known are {', '.join(PRE_TOKENIZERS)}. "
             "Open the folder that the file was made from"
         )
-    merges = keys.get("merges")
-    if not _all(merges, str) or any(merge.count(" ") != 1 for merge in merges):
-        raise FormatError(f"{where}: tokenizer.ggml.merges is no list of pairs")
-    backend = Tokenizer(
-        models.BPE(
-            vocab=_plain(texts, types),
-            merges=[tuple(merge.split(" ")) for merge in merges],
-            ignore_merges=ignores_merges(name),
-        )
-    )
+    vocab = _plain(texts, types)
+    merges: list[tuple[str, str]] = []
+    for merge in _items(keys, "merges", str, where):
+        left, space, right = merge.partition(" ")
+        if not space or " " in right or not {left, right, left + right} <= vocab.keys():
+            raise FormatError(f"{where}: tokenizer.ggml.merges holds {merge[:40]!r}, which is no pair of its tokens")
+        merges.append((left, right))
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=ignores_merges(name)))
     backend.pre_tokenizer = pre_tokenizer(name)
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
 def _sentencepiece(keys: Mapping[str, Any], texts: Sequence[str], types: Sequence[int], where: str) -> Tokenizer:
-    scores = keys.get("scores")
-    if not _all(scores, float) or len(scores) != len(texts):
-        raise FormatError(f"{where}: tokenizer.ggml.scores is no list of {len(texts)} numbers")
+    scores: list[float] = _items(keys, "scores", float, where, len(texts))
     mergeable = {
         text: score
         for text, score, kind in zip(texts, scores, types, strict=True)
@@ -127,11 +123,11 @@ def _sentencepiece(keys: Mapping[str, Any], texts: Sequence[str], types: Sequenc
 
 
 def _unigram(keys: Mapping[str, Any], texts: Sequence[str], types: Sequence[int], where: str) -> Tokenizer:
-    scores = keys.get("scores")
-    if not _all(scores, float) or len(scores) != len(texts):
-        raise FormatError(f"{where}: tokenizer.ggml.scores is no list of {len(texts)} numbers")
+    scores: list[float] = _items(keys, "scores", float, where, len(texts))
     unknown = next((place for place, kind in enumerate(types) if kind == TokenType.UNKNOWN), None)
-    backend = Tokenizer(models.Unigram(list(zip(texts, scores, strict=True)), unk_id=unknown, byte_fallback=False))
+    held = max(place for place, kind in enumerate(types) if kind != TokenType.UNUSED) + 1
+    pieces = list(zip(texts, scores, strict=True))[:held]
+    backend = Tokenizer(models.Unigram(pieces, unk_id=unknown, byte_fallback=False))
     steps: list[Any] = []
     if charsmap := keys.get("precompiled_charsmap"):
         steps.append(normalizers.Precompiled(bytes(charsmap)))
@@ -210,5 +206,11 @@ def _prove(made: Any, keys: Mapping[str, Any], texts: Sequence[str], types: Sequ
         raise FormatError(f"{where}: its tokenizer would be opened with other tokens than it holds: {what} differ")
 
 
-def _all(values: Any, kind: type) -> bool:
-    return isinstance(values, list) and all(type(value) is kind for value in values)
+def _items(keys: Mapping[str, Any], key: str, kind: type, where: str, count: int | None = None) -> list[Any]:
+    """A list of one kind of items, of which there are `count` where that is given, and one at least where not."""
+    values = keys.get(key)
+    if not isinstance(values, list) or not values or any(type(value) is not kind for value in values):
+        raise FormatError(f"{where}: tokenizer.ggml.{key} is no list of {kind.__name__} values, which it must be")
+    if count is not None and len(values) != count:
+        raise FormatError(f"{where}: tokenizer.ggml.{key} has {len(values):,} items, and there are {count:,} tokens")
+    return values
