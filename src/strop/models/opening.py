@@ -38,6 +38,7 @@ from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_c
 from strop.files.shards import tensor_files
 from strop.layers.quant_experts import QuantExperts
 from strop.layers.quantized import QUANTIZED
+from strop.models.adapter_base import precision_notes
 from strop.models.containers import container_for
 from strop.models.gguf_base import gguf_tokenizer, open_gguf
 from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
@@ -145,6 +146,7 @@ def load(
             scheme = parse_format(adapter.record.format).scheme  # the precision that it was trained on
         opened = _open_model(base, scheme, torch_dtype, torch_device, rounding, keep)
         opened.adapter = load_adapter(opened.model, folder, to_merge=to_merge)
+        opened.notes += precision_notes(opened.model, opened.adapter, folder, base)
         opened.source = str(folder)
         homes = [folder, base]
     if tokenizer:
