@@ -75,9 +75,9 @@ def expected(base: Path, run: Path, trained: str | None, opened: str | None) -> 
 def test_another_precision_is_said_with_the_shift_of_both_bases(tmp_path, family, trained, opened):
     base = tiny_folder(tmp_path, family)
     run = adapter(tmp_path, base, trained, precision=trained or "full precision")
-    assert load(run, trained).notes == []
+    assert load(run, trained).warnings == []
     edit_json(run / "strop_base.json", format=None)  # opened over what is asked for, as by another tool's user
-    (note,) = load(run, opened).notes
+    (note,) = load(run, opened).warnings
     assert (
         f"trained over its base in {trained or 'full precision'}, and is opened over it in {opened or 'full'}" in note
     )
@@ -91,10 +91,10 @@ def test_a_run_records_the_precision_of_a_base_that_is_stored_quantized(tmp_path
     run = short(base, data, tmp_path / "run", method="qlora")
     record = read_adapter_config(run.best_path).record
     assert (record.format, record.precision) == (None, "int4-g32-asym")
-    assert load(run.path).notes == []
+    assert load(run.path).warnings == []
     dense = tiny_folder(tmp_path / "dense", "llama")
     edit_json(run.best_path / "adapter_config.json", base_model_name_or_path=str(dense))
-    (note,) = load(run.path).notes
+    (note,) = load(run.path).warnings
     assert "trained over its base in int4-g32-asym, and is opened over it in full precision" in note
     assert measured(note)[0] > 0.03
     result = merge(run.path, tmp_path / "merged", force=True)
@@ -112,13 +112,13 @@ def test_an_adapter_of_peft_is_spoken_of_only_over_a_quantized_base(tmp_path):
     base = tiny_folder(tmp_path, "llama")
     config = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(base), config).save_pretrained(tmp_path / "theirs")
-    assert load(tmp_path / "theirs").notes == []
-    (note,) = load(tmp_path / "theirs", "nf4").notes
+    assert load(tmp_path / "theirs").warnings == []
+    (note,) = load(tmp_path / "theirs", "nf4").warnings
     assert "nothing records the precision of the base that this adapter was trained on" in note
     assert "opened over nf4; were it full precision, the weights of 7 of 14 adapted layers differ by" in note
     quantized, _ = foreign_folder(tmp_path / "gptq", "gptq")
     edit_json(tmp_path / "theirs" / "adapter_config.json", base_model_name_or_path=str(quantized))
-    (note,) = load(tmp_path / "theirs").notes
+    (note,) = load(tmp_path / "theirs").warnings
     assert "opened over int4-g32. If it was trained over another" in note
 
 

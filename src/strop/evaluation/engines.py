@@ -151,7 +151,7 @@ class FolderEngine:
     def __init__(self, opened: OpenedModel) -> None:
         self._opened = opened
         self.source, self.network, self.tokenizer = opened.source, opened.model, opened.tokenizer
-        self.notes: Sequence[str] = opened.notes
+        self.notes: Sequence[str] = [*opened.notes, *(f"warning: {warning}" for warning in opened.warnings)]
         self.context = context_length(opened.model)
         self.format = f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format
 

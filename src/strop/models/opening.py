@@ -68,7 +68,8 @@ class OpenedModel:
         source: the folder that was opened (for a hub id, the one in the local cache).
         scheme: how the linear layers are quantized; None in full precision, and where they differ.
         adapter: the adapter's configuration; None without an adapter.
-        notes: what a user should know of how it was opened.
+        notes: what is held otherwise than the file has it.
+        warnings: where an adapter lies over another precision than it was trained on, or may.
     """
 
     model: PreTrainedModel
@@ -77,6 +78,7 @@ class OpenedModel:
     scheme: Scheme | None
     adapter: AdapterConfig | None
     notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def format(self) -> str:
@@ -146,7 +148,7 @@ def load(
             scheme = parse_format(adapter.record.format).scheme  # the precision that it was trained on
         opened = _open_model(base, scheme, torch_dtype, torch_device, rounding, keep)
         opened.adapter = load_adapter(opened.model, folder, to_merge=to_merge)
-        opened.notes += precision_notes(opened.model, opened.adapter, folder, base)
+        opened.warnings += precision_notes(opened.model, opened.adapter, folder, base)
         opened.source = str(folder)
         homes = [folder, base]
     if tokenizer:

@@ -142,7 +142,7 @@ def merge(
     opened = load(run, to_merge=True)
     if opened.adapter is None:
         raise UsageError(f"{run}: holds a whole model, and a merge takes an adapter; there is nothing to merge")
-    warnings = (*_warnings(opened.adapter), *opened.notes)
+    warnings = (*_warnings(opened.adapter), *opened.warnings)
     for warning in warnings:
         reporter.note(f"warning: {warning}")
     model = opened.model
