@@ -49,7 +49,7 @@ def origin(folder: Path) -> dict[str, Any]:
     receipt = folder / "receipt.json"
     if receipt.is_file():
         fields = json.loads(receipt.read_text(encoding="utf-8"))
-        found["quantized"] = {key: fields.get(key) for key in ("source", "format", "settings", "held_out")}
+        found["quantized"] = {key: fields.get(key) for key in ("source", "requested", "settings", "held_out")}
     return found
 
 
@@ -117,7 +117,7 @@ def _origin_rows(receipt: Mapping[str, Any]) -> list[str]:
         settings = quantized.get("settings") or {}
         held = quantized.get("held_out") or {}
         figure = f", KL {held['kl']:.2e} on held-out rows" if isinstance(held.get("kl"), float) else ""
-        rows.append(f"| quantized before | {quantized['format']} by {settings.get('method')}{figure} |")
+        rows.append(f"| quantized before | {quantized['requested']} by {settings.get('method')}{figure} |")
     importance = receipt.get("importance")
     if importance:
         rows.append(
