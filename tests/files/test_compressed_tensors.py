@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from strop.errors import FileFormatError, FormatError
 from strop.files.compressed_tensors import config_for, decode, encode, scheme_from_config
+from strop.numerics.packing import pack
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Mode, parse_format, parse_scheme
 
@@ -238,7 +240,6 @@ CONFIGS = {
     "a float of 4 bits": (weights_with(type="float"), "type float"),
     "blocks": (weights_with(strategy="block"), "strategy block"),
     "no group size": (weights_with(group_size=None), "group_size None"),
-    "activation order": (weights_with(actorder="group"), "activation order"),
 }
 
 
@@ -267,7 +268,8 @@ MALFORMED: dict[str, tuple[str, Any, str]] = {
     "a negative shape": ("weight_shape", torch.tensor([-33, 96]), "two sizes"),
     "another shape": ("weight_shape", torch.tensor([33, 97]), "weight_packed is"),
     "zero points not packed": ("weight_zero_point", torch.zeros(33, 3, dtype=torch.int8), "weight_zero_point is"),
-    "one more": ("weight_g_idx", torch.zeros(96, dtype=torch.int32), "weight_g_idx"),
+    "one more": ("weight_order", torch.zeros(96, dtype=torch.int32), "weight_order"),
+    "groups of unequal size": ("weight_g_idx", torch.zeros(96, dtype=torch.int32), "weight_g_idx does not put"),
 }
 
 
@@ -280,6 +282,27 @@ def test_malformed_tensors_are_refused_with_layer_and_field(case: str) -> None:
     with pytest.raises(FileFormatError, match=words) as caught:
         decode(tensors, config_for(parse_scheme("int4-g32-asym"), []), where="model.layers.0.q_proj")
     assert str(caught.value).startswith("model.layers.0.q_proj: ")
+
+
+@pytest.mark.parametrize("grid", ["int4-g32", "int4-g32-asym"])
+def test_activation_order_by_group_is_read_with_codes_where_they_were(grid: str) -> None:
+    scheme, order = parse_scheme(grid), torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    index = (order.argsort() // 32).to(torch.int32)
+    held = quantize_tensor(weight()[:, order], scheme)  # as the calibration saw the columns
+    codes = pack(held.stored_codes()[:, order.argsort()], 4)  # as the file holds them
+    tensors = local(encode(dataclasses.replace(held, codes=codes), "a.b")) | {"weight_g_idx": index}
+    config = config_for(scheme, [])
+    config["config_groups"][grid]["weights"]["actorder"] = "group"
+    read = decode(tensors, config)
+    assert read.codes.equal(codes)
+    assert read.group_index.equal(index)
+    assert read.dequantize().equal(held.dequantize()[:, order.argsort()])
+    with pytest.raises(FormatError, match="activation order"):
+        encode(read, "a.b")
+    with pytest.raises(FileFormatError, match="weight_g_idx"):
+        decode({name: tensor for name, tensor in tensors.items() if name != "weight_g_idx"}, config)
+    not_ordered = decode(tensors | {"weight_g_idx": torch.full((96,), -1, dtype=torch.int32)}, config)
+    assert not_ordered.group_index is None
 
 
 def test_one_int8_per_weight_that_does_not_fit_the_bits_is_refused() -> None:

@@ -168,9 +168,11 @@ def test_code_beside_an_architecture_that_transformers_has_is_not_run(folder, tm
 @pytest.mark.parametrize(
     "quantization",
     [
-        {"quant_method": "gptq", "bits": 4},
-        {"quant_method": "bitsandbytes", "load_in_8bit": True},
-        {"load_in_8bit": True},
+        {"quant_method": "gptq", "bits": 5},
+        {"quant_method": "awq", "bits": 4, "version": "gemv"},
+        {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": "six"},
+        {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+        {"quant_method": "hqq"},
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {"group_0": {}}},
         {"quant_method": "of-tomorrow"},
     ],

@@ -7,6 +7,7 @@ import torch
 
 from strop.errors import FormatError
 from strop.numerics import QuantizedTensor, Scheme, parse_format, parse_scheme, quantize_tensor
+from strop.numerics.packing import pack
 
 from .schemes import ALL_TEXTS, named
 
@@ -133,3 +134,24 @@ def test_it_is_frozen() -> None:
     quantized = quantize_tensor(weight(), parse_scheme("int4"))
     with pytest.raises(AttributeError):
         quantized.shape = (1, 1)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("text", ["int4-g8", "int4-g8-asym", "int3-g8-full"])
+def test_inputs_whose_groups_stand_apart_take_the_scale_of_their_own_group(text: str) -> None:
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0))
+    held = quantize_tensor(weight()[:, order], parse_scheme(text))
+    parts = held.tensors() | {"group_index": (order.argsort() // 8).to(torch.int32)}
+    parts["codes"] = pack(held.stored_codes()[:, order.argsort()], held.scheme.bits)
+    apart = QuantizedTensor.from_tensors(parts, held.scheme, held.shape)
+    assert apart.dequantize().equal(held.dequantize()[:, order.argsort()])
+    assert apart.nbytes == held.nbytes + 24 * 4
+    assert apart.tensors().keys() == parts.keys()
+
+
+@pytest.mark.parametrize("text", ["int4", "int4-tensor", "nf4", "fp8"])
+def test_a_weight_without_groups_of_inputs_has_no_index_of_them(text: str) -> None:
+    held = quantize_tensor(weight(), parse_scheme(text))
+    with pytest.raises(FormatError, match="unexpected group_index"):
+        QuantizedTensor.from_tensors(
+            held.tensors() | {"group_index": torch.zeros(24, dtype=torch.int32)}, held.scheme, held.shape
+        )

@@ -40,7 +40,7 @@ def test_training_further_on_another_base_is_said(base, data, tmp_path):
     first, notes = short(base, data, tmp_path / "first", method="qlora"), Notes()
     other = tiny_folder(tmp_path, "llama", seed=1, dtype=torch.bfloat16)
     short(other, data, tmp_path / "second", method="lora", adapter=first.path, reporter=notes)
-    assert notes.said("the adapter was trained on its base in nf4-dq")
+    assert notes.said("this adapter was trained over its base in nf4-dq, and is opened over it in full precision")
     assert notes.said("the adapter was trained on other weights")
 
 

@@ -52,6 +52,11 @@ class Engine(Protocol):
         ...
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What a user should know of how it was opened."""
+        ...
+
+    @property
     def tokenizer(self) -> Any:
         """Transformers' tokenizer, or one with the same names; None without one."""
         ...
@@ -146,6 +151,7 @@ class FolderEngine:
     def __init__(self, opened: OpenedModel) -> None:
         self._opened = opened
         self.source, self.network, self.tokenizer = opened.source, opened.model, opened.tokenizer
+        self.notes: Sequence[str] = [*opened.notes, *(f"warning: {warning}" for warning in opened.warnings)]
         self.context = context_length(opened.model)
         self.format = f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format
 
@@ -182,6 +188,7 @@ class GgufEngine:
     """llama.cpp, over an open GGUF file. Prompts are answered one after another; the cache is kept in float32."""
 
     network = None
+    notes: Sequence[str] = ()
 
     def __init__(self, model: GgufModel) -> None:
         self.model, self.tokenizer = model, model.tokenizer

@@ -128,6 +128,7 @@ class SideBySide:
         release_unused_memory()
         with steady_allocation(), PeakMemory() as memory:
             opened = open_engine(place.path, device=self._settings.device)
+            self._notes += opened.notes
             self._prepare(opened)
             self._check_fits(opened, place.name)
             count = len(self.rows.samples)

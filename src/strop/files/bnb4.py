@@ -22,7 +22,7 @@ What transformers 5.23 with bitsandbytes 0.50.2 does with such a folder on a CPU
   and fails where `out` is no multiple of 32; `support_avx512bf16_for_cpu = False` on its `Linear4bit` layers avoids
 both. `dtype` in the state is float32, so that nothing is rounded between the table and the matmul.
 
-Not here: 8-bit weights (LLM.int8) and storage in other dtypes than uint8, which are refused by name.
+Not here: 8-bit weights (LLM.int8, `bnb8`) and storage in other dtypes than uint8, which is refused by name.
 """
 
 from __future__ import annotations

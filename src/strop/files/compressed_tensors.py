@@ -7,6 +7,7 @@
     NAME.weight_shape       int64 [2]: out, in
     NAME.weight_zero_point  asymmetric only: int32 [ceil(out * b / 32), in / g], z + 2^(b-1) packed along dim 0;
                             per tensor int8 [1], not packed
+    NAME.weight_g_idx       older files' activation order by group only: int32 [in], the group of each input
 
 A row of ours, padded with zero bytes to a multiple of four, is a row of `weight_packed`. `float-quantized` (fp8) holds
 `NAME.weight` in float8_e4m3 and `NAME.weight_scale`; `mxfp4-pack-quantized` holds `NAME.weight_packed` uint8
@@ -29,7 +30,8 @@ What transformers 5.23 with compressed-tensors 0.20 does with such a folder (fou
   dequantized while loading too, which is exact: its levels have two significant bits.
 
 Not here: GPT-2's Conv1D, which the library cannot hold packed (`saving` refuses it); quantized caches, groups of
-layers with different grids (`mixed` takes them apart), and activation order, which are refused by name on reading.
+layers with different grids (`mixed` takes them apart), which are refused by name on reading. Activation order by group
+is read and not written: the library dropped it in 2026, and other readers with it.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ import torch
 from torch import Tensor
 
 from strop.errors import FileFormatError, FormatError
+from strop.files.gptq import group_index
 from strop.numerics.activations import ActivationRange, Activations
 from strop.numerics.formats import FORMATS, CodebookFormat, FloatFormat, IntFormat
 from strop.numerics.packing import pack, packed_size, unpack
@@ -169,8 +172,6 @@ def scheme_from_config(config: Mapping[str, Any]) -> Scheme:
             )
     if weights.get("dynamic") or weights.get("block_structure"):
         problems.append("weights in two-dimensional blocks, or with dynamic scales")
-    if weights.get("actorder") in ("group", "dynamic"):
-        problems.append("activation order by group (weight_g_idx)")
     if problems:
         raise FormatError("compressed-tensors: this model has what strop does not read: " + "; ".join(problems))
     if form == _MXFP4:
@@ -197,10 +198,15 @@ def encode(qtensor: QuantizedTensor, name: str, *, packed: bool | None = None) -
             which are float32 then.
 
     Raises:
-        FormatError: as `check_scheme`.
+        FormatError: as `check_scheme`, or a weight in activation order.
     """
     scheme = qtensor.scheme
     check_scheme(scheme)
+    if qtensor.group_index is not None:
+        raise FormatError(
+            f"{name}: its groups are in activation order (desc_act), which compressed-tensors no longer holds; merge "
+            "to dense weights and round those (strop merge, then strop quantize), or keep the adapter apart"
+        )
     assert qtensor.scale is not None  # only codebooks nest their scales
     if scheme.has_power_scale:
         return {f"{name}.weight_packed": qtensor.codes, f"{name}.weight_scale": qtensor.scale.view(torch.uint8)}
@@ -254,6 +260,9 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: s
     is_static = scheme.activations is not None and scheme.activations.is_static
     if is_static:
         needed.add("input_scale")
+    ordered = scheme.has_plain_groups and ("weight_g_idx" in tensors or _by_group(config))
+    if ordered:
+        needed.add("weight_g_idx")
     if tensors.keys() != needed:
         raise FileFormatError(f"{where}: tensors {_listed(tensors)} found, {_listed(needed)} are needed for {scheme}")
     scale = tensors["weight_scale"]
@@ -271,6 +280,10 @@ def decode(tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: s
         parts["zero_point"] = _zero_point(tensors["weight_zero_point"], scheme, scale_shape, packed=packed, where=where)
     if is_static:
         parts["activation_scale"] = _input_scale(tensors["input_scale"], where)
+    if ordered:
+        assert scheme.group_size is not None
+        index = group_index(tensors["weight_g_idx"], shape[1], scheme.group_size, where, name="weight_g_idx")
+        parts |= {} if index is None else {"group_index": index}
     try:
         return QuantizedTensor.from_tensors(parts, scheme, shape)
     except FormatError as error:
@@ -300,6 +313,12 @@ def _activations(fields: Any) -> Activations | None:
     if not fields.get("dynamic") and fields.get("strategy") == "tensor" and symmetric:
         return Activations(ActivationRange.TENSOR)
     return None
+
+
+def _by_group(config: Mapping[str, Any]) -> bool:
+    """Whether the one group of layers was quantized in activation order and kept in it."""
+    (group,) = config["config_groups"].values()
+    return group["weights"].get("actorder") in ("group", True)
 
 
 def _input_scale(scale: Tensor, where: str) -> Tensor:

@@ -11,8 +11,9 @@ as is any setting this module does not know and that is not at its default: such
 something else, in silence.
 
 An adapter belongs to the base that it was trained on, in the precision that it was trained on. `strop_base.json`
-records both; `merge` warns where they differ. An adapter that was trained to be merged into a quantized base carries
-`"merge_only": true` there and is refused unmerged, where it would answer worse than the base alone.
+records both; opening it says where the precision differs (`models.adapter_base`), `merge` where the files do. An
+adapter that was trained to be merged into a quantized base carries `"merge_only": true` there and is refused unmerged,
+where it would answer worse than the base alone.
 """
 
 from __future__ import annotations
@@ -55,11 +56,14 @@ class BaseRecord:
         format: the scheme that the base's linear layers were rounded to while loading; None where they were used as
             saved.
         digest: `base_digest` of the base's folder; None where it is not known.
+        precision: what its layers were held in, however that came about: the format, that of a folder which is stored
+            quantized, or "full precision"; None where it is not known.
     """
 
     base: str
     format: str | None = None
     digest: str | None = None
+    precision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,12 +102,15 @@ class AdapterConfig:
 
 
 def base_digest(folder: str | os.PathLike[str]) -> str:
-    """Return the SHA-256 that stands for a base's weights: of its config.json and every safetensors file.
+    """Return the SHA-256 that stands for a base's weights: of its config.json and every safetensors file, or of its
+    GGUF file.
 
     Raises:
         MissingInputError: there is no such folder, or no such file in it.
     """
     folder = Path(folder)
+    if folder.is_file():
+        return sha256_files({"model.gguf": folder})  # whatever it is called
     files = {path.name: path for path in [*folder.glob("config.json"), *folder.glob("*.safetensors")]}
     if not any(name.endswith(".safetensors") for name in files):
         raise MissingInputError(f"{folder}: holds no safetensors files to take a digest of")
@@ -166,7 +173,8 @@ def write_adapter(model: nn.Module, folder: Path, *, base: BaseRecord, merge_onl
         parts.append(Part.of({f"base_model.model.{name}.{half}.weight": tensor for half, tensor in halves.items()}))
     write_file(folder / WEIGHTS, parts, metadata={"format": "pt"})
     write_json(folder / CONFIG, _config(model, adapters, base))
-    record = {"base": _absolute(base.base), "format": base.format, "digest": base.digest, "merge_only": merge_only}
+    record = {"base": _absolute(base.base), "format": base.format, "digest": base.digest, "precision": base.precision}
+    record["merge_only"] = merge_only
     write_json(folder / RECORD, record)
 
 
@@ -375,7 +383,7 @@ def _read_record(folder: Path) -> tuple[BaseRecord | None, bool]:
     if not path.is_file():
         return None, False
     fields = read_json(path)
-    texts = {name: fields.get(name) for name in ("base", "format", "digest")}
+    texts = {name: fields.get(name) for name in ("base", "format", "digest", "precision")}
     wrong = [
         name for name, value in texts.items() if not isinstance(value, str) and (name == "base" or value is not None)
     ]
@@ -384,18 +392,19 @@ def _read_record(folder: Path) -> tuple[BaseRecord | None, bool]:
             f"{path}: {', '.join(wrong or ['merge_only'])} is not what the file must hold (texts; merge_only: true or "
             "false)"
         )
-    return BaseRecord(str(texts["base"]), texts["format"], texts["digest"]), bool(fields.get("merge_only") or False)
+    record = BaseRecord(str(texts["base"]), texts["format"], texts["digest"], texts["precision"])
+    return record, bool(fields.get("merge_only") or False)
 
 
 def _absolute(base: str) -> str:
-    """A folder's full path, since an adapter may be opened from anywhere; a hub id as it is."""
-    return os.path.abspath(base) if os.path.isdir(base) else base
+    """A folder's or file's full path, since an adapter may be opened from anywhere; a hub id as it is."""
+    return os.path.abspath(base) if os.path.exists(base) else base
 
 
 def _resolve(folder: Path, base: str) -> str:
     """A relative base is looked for beside the adapter first; what is no folder there is left for the opener."""
     beside = folder / base
-    return str(beside.resolve()) if not os.path.isabs(base) and beside.is_dir() else base
+    return str(beside.resolve()) if not os.path.isabs(base) and beside.exists() else base
 
 
 def _is_number(value: object) -> bool:

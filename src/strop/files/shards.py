@@ -192,11 +192,13 @@ def read_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 
 def weight_bytes(folder: str | os.PathLike[str]) -> int:
-    """Bytes of all files that hold a model's weights.
+    """Bytes of all files that hold a model's weights; of a GGUF file, its own.
 
     Raises:
         As `tensor_files`.
     """
+    if os.path.isfile(folder):
+        return os.path.getsize(folder)
     return sum(path.stat().st_size for path in set(tensor_files(folder).values()))
 
 

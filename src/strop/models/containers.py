@@ -1,7 +1,7 @@
 """Which of a checkpoint's tensors belong to quantized layers, and whose file format they are in.
 
-The formats themselves (names, bytes) are `strop.files.compressed_tensors` and `strop.files.bnb4`; a `Container` is
-one of them together with the `quantization_config` of a folder.
+The formats themselves (names, bytes) are modules of `strop.files`: `compressed_tensors`, `bnb4`, `bnb8`, `gptq` and
+`awq`. A `Container` is one of them together with the `quantization_config` of a folder.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from strop.errors import FormatError, ModelError
-from strop.files import bnb4, compressed_tensors, mixed
+from strop.files import awq, bnb4, bnb8, compressed_tensors, gptq, mixed
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
@@ -25,8 +25,8 @@ class FileFormat(Protocol):
     METHOD: str
     SUFFIXES: tuple[str, ...]
 
-    def scheme_from_config(self, config: Mapping[str, Any]) -> Scheme:
-        """The scheme that a `quantization_config` describes."""
+    def scheme_from_config(self, config: Mapping[str, Any]) -> Scheme | None:
+        """The scheme that a `quantization_config` describes; None where its layers may differ."""
         ...
 
     def decode(self, tensors: Mapping[str, Tensor], config: Mapping[str, Any], *, where: str) -> QuantizedTensor:
@@ -34,7 +34,8 @@ class FileFormat(Protocol):
         ...
 
 
-_FORMATS: tuple[FileFormat, ...] = (compressed_tensors, bnb4)  # type: ignore[assignment]  # modules stand for objects
+_FORMATS: tuple[FileFormat, ...] = (compressed_tensors, bnb4, gptq, awq)  # type: ignore[assignment]  # modules stand for objects
+_EIGHT_BITS: FileFormat = bnb8  # type: ignore[assignment]  # as above
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,24 @@ def container_for(folder: Path, config: Mapping[str, Any]) -> Container:
     Raises:
         ModelError: the weights were quantized in a way that strop does not read; the message says which it does.
     """
+    known = _format_of(config)
+    if known is None:
+        names = ", ".join(known.METHOD for known in _FORMATS)
+        raise ModelError(
+            f"{folder}: its weights are quantized as {config.get('quant_method')!r}; strop reads {names}. Open the "
+            "model that it was quantized from"
+        )
+    try:
+        schemes = [known.scheme_from_config(group) for group in mixed.groups_of(config)]
+    except FormatError as error:
+        raise ModelError(f"{folder}: {error}; open the model that it was quantized from") from error
+    return Container(known, config, schemes[0] if len(schemes) == 1 else None)
+
+
+def _format_of(config: Mapping[str, Any]) -> FileFormat | None:
     method = config.get("quant_method")
     if method is None and (config.get("load_in_4bit") or config.get("load_in_8bit")):
         method = bnb4.METHOD  # as bitsandbytes wrote it before the key existed
-    for known in _FORMATS:
-        if method == known.METHOD:
-            try:
-                schemes = [known.scheme_from_config(group) for group in mixed.groups_of(config)]
-                return Container(known, config, schemes[0] if len(schemes) == 1 else None)
-            except FormatError as error:
-                raise ModelError(f"{folder}: {error}; open the model that it was quantized from") from error
-    names = ", ".join(known.METHOD for known in _FORMATS)
-    raise ModelError(
-        f"{folder}: its weights are quantized as {method!r}; strop reads {names} (4-bit). Open the model that it was "
-        "quantized from"
-    )
+    if method == bnb8.METHOD and config.get("load_in_8bit"):
+        return _EIGHT_BITS
+    return next((known for known in _FORMATS if method == known.METHOD), None)

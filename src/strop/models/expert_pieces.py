@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-from strop.errors import ModelError
+from strop.errors import FormatError, ModelError
 from strop.files.expert_tensors import Place, join, places
 from strop.layers.quant_experts import ExpertWeights, check_experts, expert_weights
 from strop.models.containers import Container
+from strop.models.gguf_base import GgufBase
 from strop.numerics.qtensor import QuantizedTensor
 
 
@@ -64,7 +65,7 @@ def decode_experts(
     weights: ExpertWeights,
     pieces: Mapping[str, ExpertPiece],
     arrived: Mapping[str, list[Tensor]],
-    container: Container,
+    container: Container | GgufBase,
     device: torch.device,
 ) -> list[QuantizedTensor]:
     """The experts of a parameter.
@@ -78,7 +79,7 @@ def decode_experts(
 
     Raises:
         ModelError: rows of an expert are not there.
-        FormatError: as `check_experts`.
+        FormatError: as `check_experts`, or an expert in activation order.
         FileFormatError: as the container, and `join`.
     """
     left = {pattern: list(tensors) for pattern, tensors in arrived.items()}
@@ -87,6 +88,11 @@ def decode_experts(
         tensors = {part: left[piece.pattern_of(part)].pop(0).to(device) for part in piece.parts}
         held = container.decode(layer, tensors, widened=True)
         check_experts(held.scheme, where=layer)
+        if held.group_index is not None:
+            raise FormatError(
+                f"{layer}: its groups are in activation order (desc_act), which experts are not held in; use a model "
+                "quantized without it"
+            )
         found[piece.place.expert][piece.place] = held
     made: list[QuantizedTensor] = []
     for name, parts in zip(weights.names, found, strict=True):

@@ -42,6 +42,7 @@ from strop.layers.quantized import quantized_linear
 from strop.layers.surgery import blocks, plan_linears, replace, select
 from strop.models.containers import Container
 from strop.models.expert_pieces import ExpertPiece, decode_experts, expert_pieces
+from strop.models.gguf_base import GgufBase
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
@@ -186,11 +187,11 @@ class SkeletonPlan(Plan):
 
 
 class ReadingPlan(Plan):
-    """Take over the codes of a folder whose weights are quantized already."""
+    """Take over the codes of a folder or a GGUF file whose weights are quantized already."""
 
     reads_codes = True
 
-    def __init__(self, container: Container, device: torch.device) -> None:
+    def __init__(self, container: Container | GgufBase, device: torch.device) -> None:
         super().__init__(device)
         self.container = container
         self._parts: dict[str, list[str]] = {}
@@ -207,7 +208,11 @@ class ReadingPlan(Plan):
         """
         renamings = [entry for entry in get_model_conversion_mapping(model) if isinstance(entry, WeightRenaming)]
         pieces = expert_pieces(model, renamings)
-        keys = [apply_renamings(key, renamings) for file in checkpoint_files for key in read_header(file).entries]
+        if isinstance(self.container, GgufBase):
+            self.container = self.container.renamed(lambda name: apply_renamings(name, renamings))
+            keys = list(self.container.places)
+        else:
+            keys = [apply_renamings(key, renamings) for file in checkpoint_files for key in read_header(file).entries]
         self._prefix = f"{model.base_model_prefix}."
         modules = dict(model.named_modules())
         strangers = []

@@ -3,7 +3,8 @@
     full precision            folder with config.json and safetensors       -> dense layers
     the same, with `format`   rounded while it is read, one weight at a time -> `QuantLinear`, `QuantExperts`
     compressed-tensors,       codes taken over bit for bit                   -> `QuantLinear`
-    bitsandbytes 4-bit
+    GPTQ, AWQ, bitsandbytes                                                     (8-bit bitsandbytes: `Int8Linear`)
+    a GGUF file               its codes bit for bit, the rest decoded        -> `QuantLinear`, `QuantExperts`, dense
     adapter (PEFT's layout)   its base by any of the above, then the adapter -> `LoraLinear` over it, fp32
     a run of strop            its best part, else its last                   -> as that part says
 
@@ -17,13 +18,19 @@ import contextlib
 import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from strop.errors import ConfigError, FormatError, ModelError, StropError, nearest
@@ -31,9 +38,11 @@ from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_c
 from strop.files.shards import tensor_files
 from strop.layers.quant_experts import QuantExperts
 from strop.layers.quantized import QUANTIZED
+from strop.models.adapter_base import precision_notes
 from strop.models.containers import container_for
+from strop.models.gguf_base import gguf_tokenizer, open_gguf
 from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
-from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
+from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, is_gguf, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
 
@@ -59,6 +68,8 @@ class OpenedModel:
         source: the folder that was opened (for a hub id, the one in the local cache).
         scheme: how the linear layers are quantized; None in full precision, and where they differ.
         adapter: the adapter's configuration; None without an adapter.
+        notes: what is held otherwise than the file has it.
+        warnings: where an adapter lies over another precision than it was trained on, or may.
     """
 
     model: PreTrainedModel
@@ -66,6 +77,8 @@ class OpenedModel:
     source: str
     scheme: Scheme | None
     adapter: AdapterConfig | None
+    notes: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
     @property
     def format(self) -> str:
@@ -102,7 +115,7 @@ def load(
     """Open a model.
 
     Args:
-        path_or_id: a folder (model, adapter or run), or a hub id.
+        path_or_id: a folder (model, adapter or run), a GGUF file, or a hub id.
         format: round the linear layers and experts to this while loading (`int4-g32`, `nf4-dq`, ...). Over an adapter
             it says how its base is rounded, instead of how it was in training. A scheme for each layer, by full name
             (an expert's is that of its parameter and its number, `...experts.down_proj.3`), rounds those
@@ -135,6 +148,7 @@ def load(
             scheme = parse_format(adapter.record.format).scheme  # the precision that it was trained on
         opened = _open_model(base, scheme, torch_dtype, torch_device, rounding, keep)
         opened.adapter = load_adapter(opened.model, folder, to_merge=to_merge)
+        opened.warnings += precision_notes(opened.model, opened.adapter, folder, base)
         opened.source = str(folder)
         homes = [folder, base]
     if tokenizer:
@@ -183,40 +197,83 @@ def _open_model(
     rounding: Rounding | None,
     keep: Collection[str],
 ) -> OpenedModel:
+    if is_gguf(folder):
+        return _open_gguf(folder, scheme, dtype, device, rounding, keep)
     config, quantization = read_config(folder)
     tensor_files(folder)  # every header is checked before transformers opens a file
     plan: Plan | None = None
     if quantization is not None:
         container = container_for(folder, quantization)
-        if scheme is not None and scheme != container.scheme:
-            held = container.scheme or "several formats"
-            raise FormatError(
-                f"{folder}: is quantized already, as {held}; it cannot be rounded to {scheme} on top. Open "
-                "it "
-                "without a format, or round the model that it came from"
-            )
+        _check_not_twice(folder, scheme, container.scheme)
         plan = ReadingPlan(container, device)
     elif scheme is not None:
-        wanted = scheme
-        if rounding is None:
-            _check_no_static(folder, wanted)
-        plan = RoundingPlan(
-            wanted, rounding or (lambda name, weight: _nearest(name, weight, wanted)), device, keep=keep
-        )
+        plan = _rounding_plan(folder, scheme, device, rounding, keep)
     model = _through_transformers(folder, config, plan, dtype)
     return OpenedModel(model.to(device), None, str(folder), _true_scheme(model), None)  # type: ignore[arg-type]
 
 
-def _through_transformers(folder: Path, config: Any, plan: Plan | None, dtype: torch.dtype | str) -> PreTrainedModel:
+def _open_gguf(
+    path: Path,
+    scheme: Scheme | Mapping[str, Scheme] | None,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    rounding: Rounding | None,
+    keep: Collection[str],
+) -> OpenedModel:
+    base = open_gguf(path)
+    plan: Plan | None = None
+    if base.is_quantized:
+        _check_not_twice(path, scheme, base.scheme)
+        plan = ReadingPlan(base, device)
+    elif scheme is not None:
+        plan = _rounding_plan(path, scheme, device, rounding, keep)
+    held = dtype if isinstance(dtype, torch.dtype) else base.dtype
+    base.config.dtype = held
+    model = _through_transformers(path, base.config, plan, held, state=base.state(held, codes=base.is_quantized))
+    return OpenedModel(model.to(device), None, str(path), _true_scheme(model), None, base.notes())  # type: ignore[arg-type]
+
+
+def _check_not_twice(folder: Path, scheme: Scheme | Mapping[str, Scheme] | None, held: Scheme | None) -> None:
+    if scheme is not None and scheme != held:
+        raise FormatError(
+            f"{folder}: is quantized already, as {held or 'several formats'}; it cannot be rounded to {scheme} on top. "
+            "Open it without a format, or round the model that it came from"
+        )
+
+
+def _rounding_plan(
+    folder: Path,
+    scheme: Scheme | Mapping[str, Scheme],
+    device: torch.device,
+    rounding: Rounding | None,
+    keep: Collection[str],
+) -> RoundingPlan:
+    if rounding is None:
+        _check_no_static(folder, scheme)
+    return RoundingPlan(scheme, rounding or (lambda name, weight: _nearest(name, weight, scheme)), device, keep=keep)
+
+
+def _through_transformers(
+    folder: Path,
+    config: Any,
+    plan: Plan | None,
+    dtype: torch.dtype | str,
+    *,
+    state: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
+    """The model as transformers' loader opens it: from the folder's files, or from `state` instead."""
+    opener: Any = AutoModelForCausalLM
     options: dict[str, Any] = {}
+    if state is not None:
+        opener, options = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], {"state_dict": state}
     if plan is not None:
         register()
         options["quantization_config"] = StropConfig(plan)
     problems = [] if plan is None else plan.problems
     try:
         with quiet():
-            opened: Any = AutoModelForCausalLM.from_pretrained(
-                folder,
+            opened: Any = opener.from_pretrained(
+                folder if state is None else None,
                 config=config,
                 dtype=dtype,
                 use_safetensors=True,
@@ -291,11 +348,17 @@ def _true_scheme(model: nn.Module) -> Scheme | None:
 
 
 def open_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a model's folder.
+    """The tokenizer in a model's folder, or in a GGUF file.
 
     Raises:
         ModelError: it cannot be opened.
+        FormatError: a GGUF file's is of a kind that strop does not know.
     """
+    if is_gguf(folder):
+        made = gguf_tokenizer(folder)
+        if made is None:
+            raise ModelError(f"{folder}: holds no tokenizer")
+        return made
     try:
         with quiet():
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)

@@ -1,8 +1,9 @@
 """Finds the folder behind a path or hub id and refuses, before anything is loaded, what strop does not open.
 
-Refused by name: weights that are pickled, code that a model brings along (`auto_map` for an architecture that
-transformers does not have itself), architectures that are not causal language models, quantization that strop cannot
-read. Nothing here reads a tensor.
+A model is a folder, or a GGUF file (which may lie alone in its folder); where a folder is spoken of here, and in what
+is built on it, the path of such a file may stand. Refused by name: weights that are pickled, code that a model brings
+along (`auto_map` for an architecture that transformers does not have itself), architectures that are not causal
+language models, quantization that strop cannot read. Nothing here reads a tensor.
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from strop import demo
 from strop.errors import MissingInputError, ModelError, nearest
 from strop.files.folders import read_json
+from strop.files.gguf.reader import GgufFile
+from strop.models.gguf_base import METHOD, open_gguf
 
 RUN_PARTS = ("best", "last", "model")
 """Where a run's folder keeps its model, in the order in which they are looked for."""
+
+GGUF_SUFFIX = ".gguf"
+"""What GGUF files' names end in, in either case."""
 
 BUNDLED = "demo"
 """The name of the model that comes with strop, wherever no folder of that name lies in the way."""
@@ -38,7 +44,7 @@ _TOKENIZER_FILES = (
 
 def find_folder(path_or_id: str | os.PathLike[str]) -> Path:
     """The folder that holds a model or an adapter: a local one, the best part of a run, or a hub id's in the local
-    cache.
+    cache; for a GGUF file, or a folder that holds one and no other model, that file.
 
     Raises:
         MissingInputError: there is no such folder, and no such model on the hub or in its cache.
@@ -49,15 +55,22 @@ def find_folder(path_or_id: str | os.PathLike[str]) -> Path:
         return _model_part(path)
     if str(path_or_id) == BUNDLED:
         return demo.model_path()
+    if path.exists() and is_gguf(path):
+        return path
     if path.exists():
         raise MissingInputError(
-            f"{path}: is a file; name the folder that holds config.json and the safetensors weights"
+            f"{path}: is a file; name the folder that holds config.json and the safetensors weights, or a GGUF file"
         )
     if _HUB_ID.fullmatch(str(path_or_id)):
         return _model_part(_from_hub(str(path_or_id)))
     raise MissingInputError(
         f"{path}: no such folder; name a model's folder, a run's folder or a hub id such as org/name"
     )
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether a path names a GGUF file, by its ending."""
+    return os.fspath(path).lower().endswith(GGUF_SUFFIX)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -67,16 +80,23 @@ def is_adapter(folder: Path) -> bool:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether the folder brings a tokenizer."""
+    if is_gguf(folder) and folder.is_file():
+        return GgufFile.open(folder).metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
     return any((folder / name).is_file() for name in _TOKENIZER_FILES) or any(folder.glob("*.tiktoken"))
 
 
 def read_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
     """The model's configuration and, apart from it, the `quantization_config` that its weights were saved with.
 
+    Of a GGUF file whose blocks hold codes that is `{"quant_method": "gguf"}`.
+
     Raises:
         ModelError: no config.json, an architecture that is unknown, needs remote code or is no causal language model.
         FileFormatError: config.json is not valid JSON.
     """
+    if is_gguf(folder) and folder.is_file():
+        base = open_gguf(folder)
+        return base.config, {"quant_method": METHOD} if base.is_quantized else None
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(
@@ -92,6 +112,8 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
             "opened: call it model.safetensors and remove the key"
         )
     quantization = raw.get("quantization_config")
+    if quantization is None and (folder / "quantize_config.json").is_file():
+        quantization = _of_autogptq(folder / "quantize_config.json")
     if quantization is not None and not isinstance(quantization, dict):
         raise ModelError(f"{path}: quantization_config is a {type(quantization).__name__}; an object is needed")
     try:
@@ -103,6 +125,12 @@ def read_config(folder: Path) -> tuple[PreTrainedConfig, dict[str, Any] | None]:
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     return config, quantization or None
+
+
+def _of_autogptq(path: Path) -> dict[str, Any]:
+    """What AutoGPTQ wrote beside config.json before transformers had a place for it."""
+    fields = {name: value for name, value in read_json(path).items() if value is not None}
+    return {"quant_method": "gptq"} | fields
 
 
 def first_line(error: BaseException) -> str:
@@ -117,6 +145,14 @@ def _model_part(folder: Path) -> Path:
     for part in parts:
         if (part / "config.json").is_file() or is_adapter(part):
             return part
+    files = sorted(path for path in folder.iterdir() if is_gguf(path) and path.is_file())
+    if len(files) == 1:
+        return files[0]
+    if files:
+        raise ModelError(
+            f"{folder}: holds {len(files)} GGUF files ({', '.join(path.name for path in files[:4])}"
+            f"{', ...' if len(files) > 4 else ''}); name one of them"
+        )
     raise ModelError(
         f"{folder}: holds neither config.json (a model) nor adapter_config.json (an adapter), and no "
         f"{', '.join(RUN_PARTS)} (a run) that does; name the folder that the model was saved in"

@@ -8,6 +8,8 @@
                 float16 [out, in / 256], sub_scale and sub_minimum uint8 [out, in / 256 * 6]
     activation_scale  float32 [1], the static scale of the layer's inputs; only in schemes with -a8-static, and there
                 None until calibration gives it
+    group_index int32 [in], which group each input belongs to; only of integers in groups, and only where a group's
+                inputs do not stand side by side (GPTQ's activation order): element [o, i] has scale[o, group_index[i]]
 
 Stored codes are unsigned: an integer's is q - qmin, packed by `packing`. Not a `torch.Tensor` subclass, and without
 gradient: what trains through a grid is `fake_quantize`.
@@ -45,6 +47,7 @@ class QuantizedTensor:
     nested: NestedScale | None = None
     super_scale: SuperScale | None = None
     activation_scale: Tensor | None = None
+    group_index: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -87,10 +90,15 @@ class QuantizedTensor:
         packed = self._packed_rows()
         size = scheme.group_size or self.shape[1]
         groups = self.shape[1] // size if scheme.granularity is Granularity.GROUP else 1
+        if self.group_index is not None:  # every input is a group of its own, and takes the scale of the one it is in
+            groups, size = self.shape[1], 1
         result = torch.empty((packed.shape[0], groups, size), dtype=dtype, device=packed.device)
         for rows in row_chunks(packed.shape[0], groups * size):
-            zero = None if zero_point is None else rows_of(zero_point, rows)
-            values = grid.packed_values(packed[rows], groups, size, rows_of(scale, rows), zero, scheme.format)
+            step, zero = rows_of(scale, rows), None if zero_point is None else rows_of(zero_point, rows)
+            if self.group_index is not None:
+                step = step[:, self.group_index]  # [rows, groups, 1] -> [rows, in, 1]
+                zero = None if zero is None else zero[:, self.group_index]
+            values = grid.packed_values(packed[rows], groups, size, step, zero, scheme.format)
             result[rows] = values if minimum is None else values.sub_(rows_of(minimum, rows))
         return restore(result, self.shape)
 
@@ -123,7 +131,7 @@ class QuantizedTensor:
         """The parts that there are, by name.
 
         codes, scale, zero_point; nested_codes, nested_scale, nested_offset; super_scale, super_minimum, sub_scale,
-        sub_minimum; activation_scale.
+        sub_minimum; activation_scale; group_index.
         """
         parts = {"codes": self.codes, "scale": self.scale, "zero_point": self.zero_point}
         if self.nested is not None:
@@ -135,7 +143,7 @@ class QuantizedTensor:
             parts["super_minimum"] = self.super_scale.minimum
             parts["sub_scale"] = self.super_scale.sub_scale
             parts["sub_minimum"] = self.super_scale.sub_minimum
-        parts["activation_scale"] = self.activation_scale
+        parts |= {"activation_scale": self.activation_scale, "group_index": self.group_index}
         return {name: part for name, part in parts.items() if part is not None}
 
     @classmethod
@@ -147,6 +155,8 @@ class QuantizedTensor:
                 them are listed.
         """
         expected = _expected_parts(scheme, shape)
+        if "group_index" in tensors and scheme.has_plain_groups:
+            expected["group_index"] = ((shape[1],), torch.int32)
         problems = [f"unexpected {name}" for name in tensors if name not in expected]
         for name, (size, dtype) in expected.items():
             part = tensors.get(name)
@@ -171,6 +181,7 @@ class QuantizedTensor:
             nested,
             super_scale,
             tensors.get("activation_scale"),
+            tensors.get("group_index"),
         )
 
 

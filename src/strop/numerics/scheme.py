@@ -147,6 +147,12 @@ class Scheme:
         return self.mode is Mode.ASYMMETRIC and self.super_size is None
 
     @property
+    def has_plain_groups(self) -> bool:
+        """Whether groups of inputs have a scale each, which is stored as it is: integers, and no superblocks."""
+        grouped = self.granularity is Granularity.GROUP and self.super_size is None
+        return grouped and isinstance(self.format, IntFormat)
+
+    @property
     def has_power_scale(self) -> bool:
         """Whether scales are powers of two (MXFP4)."""
         return self.scale_dtype == E8M0

@@ -254,7 +254,7 @@ def meta_model(config: PreTrainedConfig, *, where: str) -> nn.Module:
 
 def _read_config(source: str | Path) -> PreTrainedConfig:
     from strop.files.peft_adapter import read_adapter_config
-    from strop.models.sources import BUNDLED, find_folder, is_adapter
+    from strop.models.sources import BUNDLED, find_folder, is_adapter, is_gguf, read_config
 
     path = Path(source)
     if path.is_dir() or str(source) == BUNDLED:
@@ -264,9 +264,9 @@ def _read_config(source: str | Path) -> PreTrainedConfig:
             if Path(base).is_dir() and is_adapter(find_folder(base)):
                 raise ModelError(f"{folder}: its base {base} is an adapter too; name the model below both.")
             return _read_config(base)
-        return _config_from_file(folder / "config.json")
+        return read_config(folder)[0] if is_gguf(folder) else _config_from_file(folder / "config.json")
     if path.is_file():
-        return _config_from_file(path)
+        return read_config(path)[0] if is_gguf(path) else _config_from_file(path)
     return _config_from_hub(str(source))
 
 

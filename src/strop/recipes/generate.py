@@ -184,6 +184,8 @@ def predict(
     records = held_out_records(data)[:max_rows]
     questions = [_question(record) for record in records]
     engine = as_engine(model, device=device)
+    for note in engine.notes:
+        reporter.note(note)
     tokenizer = engine.require_tokenizer()
     prompts = [
         prompt_ids(turns, tokenizer, chat_template=chat_template) if turns else _text_ids(tokenizer, record)

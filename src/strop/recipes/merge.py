@@ -142,7 +142,7 @@ def merge(
     opened = load(run, to_merge=True)
     if opened.adapter is None:
         raise UsageError(f"{run}: holds a whole model, and a merge takes an adapter; there is nothing to merge")
-    warnings = tuple(_warnings(opened.adapter))
+    warnings = (*_warnings(opened.adapter), *opened.warnings)
     for warning in warnings:
         reporter.note(f"warning: {warning}")
     model = opened.model
@@ -275,12 +275,18 @@ def _without_adapters(model: PreTrainedModel, probe: _Probe, scheme: Scheme | No
     try:
         if scheme is not None:
             for name, module in linear_modules(model).items():
-                if not (isinstance(module, QUANTIZED) and module.scheme == scheme):
+                if not _is_held_in(module, scheme):
                     stood[name] = replace(model, name, _rounded(name, dense_weight(module), module, scheme))
         return probe.logits(model)
     finally:
         for name, module in (stood | adapters).items():
             replace(model, name, module)
+
+
+def _is_held_in(module: nn.Module, scheme: Scheme) -> bool:
+    """Whether a layer's codes are the scheme's, in an order that files of ours can hold."""
+    ordered = getattr(module, "group_index", None) is not None
+    return isinstance(module, QUANTIZED) and module.scheme == scheme and not ordered
 
 
 def _rounded(name: str, weight: Tensor, module: nn.Module, scheme: Scheme) -> QuantizedLinear:
@@ -321,7 +327,7 @@ def _store(model: PreTrainedModel, plain: nn.Module, scheme: Scheme | None) -> s
             restore_experts(model, name, dtype)
     for name, module in linear_modules(model).items():
         if scheme is not None:
-            if not (isinstance(module, QUANTIZED) and module.scheme == scheme):
+            if not _is_held_in(module, scheme):
                 replace(model, name, _rounded(name, dense_weight(module), module, scheme))
         elif isinstance(module, (LoraLinear, *QUANTIZED)):
             replace(model, name, _dense(dense_weight(module).to(dtype), module, like=plain.get_submodule(name)))

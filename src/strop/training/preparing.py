@@ -27,6 +27,7 @@ from strop.layers.quant_experts import quant_experts
 from strop.layers.quantized import QUANTIZED
 from strop.layers.surgery import attach_fake_quant, attach_lora, coverage, experts, lora_modules, select
 from strop.models import load
+from strop.models.adapter_base import base_precision, precision_notes
 from strop.models.sources import find_folder, is_adapter, read_config
 from strop.numerics.scheme import Scheme, parse_scheme
 from strop.progress import SILENT, Reporter
@@ -126,12 +127,17 @@ def open_base(
     scheme = _rounding(folder, method, adapter, quantized=quantization is not None)
     masters = isinstance(method, Full | Qat)
     opened = load(folder, scheme, dtype=torch.float32 if masters else dtype, device=device)
+    for note in opened.notes:
+        reporter.note(note)
     if adapter_folder is not None:
         adapter = load_adapter(opened.model, adapter_folder)
+        for note in precision_notes(opened.model, adapter, adapter_folder, folder):
+            reporter.note(f"warning: {note}")
     record = BaseRecord(
-        base=str(folder) if os.path.isdir(name) else name,
+        base=str(folder) if os.path.exists(name) else name,
         format=scheme.name if scheme is not None and quantization is None else None,
         digest=None if masters else base_digest(folder),  # a checkpoint holds every weight of a whole model
+        precision=None if masters else base_precision(opened.model),
     )
     if adapter is not None and adapter.record is not None:
         _tell_of_another_base(adapter.record, record, reporter)
@@ -201,12 +207,7 @@ def _rounding(folder: Path, method: Method, adapter: AdapterConfig | None, *, qu
 
 
 def _tell_of_another_base(before: BaseRecord, now: BaseRecord, reporter: Reporter) -> None:
-    if before.format != now.format:
-        as_saved = "the precision it was saved in"
-        reporter.note(
-            f"the adapter was trained on its base in {before.format or as_saved}, and is trained further on it in "
-            f"{now.format or as_saved}"
-        )
+    """Another precision is `precision_notes`' part."""
     if before.digest is not None and before.digest != now.digest:
         reporter.note(f"the adapter was trained on other weights ({before.base}) than those of {now.base}")
 

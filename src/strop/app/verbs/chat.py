@@ -39,6 +39,8 @@ def chat(
     chats: dict[str, Chat] = {}
     for name, place in zip(model_names(models), models, strict=True):
         engine = open_engine(place)
+        for note in engine.notes:
+            messages.print(note, style="dim", markup=False)
         if told is not None:
             messages.print(told(engine), style="dim")
         chats[name] = Chat(

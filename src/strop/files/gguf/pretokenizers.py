@@ -73,6 +73,20 @@ _KNOWN: Mapping[str, _Known] = {
 """By llama.cpp's names (src/llama-vocab.cpp); the expressions are those of the models' own tokenizer.json."""
 
 
+PRE_TOKENIZERS: Final = tuple(_KNOWN)
+"""The names that are known."""
+
+
+def pre_tokenizer(name: str) -> pre_tokenizers.PreTokenizer:
+    """What cuts text as the pre-tokenizer of that name does, one of `PRE_TOKENIZERS`."""
+    return _built(name)
+
+
+def ignores_merges(name: str) -> bool:
+    """Whether a word that is a token stays whole under that name; no for names that are not known."""
+    return name in _KNOWN and _KNOWN[name].ignore_merges
+
+
 APPROXIMATE: Final = frozenset({"tekken", "gpt-4o"})
 """Those whose expression llama.cpp replaces by one that knows no combining marks."""
 

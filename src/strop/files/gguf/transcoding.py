@@ -58,7 +58,7 @@ def transcode(quantized: QuantizedTensor) -> tuple[str, Bytes] | None:
         (but for the sign of a zero in mxfp4); None where no type does.
     """
     name = _type_for(quantized.scheme, quantized.shape[1])
-    if name is None:
+    if name is None or quantized.group_index is not None:
         return None
     rows, columns = quantized.shape
     if name == "q4_k":
