@@ -8,12 +8,14 @@ padded on the left, and an answer ends at the first stop token, which is not par
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from strop.errors import UsageError
@@ -95,6 +97,70 @@ def generate_answers(
     return answers
 
 
+def stream_tokens(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    *,
+    stop_ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Answer one prompt token by token; a stop token ends the answer and is handed out last.
+
+    The model writes in a thread of its own; closing the iterator ends it. One at a time: the seed is the process's.
+
+    Args:
+        model: A causal language model.
+        prompt: Its token ids.
+        stop_ids: Tokens that end an answer.
+        max_new_tokens: The most new tokens; shortened to what the context leaves.
+        temperature: 0 takes the likeliest token always.
+        top_p: Draw from the likeliest tokens that hold this share of the probability together.
+        seed: Of the drawing.
+
+    Raises:
+        UsageError: The prompt is empty or fills the context, or an option makes no sense.
+    """
+    if temperature < 0 or max_new_tokens < 1 or not 0 < top_p <= 1:
+        raise UsageError(
+            f"temperature {temperature:g}, max_new_tokens {max_new_tokens}, top_p {top_p:g}: needed a temperature of "
+            "0 or above, at least 1 token, and a share above 0 and at most 1"
+        )
+    _check_lengths(model, [prompt])
+    written: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+    ended = threading.Event()
+
+    def write() -> None:
+        try:
+            with _plain_settings(model), torch.inference_mode(), torch.random.fork_rng():
+                torch.manual_seed(seed)
+                _generate(
+                    model,
+                    [prompt],
+                    settings=_settings(model, max_new_tokens, temperature, stop_ids, 0, prompt, top_p=top_p),
+                    pad_id=0,
+                    kv_cache=None,
+                    streamer=_TokenQueue(written),
+                    ended=ended,
+                )
+            written.put(None)
+        except BaseException as error:  # handed to the thread that reads
+            written.put(error)
+
+    thread = threading.Thread(target=write, name="strop-generate", daemon=True)
+    thread.start()
+    try:
+        while (token := written.get()) is not None:
+            if isinstance(token, BaseException):
+                raise token
+            yield token
+    finally:
+        ended.set()
+        thread.join()
+
+
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """A token to fill up with; it is masked, so any will do."""
     known = tokenizer.pad_token_id
@@ -121,10 +187,12 @@ def _settings(
     stop_ids: Sequence[int],
     pad_id: int,
     longest_prompt: Sequence[int],
+    *,
+    top_p: float = 1.0,
 ) -> GenerationConfig:
     limit = context_length(model)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(longest_prompt))
-    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
     return GenerationConfig(
         max_new_tokens=room,
         num_beams=1,
@@ -156,6 +224,7 @@ def _generate(
     pad_id: int,
     kv_cache: KVFormat | None,
     streamer: BaseStreamer | None,
+    ended: threading.Event | None = None,
 ) -> Tensor:
     """New tokens of each prompt [prompts, at most max_new_tokens]."""
     length = max(len(prompt) for prompt in prompts)
@@ -171,6 +240,7 @@ def _generate(
         generation_config=settings,
         past_key_values=None if kv_cache is None else new_cache(model, kv_cache),
         streamer=streamer,
+        stopping_criteria=None if ended is None else [_Ended(ended)],
     )
     return output[:, length:].cpu()
 
@@ -211,3 +281,29 @@ class _Streamer(BaseStreamer):
         if text.startswith(self._told) and len(text) > len(self._told):
             self._stream(text[len(self._told) :])
             self._told = text
+
+
+class _TokenQueue(BaseStreamer):
+    """Hands on the tokens themselves."""
+
+    def __init__(self, written: queue.SimpleQueue[int | BaseException | None]) -> None:
+        self._written, self._prompt_passed = written, False
+
+    def put(self, value: Tensor) -> None:
+        if self._prompt_passed:
+            for token in value.flatten().tolist():
+                self._written.put(token)
+        self._prompt_passed = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+class _Ended(StoppingCriteria):
+    """Ends generation when nobody reads any more."""
+
+    def __init__(self, ended: threading.Event) -> None:
+        self._ended = ended
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
+        return torch.full((input_ids.shape[0],), self._ended.is_set(), device=input_ids.device)

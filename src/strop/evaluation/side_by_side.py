@@ -11,28 +11,25 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from strop.data.records import Record
 from strop.data.samples import prepare
-from strop.data.templates import Sample, prompt_ids, stop_ids
+from strop.data.templates import Sample, prompt_ids
 from strop.errors import DataError, ModelError
 from strop.evaluation.comparison import Comparison, Flip, Flips, ModelResult
 from strop.evaluation.divergence import Divergence, ReferenceLogits
-from strop.evaluation.generation import context_length, generate_answers
-from strop.evaluation.kv_cache import KVFormat, kv_bytes_per_token
+from strop.evaluation.engines import Engine, open_engine
+from strop.evaluation.kv_cache import KVFormat
 from strop.evaluation.likelihood import Likelihood
-from strop.evaluation.scoring import Measure, score, supervised_counts
-from strop.evaluation.speed import measure_speed
+from strop.evaluation.scoring import Measure, supervised_counts
 from strop.evaluation.statistics import LEVEL, bootstrap_mean, compare_proportions, paired_bootstrap, wilson_interval
 from strop.evaluation.tasks import ExactMatch
 from strop.evaluation.weights import keep_weights, weight_errors
 from strop.memory import PeakMemory, release_unused_memory, steady_allocation
-from strop.models import OpenedModel, load
 from strop.scratch import Scratch, Stored
 
 MOST_CONTEXT: Final = 4096
@@ -77,7 +74,7 @@ class _Rows:
     documents: Tensor  # [samples] int64, the document each sample belongs to, 0 to documents - 1
     records: list[Record]  # [documents]
     tokens: Tensor  # [samples] int64, supervised tokens
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # transformers', or a GGUF file's with the same names
 
     def by_document(self, values: Tensor) -> Tensor:
         """Sum values [samples] of each document [documents], float64."""
@@ -117,9 +114,9 @@ class SideBySide:
 
     def warm_up(self, place: Place) -> None:
         """Open a model and score one row unmeasured, so that one-time costs (libraries, threads) fall on no model."""
-        opened = load(place.path, device=self._settings.device)
+        opened = open_engine(place.path, device=self._settings.device)
         self._prepare(opened)
-        score(opened.model, [max(self.rows.samples, key=len)], [Likelihood(1)])
+        opened.score([max(self.rows.samples, key=len)], [Likelihood(1)])
 
     def measure(self, place: Place) -> ModelResult:
         """Open one model, measure everything, and let it go.
@@ -130,7 +127,7 @@ class SideBySide:
         """
         release_unused_memory()
         with steady_allocation(), PeakMemory() as memory:
-            opened = load(place.path, device=self._settings.device)
+            opened = open_engine(place.path, device=self._settings.device)
             self._prepare(opened)
             self._check_fits(opened, place.name)
             count = len(self.rows.samples)
@@ -143,8 +140,7 @@ class SideBySide:
             else:
                 divergence = Divergence(self._logits, name=place.name, reference_name=self._reference)
                 measures.append(divergence)
-            score(
-                opened.model,
+            opened.score(
                 self.rows.samples,
                 measures,
                 batch_size=self._settings.batch_size,
@@ -162,12 +158,12 @@ class SideBySide:
             self._results.append(result)
         return result
 
-    def _prepare(self, opened: OpenedModel) -> None:
+    def _prepare(self, opened: Engine) -> None:
         """Turn the records into tokens with the first model's tokenizer, once."""
         if self._rows is not None:
             return
         tokenizer, task = opened.require_tokenizer(), self._settings.task
-        limit = self._settings.max_length or min(context_length(opened.model) or MOST_CONTEXT, MOST_CONTEXT)
+        limit = self._settings.max_length or min(opened.context or MOST_CONTEXT, MOST_CONTEXT)
         # An answer that is cut is another answer: with a task rows are rendered whole, and left out if they do not fit.
         rendered = prepare(
             self._records, tokenizer, max_length=1 << 30 if task else limit, chat_template=self._settings.chat_template
@@ -190,8 +186,8 @@ class SideBySide:
         tokens = supervised_counts(samples)
         self._rows = _Rows(samples, documents, [self._records[index] for index in kept], tokens, tokenizer)
 
-    def _check_fits(self, opened: OpenedModel, name: str) -> None:
-        limit, longest = context_length(opened.model), max(len(sample) for sample in self.rows.samples)
+    def _check_fits(self, opened: Engine, name: str) -> None:
+        limit, longest = opened.context, max(len(sample) for sample in self.rows.samples)
         if limit is not None and longest > limit:
             raise ModelError(
                 f"{name}: its context is {limit} tokens, and the longest row has {longest}; pass max_length={limit}"
@@ -213,7 +209,7 @@ class SideBySide:
                 f"{self._reference}."
             )
 
-    def _alone(self, place: Place, opened: OpenedModel, peak_bytes: int) -> ModelResult:
+    def _alone(self, place: Place, opened: Engine, peak_bytes: int) -> ModelResult:
         """What is known of a model without the reference."""
         score_interval = None
         if self._settings.task:
@@ -229,16 +225,17 @@ class SideBySide:
             loss=bootstrap_mean(
                 self._loss[place.name], self.rows.by_document(self.rows.tokens), seed=self._settings.seed
             ),
-            speed=measure_speed(opened.model, kv_cache=place.kv_cache) if self._settings.speed else None,
+            speed=opened.speed(place.kv_cache) if self._settings.speed else None,
             score=score_interval,
-            kv_bytes_per_token=kv_bytes_per_token(opened.model, place.kv_cache) if self._settings.kv_bytes else None,
+            kv_bytes_per_token=opened.cache_bytes(place.kv_cache) if self._settings.kv_bytes else None,
         )
 
-    def _keep(self, opened: OpenedModel) -> None:
+    def _keep(self, opened: Engine) -> None:
         """What the other models will be compared with, beside the logits."""
-        self._weights = keep_weights(opened.model, self._scratch)
-        if self._weights is None:
-            self._notes.append("The reference's weights do not fit the temporary file: no error by layer.")
+        if opened.network is not None:
+            self._weights = keep_weights(opened.network, self._scratch)
+            if self._weights is None:
+                self._notes.append("The reference's weights do not fit the temporary file: no error by layer.")
         held = 0 if self._logits is None else int(self._logits.rows_held.sum())
         if held < len(self.rows.samples):
             self._notes.append(
@@ -251,7 +248,7 @@ class SideBySide:
             self._answers = dict(zip(shown, self._written(opened, shown), strict=True))
 
     def _against_reference(
-        self, result: ModelResult, divergence: Divergence, opened: OpenedModel, kv_cache: KVFormat | None
+        self, result: ModelResult, divergence: Divergence, opened: Engine, kv_cache: KVFormat | None
     ) -> ModelResult:
         seed, tokens = self._settings.seed, self.rows.by_document(divergence.tokens)
         held = tokens > 0
@@ -270,14 +267,14 @@ class SideBySide:
             self._loss[self._reference], self._loss[result.name], self.rows.by_document(self.rows.tokens), seed=seed
         )
         result = replace(result, loss_difference=loss_difference)
-        if self._weights is not None:
-            result = replace(result, layer_errors=weight_errors(opened.model, self._weights, self._scratch) or None)
+        if self._weights is not None and opened.network is not None:
+            result = replace(result, layer_errors=weight_errors(opened.network, self._weights, self._scratch) or None)
         if self._settings.task:
             difference = compare_proportions(self._right[self._reference].numpy(), self._right[result.name].numpy())
             result = replace(result, score_difference=difference, flips=self._flips(result.name, opened, kv_cache))
         return result
 
-    def _flips(self, name: str, opened: OpenedModel, kv_cache: KVFormat | None) -> Flips:
+    def _flips(self, name: str, opened: Engine, kv_cache: KVFormat | None) -> Flips:
         right, expected = self._right[name], self._right[self._reference]
         lost = (expected & ~right).nonzero().flatten().tolist()
         gained = (right & ~expected).nonzero().flatten().tolist()
@@ -301,7 +298,7 @@ class SideBySide:
         assert messages is not None
         return messages[-1].content
 
-    def _written(self, opened: OpenedModel, rows: Sequence[int], kv_cache: KVFormat | None = None) -> list[str]:
+    def _written(self, opened: Engine, rows: Sequence[int], kv_cache: KVFormat | None = None) -> list[str]:
         """What the model writes for the rows' questions, with room for a little more than is expected."""
         if not rows:
             return []
@@ -310,11 +307,9 @@ class SideBySide:
             prompt_ids((self.rows.records[row].messages or ())[:-1], tokenizer, chat_template=template) for row in rows
         ]
         longest = max(len(tokenizer.encode(self._expected(row))) for row in rows)
-        return generate_answers(
-            opened.model,
-            tokenizer,
+        return opened.answers(
             prompts,
-            stop_ids=stop_ids(tokenizer, chat_template=template),
+            stop_ids=opened.stop_ids(template),
             max_new_tokens=longest + 16,
             kv_cache=kv_cache,
         )
@@ -348,6 +343,5 @@ def _single_answer(record: Record) -> bool:
     return roles.count("assistant") == 1 and roles[-1] == "assistant"
 
 
-def _format(opened: OpenedModel, kv_cache: KVFormat | None) -> str:
-    base = f"{opened.format} + lora r{opened.adapter.rank}" if opened.adapter else opened.format
-    return f"{base} + kv {kv_cache.name}" if kv_cache else base
+def _format(opened: Engine, kv_cache: KVFormat | None) -> str:
+    return f"{opened.format} + kv {kv_cache.name}" if kv_cache else opened.format

@@ -1,9 +1,10 @@
 """`strop compare`: models side by side on the same rows, with what may be claimed of the differences.
 
-One model is in memory at a time. The first is the reference: its logits, and its weights for the error by layer, are
-set aside in a bounded temporary file, and each other model is measured against them. Per model: bytes on disk, peak
-memory of opening and scoring, tokens per second, perplexity, KL divergence and top-1 agreement with the reference,
-and with a task the share of rows answered exactly. Every difference is paired by row.
+GGUF files run in llama.cpp, all else in transformers. One model is in memory at a time. The first is the reference: its
+logits, and its weights for the error by layer, are set aside in a bounded temporary file, and each other model is
+measured against them. Per model: bytes on disk, peak memory of opening and scoring, tokens per second, perplexity, KL
+divergence and top-1 agreement with the reference, and with a task the share of rows answered exactly. Every difference
+is paired by row.
 
 Rows are scored with the first model's tokenizer and chat template; all must share its vocabulary.
 """
@@ -21,6 +22,7 @@ from strop.errors import DataError, UsageError, nearest
 from strop.evaluation.comparison import Comparison
 from strop.evaluation.kv_cache import KVFormat
 from strop.evaluation.side_by_side import Place, Settings, SideBySide
+from strop.files.gguf.reader import GgufFile
 from strop.files.peft_adapter import read_adapter_config
 from strop.files.shards import weight_bytes
 from strop.models.sources import find_folder, is_adapter
@@ -28,6 +30,7 @@ from strop.pages.page import write_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.model_receipts import with_receipts
 from strop.recipes.rows import Rows, held_out_records, rows_name
+from strop.runtime.llama_cpp import is_gguf, require_runtime
 from strop.scratch import DEFAULT_LIMIT_BYTES, Scratch
 
 TASKS: Final = ("exact-match",)
@@ -57,7 +60,7 @@ def compare(
     """Measure models on the same rows and compare each with the first.
 
     Args:
-        models: Folders, run folders, adapters, hub ids, or "demo"; the first is the reference.
+        models: Folders, run folders, adapters, hub ids, "demo", or GGUF files; the first is the reference.
         data: A file or list of rows (all are used), or a folder or hub id with a test split. Rows that neither
         trained nor
             calibrated nor chose any of the models.
@@ -96,6 +99,8 @@ def compare(
         raise UsageError(f"max_rows {max_rows}, batch_size {batch_size}: needed at least 1 of each")
     rounded = None if kv_cache is None else KVFormat(kv_cache)
     paths = [str(model) for model in models]
+    if rounded is not None and (files := [path for path in paths[1:] or paths if is_gguf(path)]):
+        raise UsageError(f"{files[0]}: --kv-cache {rounded.name} rounds the cache of models that transformers runs")
     if rounded is not None and len(paths) == 1:
         paths *= 2
     places = [
@@ -152,6 +157,9 @@ def _require_conversations(records: Sequence[Record]) -> None:
 
 def _weight_bytes(path: str) -> tuple[int, int | None]:
     """Bytes of the weight files that a model needs on disk, and of those that are an adapter (None without one)."""
+    if is_gguf(path):
+        require_runtime()
+        return GgufFile.open(path).path.stat().st_size, None
     folder = find_folder(path)
     if not is_adapter(folder):
         return weight_bytes(folder), None

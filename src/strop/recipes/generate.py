@@ -1,6 +1,7 @@
 """`strop chat` and `strop predict`: answers of one model, to one question or to a file of them.
 
-Everything that `strop.load` opens can answer: full and quantized folders, adapters, runs. Prompts are written with
+Everything that `strop.load` opens can answer (full and quantized folders, adapters, runs), and so can GGUF files, in
+llama.cpp. Prompts are written with
 the tokenizer's chat template exactly as training wrote them, and an answer ends at the token that training taught to
 stop at. Temperature 0, the default, is plain greedy decoding.
 """
@@ -14,21 +15,26 @@ from pathlib import Path
 from typing import Any
 
 from strop.data.records import Message, Record
-from strop.data.templates import as_messages, prompt_ids, stop_ids
+from strop.data.templates import as_messages, prompt_ids
 from strop.errors import DataError, UsageError
-from strop.evaluation.generation import Stream, generate_answers
-from strop.evaluation.kv_cache import STRIDE, KVFormat, kv_bytes_per_token
-from strop.models import OpenedModel, load
+from strop.evaluation.engines import Engine, as_engine
+from strop.evaluation.generation import Stream
+from strop.evaluation.kv_cache import STRIDE, KVFormat
+from strop.models import OpenedModel
 from strop.pages.atomic import write_whole
 from strop.progress import SILENT, Reporter
 from strop.recipes.rows import Rows, held_out_records, rows_name
+from strop.runtime.llama_cpp import GgufModel
 
 Turn = Message | Mapping[str, str]
 """A message, or a mapping with `role` and `content`."""
 
+Open = OpenedModel | GgufModel | Engine
+"""A model that is open: what `strop.load` gives, a GGUF file, or the engine of either."""
+
 
 def answer(
-    opened: OpenedModel,
+    opened: Open,
     asked: str | Sequence[Turn],
     *,
     max_new_tokens: int = 256,
@@ -41,7 +47,7 @@ def answer(
     """Ask once.
 
     Args:
-        opened: What `strop.load` gives.
+        opened: What `strop.load` gives, or an open GGUF file.
         asked: A question, or a conversation that ends with a turn that is not the assistant's.
         max_new_tokens: Longest answer, in tokens; shortened to what the model's context leaves.
         kv_cache: "int8" or "int4" rounds the cache of keys and values; None leaves it in full precision.
@@ -61,12 +67,10 @@ def answer(
     turns = as_messages([{"role": "user", "content": asked}] if isinstance(asked, str) else list(asked))
     if not turns or turns[-1].role == "assistant":
         raise UsageError("nothing is asked: the conversation must end with a turn of the user")
-    tokenizer = opened.require_tokenizer()
-    (text,) = generate_answers(
-        opened.model,
-        tokenizer,
-        [prompt_ids(turns, tokenizer, chat_template=chat_template)],
-        stop_ids=stop_ids(tokenizer, chat_template=chat_template),
+    engine = as_engine(opened)
+    (text,) = engine.answers(
+        [prompt_ids(turns, engine.require_tokenizer(), chat_template=chat_template)],
+        stop_ids=engine.stop_ids(chat_template),
         max_new_tokens=max_new_tokens,
         kv_cache=None if kv_cache is None else KVFormat(kv_cache),
         temperature=temperature,
@@ -76,7 +80,7 @@ def answer(
     return text
 
 
-def kv_cache_line(kv_cache: str | None) -> Callable[[OpenedModel], str] | None:
+def kv_cache_line(kv_cache: str | None) -> Callable[[Open], str] | None:
     """What words a rounded cache's size for an open model; None without one. A wrong name is refused before opening.
 
     Raises:
@@ -86,8 +90,9 @@ def kv_cache_line(kv_cache: str | None) -> Callable[[OpenedModel], str] | None:
         return None
     form = KVFormat(kv_cache)
 
-    def line(opened: OpenedModel) -> str:
-        small, whole = kv_bytes_per_token(opened.model, form), kv_bytes_per_token(opened.model, None)
+    def line(opened: Open) -> str:
+        engine = as_engine(opened)
+        small, whole = engine.cache_bytes(form), engine.cache_bytes(None)
         window = f" past the last {form.window} to {form.window + STRIDE - 1}" if form.window else ""
         return f"key-value cache in {form.name}: {small:,.0f} bytes a token{window}, {whole:,.0f} in full precision"
 
@@ -102,7 +107,7 @@ class Chat:
         chat.ask("and on sunday?")
 
     Args:
-        opened: What `strop.load` gives.
+        opened: What `strop.load` gives, or an open GGUF file.
         system: A system message to begin with.
         options: As `answer` takes them.
 
@@ -110,8 +115,8 @@ class Chat:
         turns: What was said so far.
     """
 
-    def __init__(self, opened: OpenedModel, *, system: str | None = None, **options: Any) -> None:
-        self._opened, self._options = opened, options
+    def __init__(self, opened: Open, *, system: str | None = None, **options: Any) -> None:
+        self._opened, self._options = as_engine(opened), options
         self.turns: list[Message] = [Message("system", system)] if system else []
 
     def ask(self, text: str, *, stream: Stream | None = None) -> str:
@@ -127,7 +132,7 @@ class Chat:
 
 
 def predict(
-    model: str | os.PathLike[str] | OpenedModel,
+    model: str | os.PathLike[str] | Open,
     data: Rows,
     output: str | os.PathLike[str],
     *,
@@ -148,7 +153,7 @@ def predict(
     expected; earlier ones are part of the question. The file appears whole or not at all.
 
     Args:
-        model: A folder, run, adapter or hub id, or an open model.
+        model: A folder, run, adapter, hub id or GGUF file, or an open model.
         data: A file or list of rows, or a folder or hub id with a test split. Plain texts are continued as they stand.
         output: The jsonl file.
         max_new_tokens: Longest answer, in tokens.
@@ -178,19 +183,17 @@ def predict(
     rounded = None if kv_cache is None else KVFormat(kv_cache)
     records = held_out_records(data)[:max_rows]
     questions = [_question(record) for record in records]
-    opened = model if isinstance(model, OpenedModel) else load(model, device=device)
-    tokenizer = opened.require_tokenizer()
+    engine = as_engine(model, device=device)
+    tokenizer = engine.require_tokenizer()
     prompts = [
         prompt_ids(turns, tokenizer, chat_template=chat_template) if turns else _text_ids(tokenizer, record)
         for turns, record in zip(questions, records, strict=True)
     ]
     reporter.start(f"answer {rows_name(data)}", len(records), "rows")
     try:
-        answers = generate_answers(
-            opened.model,
-            tokenizer,
+        answers = engine.answers(
             prompts,
-            stop_ids=stop_ids(tokenizer, chat_template=chat_template),
+            stop_ids=engine.stop_ids(chat_template),
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             kv_cache=rounded,

@@ -18,6 +18,7 @@ from strop.files.folders import read_json
 from strop.files.receipts import RECEIPT
 from strop.models.sources import find_folder, is_adapter
 from strop.recipes.rows import Rows
+from strop.runtime.llama_cpp import is_gguf
 
 
 class _HeldOut(BaseModel):
@@ -74,6 +75,8 @@ def with_receipts(comparison: Comparison, paths: list[str], data: Rows) -> Compa
 
 
 def _of(model: ModelResult, path: str, data: Rows) -> _Said:
+    if is_gguf(path):
+        return _Said(None, ())
     folder = find_folder(path)
     if is_adapter(folder):
         return _Said(None, ())

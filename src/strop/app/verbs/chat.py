@@ -9,45 +9,71 @@ import typer
 from strop.app.verbs.common import KVCache, Model, Output
 
 
+Template = Annotated[
+    str | None, typer.Option("--chat-template", help="For models that have none: chatml, plain, or a Jinja file.")
+]
+
+
 def chat(
-    model: Model,
+    models: Annotated[
+        list[str], typer.Argument(help="A folder, hub id, run, adapter, 'demo' or GGUF file; two to compare answers.")
+    ],
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Ask once, print the answer, leave.")] = None,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
     kv_cache: KVCache = None,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    chat_template: Template = None,
 ) -> None:
-    """Talk to a model; --prompt asks once.
+    """Talk to a model, or to several at once; --prompt asks once.
 
     Example: strop chat run --prompt "wake me at half past six on weekdays"
     """
     from strop.app.console import messages
-    from strop.models import load
-    from strop.recipes.generate import answer, kv_cache_line
+    from strop.errors import StropError
+    from strop.evaluation.engines import open_engine
+    from strop.recipes.compare import model_names
+    from strop.recipes.generate import Chat, kv_cache_line
 
     told = kv_cache_line(kv_cache)
-    opened = load(model)
-    if told is not None:
-        messages.print(told(opened), style="dim")
-    turns = [{"role": "system", "content": system}] if system else []
-
-    def reply(text: str) -> None:
-        turns.append({"role": "user", "content": text})
-        said = answer(
-            opened,
-            turns,
+    chats: dict[str, Chat] = {}
+    for name, place in zip(model_names(models), models, strict=True):
+        engine = open_engine(place)
+        if told is not None:
+            messages.print(told(engine), style="dim")
+        chats[name] = Chat(
+            engine,
+            system=system,
             max_new_tokens=max_new_tokens,
             kv_cache=kv_cache,
             temperature=temperature,
             seed=seed,
-            stream=lambda piece: print(piece, end="", flush=True),
+            chat_template=chat_template,
         )
-        print()
-        turns.append({"role": "assistant", "content": said})
+    longest = max(map(len, chats))
+
+    def reply(text: str) -> list[StropError]:
+        """Ask every model; what one of several fails with is shown in its place."""
+        failed = []
+        for name, one in chats.items():
+            if len(chats) > 1:
+                print(f"{name:<{longest}}  ", end="", flush=True)
+            try:
+                one.ask(text, stream=lambda piece: print(piece, end="", flush=True))
+                print()
+            except StropError as error:
+                if len(chats) == 1:
+                    raise
+                print("(no answer)", flush=True)
+                messages.print(f"{name}: {error}", style="red", markup=False)
+                failed.append(error)
+        return failed
 
     if prompt is not None:
-        reply(prompt)
+        failed = reply(prompt)
+        if failed:
+            raise typer.Exit(max(error.exit_code for error in failed))
         return
     messages.print("An empty line or Ctrl-D leaves.", style="dim")
     while True:
@@ -68,6 +94,7 @@ def predict(
     batch_size: Annotated[int, typer.Option(help="Rows answered at once.", min=1)] = 16,
     kv_cache: KVCache = None,
     max_rows: Annotated[int | None, typer.Option(help="Answer only the first so many.")] = None,
+    chat_template: Template = None,
 ) -> None:
     """Answer every row of a file.
 
@@ -84,6 +111,7 @@ def predict(
         batch_size=batch_size,
         kv_cache=kv_cache,
         max_rows=max_rows,
+        chat_template=chat_template,
         reporter=ConsoleReporter(),
     )
     print(f"answers: {path}")
