@@ -9,6 +9,7 @@ from strop.app.verbs.demo import demo
 from strop.app.verbs.doctor import doctor
 from strop.app.verbs.explain import affine, bits, tensor
 from strop.app.verbs.plan import plan
+from strop.app.verbs.prove import prove
 from strop.app.verbs.quantize import quantize
 from strop.app.verbs.selftest import selftest
 from strop.app.verbs.tune import merge, tune
@@ -24,6 +25,7 @@ __all__ = [
     "merge",
     "plan",
     "predict",
+    "prove",
     "quantize",
     "selftest",
     "stop",
