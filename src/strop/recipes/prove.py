@@ -107,10 +107,9 @@ def prove(
     reference = _reference(place, against, origin)
     target = _target(place, certificate, overwrite=overwrite)
     rows = proof_rows(data, chosen)
-    kept, notes = _unseen(rows, data, [origin, provenance(reference)], leave_out=leave_out_seen)
+    origins = [origin] if reference in origin.sources else [origin, provenance(reference)]
+    kept, notes = _unseen(rows, data, origins, leave_out=leave_out_seen)
     clusters = clusters_in_order(kept, seed=seed)
-    for note in notes:
-        reporter.note(note)
     sides = [model_record(name, "") for name in (place, reference)]
     if sides[0].files == sides[1].files:
         raise UsageError(f"{place} and {reference} are the same, byte for byte; name another reference with --against")
@@ -218,8 +217,7 @@ def _unseen(
     own = sha256_file(cast(str, data)) if is_file else None
     notes = [note for origin in origins for note in origin.notes]
     seen: dict[int, str] = {}
-    for chooser in dict.fromkeys((c.model, c.how, c.name) for origin in origins for c in origin.choosers):
-        one = next(c for origin in origins for c in origin.choosers if (c.model, c.how, c.name) == chooser)
+    for one in {(c.model, c.how, c.name): c for origin in origins for c in origin.choosers}.values():
         words = f"{one.how} {one.model} ({one.name})"
         try:
             shared = one.shared(digests)
@@ -237,7 +235,7 @@ def _unseen(
     shown = ", ".join(str(row.row) for row in found[:_SHOWN]) + (" ..." if len(found) > _SHOWN else "")
     if not leave_out:
         raise DataError(
-            f"{rows_name(data)}: {len(found):,} of {len(rows):,} rows {seen[id(found[0])]}, such as row {shown}; "
+            f"{rows_name(data)}: {len(found):,} of {len(rows):,} rows {seen[id(found[0])]}: rows {shown}; "
             "what chose cannot judge. Name rows that chose nothing, or leave these out with --leave-out-seen"
         )
     if len(found) == len(rows):

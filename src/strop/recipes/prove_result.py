@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +33,20 @@ class Proof:
     def lines(self) -> list[str]:
         """The result in sentences."""
         said, proof = self.certificate.result, self.certificate
+        unit = "nats per token" if proof.task == "perplexity" else "points"
+        drop, low, high, limit = (_number(proof.task, v) for v in (said.drop, said.low, said.high, proof.max_drop))
+        allowed = f"{limit} {unit}"
         words = {
-            "pass": f"keeps {proof.task} within {_amount(proof.task, proof.max_drop)} of",
-            "fail": f"loses more than {_amount(proof.task, proof.max_drop)} of {proof.task} against",
-            "undecided": f"may or may not keep {proof.task} within {_amount(proof.task, proof.max_drop)} of",
+            "pass": f"keeps {proof.task} within {allowed} of",
+            "fail": f"loses more than {allowed} of {proof.task} against",
+            "undecided": f"may or may not keep {proof.task} within {allowed} of",
         }
         rows = f"{said.rows:,} of {proof.data.rows:,} rows"
         if said.clusters != said.rows:
             rows += f" ({said.clusters:,} clusters)"
         lines = [
             f"{said.decision.upper()}: {proof.model.name} {words[said.decision]} {proof.reference.name}",
-            f"drop {_amount(proof.task, said.drop)}, 95% interval {_amount(proof.task, said.low)} to "
-            f"{_amount(proof.task, said.high)}; {rows} seen",
+            f"drop {drop} {unit}, 95% interval {low} to {high}; {rows} seen",
         ]
         if proof.task == "perplexity":
             lines.append(f"nats per token: reference {-said.reference:.4f}, model {-said.model:.4f}")
@@ -108,8 +109,9 @@ class Undecided(Proof):
             yield f"about {self.needs:,} further rows would probably decide"
 
 
-def _amount(task: Task, value: float) -> str:
-    return f"{value:.4f} nats per token" if task == "perplexity" else f"{100 * value:.2f} points"
+def _number(task: Task, value: float) -> str:
+    """Nats as they are, shares in percentage points."""
+    return f"{value:.4f}" if task == "perplexity" else f"{100 * value:.2f}"
 
 
 def _short(text: str) -> str:
@@ -120,5 +122,6 @@ def _from_difference(text: str, expected: str) -> str:
     """A long text from a little before the place where it differs from what was expected."""
     if len(text) <= _MOST_CHARACTERS:
         return repr(text)
-    start = max(0, len(os.path.commonprefix([text, expected])) - _MOST_CHARACTERS // 3)
+    alike = next((place for place, (a, b) in enumerate(zip(text, expected, strict=False)) if a != b), len(expected))
+    start = max(0, alike - _MOST_CHARACTERS // 3)
     return f"...{_short(text[start:])}" if start else _short(text)

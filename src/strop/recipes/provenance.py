@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import DataPart
+from strop.config import DataPart, data_name, load_config
 from strop.data.mixing import open_mixture
 from strop.data.records import SPLIT_NAMES, Record
 from strop.errors import FileFormatError, MissingInputError, StropError
@@ -112,6 +112,10 @@ def provenance(model: str | os.PathLike[str]) -> Provenance:
         seen.add(before)
         result.sources.append(before)
         place = before
+    if not result.choosers:
+        result.notes.append(
+            f"nothing beside {model} says what trained or calibrated it, so no row was looked for there"
+        )
     return result
 
 
@@ -126,6 +130,9 @@ def _records(place: str) -> tuple[list[Chooser], str | None]:
         before = read_adapter_config(folder).base or None
     for home in (folder, folder.parent):
         if not (home / MANIFEST).is_file():
+            if (home / "run.json").is_file() and (home / "config.yaml").is_file():  # of a version without manifests
+                found.append(_of_settings(place, home))
+                break
             continue
         manifest = load_manifest(home)
         if manifest.get("kind") == "run":
@@ -161,6 +168,11 @@ def _of_run(model: str, home: Path, manifest: Mapping[str, Any]) -> Chooser:
     else:
         where = str(_found(data, home) or data["name"]) if "path" in data else data["name"]
     return Chooser(model, "trained", data["name"], files=files or None, data=where)
+
+
+def _of_settings(model: str, home: Path) -> Chooser:
+    data = load_config(home / "config.yaml").data
+    return Chooser(model, "trained", data_name(data), data=data)
 
 
 def _of_calibration(model: str, calibration: object) -> Iterator[Chooser]:
