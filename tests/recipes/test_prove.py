@@ -45,7 +45,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(run.best_path, folder / "tuned")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(ROWS)), encoding="utf-8")
     quantize(folder / "tuned", "int8", output=folder / "int8")
-    quantize(folder / "tuned", "int2-g32", output=folder / "int2")
+    quantize(folder / "tuned", "int2-tensor", output=folder / "int2")
     return folder
 
 
@@ -206,8 +206,8 @@ def test_choice_takes_the_likeliest(home: Path, tmp_path: Path) -> None:
     """What the tuned model has by heart is its likeliest choice, whichever way the row names it."""
     colours = ["red", "green", "blue", "brown", "black", "white", "pink", "grey"]
     data = []
-    for n, colour in enumerate(colours):
-        choices = [f"{colours[n - 1]} {n}", f"{colour} {n}", "no"]
+    for n, colour in enumerate(colours * 2):
+        choices = [f"{colours[(n + 1) % 8]} {n}", f"{colour} {n}", "no"]
         answer = [1, "B", f"{colour} {n}"][n % 3]
         data.append({"question": f"say {colour} {n}", "choices": choices, "answer": answer})
     data[0]["choices"] = {"text": data[0]["choices"], "label": ["x", "y", "z"]}
