@@ -30,11 +30,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_folder(folder, "llama", dtype=torch.bfloat16).rename(folder / "base")
     tiny_chat_file(folder / "rows.jsonl", rows=24)
     quantize(folder / "base", "int8", output=folder / "int8")
-    for task in ("exact-match", "perplexity"):
-        strop.prove(
-            folder / "int8", folder / "rows.jsonl", max_drop=0.2, task=task, certificate=folder / f"{task}.json"
-        )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Judge, "scores", all_right)
+        strop.prove(folder / "int8", folder / "rows.jsonl", max_drop=0.2, certificate=folder / "exact-match.json")
+    strop.prove(folder / "int8", folder / "rows.jsonl", max_drop=0.2, task="perplexity",
+                certificate=folder / "perplexity.json")  # fmt: skip
     return folder
+
+
+def all_right(self: Judge, rows: Sequence[Any], right: Sequence[int | None]) -> list[Score]:
+    return [Score(1.0) for _ in rows]
 
 
 @pytest.fixture
@@ -82,9 +87,9 @@ def test_it_holds_the_hashes_of_what_was_proved(made: Path) -> None:
 
 
 def test_the_same_proof_gives_the_same_bytes(made: Path, tmp_path: Path) -> None:
-    again = strop.prove(made / "int8", made / "rows.jsonl", max_drop=0.2, certificate=tmp_path / "again.json")
+    again = strop.prove(made / "int8", made / "rows.jsonl", max_drop=0.2, task="perplexity", certificate=tmp_path / "c")
     assert again.path is not None
-    assert again.path.read_bytes() == (made / "exact-match.json").read_bytes()
+    assert again.path.read_bytes() == (made / "perplexity.json").read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_an_adapters_base_belongs_to_it(home: Path) -> None:
     short(home / "base", home / "rows.jsonl", home / "run", max_steps=1)
     other = tiny_chat_file(home / "other.jsonl", rows=3)
     other.write_text(other.read_text(encoding="utf-8").replace("say", "tell"), encoding="utf-8")
-    proof = strop.prove(home / "run", other, max_drop=0.9, certificate=home / "run.json")
+    proof = strop.prove(home / "run", other, task="perplexity", max_drop=0.9, certificate=home / "run.json")
     assert "base: model.safetensors" in proof.certificate.model.files
     weights = home / "base" / "model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")

@@ -274,7 +274,9 @@ def test_a_row_that_trained_is_found_in_another_file_and_can_be_left_out(
         proved(home, tmp_path, home / "chats.jsonl", model=home / "run", against=home / "base", leave_out_seen=True)
 
 
-def test_rows_that_calibrated_are_refused_by_the_digests_in_the_receipt(home: Path, tmp_path: Path) -> None:
+def test_rows_that_calibrated_are_refused_by_the_digests_in_the_receipt(
+    home: Path, tmp_path: Path, planted: dict[str, set[int]]
+) -> None:
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows(30)), encoding="utf-8")
     quantize(home / "base", "int4-g32", output=tmp_path / "q4", method="search", data=str(data), max_rows=20)
@@ -286,7 +288,9 @@ def test_rows_that_calibrated_are_refused_by_the_digests_in_the_receipt(home: Pa
     )
 
 
-def test_training_data_that_are_gone_are_still_known_by_the_files_hash(home: Path, tmp_path: Path) -> None:
+def test_training_data_that_are_gone_are_still_known_by_the_files_hash(
+    home: Path, tmp_path: Path, planted: dict[str, set[int]]
+) -> None:
     tiny_chat_file(tmp_path / "gone.jsonl", rows=8)
     copy = shutil.copyfile(tmp_path / "gone.jsonl", tmp_path / "copy.jsonl")
     short(home / "base", tmp_path / "gone.jsonl", tmp_path / "run", max_steps=1)
@@ -297,7 +301,9 @@ def test_training_data_that_are_gone_are_still_known_by_the_files_hash(home: Pat
     assert "are no longer there; only the hash of the whole file was compared" in " ".join(proof.certificate.notes)
 
 
-def test_a_test_split_beside_the_training_rows_may_judge(home: Path, tmp_path: Path) -> None:
+def test_a_test_split_beside_the_training_rows_may_judge(
+    home: Path, tmp_path: Path, planted: dict[str, set[int]]
+) -> None:
     folder = tmp_path / "data"
     folder.mkdir()
     tiny_chat_file(folder / "train.jsonl", rows=8)
@@ -320,7 +326,7 @@ def test_a_test_split_beside_the_training_rows_may_judge(home: Path, tmp_path: P
         ({"against": "nowhere/at-all"}, MissingInputError, "nowhere/at-all"),
         ({"data": "nowhere.jsonl"}, MissingInputError, "nowhere.jsonl"),
         ({"model": "nowhere.gguf"}, MissingInputError, "nowhere.gguf"),
-        ({"max_length": 4}, DataError, "no row fits 4 tokens"),
+        ({"max_length": 4}, DataError, "40 do not fit 4 tokens"),
     ],
     ids=["task", "zero", "one", "nan", "rows", "against", "data", "model", "length"],
 )
@@ -342,6 +348,13 @@ def test_a_model_is_not_its_own_reference(home: Path, tmp_path: Path) -> None:
 def test_a_model_of_unknown_origin_needs_a_reference(home: Path) -> None:
     with pytest.raises(UsageError, match="name the reference with --against"):
         strop.prove(home / "other", home / "rows.jsonl")
+
+
+def test_a_reference_that_gets_nothing_right_proves_nothing(home: Path, tmp_path: Path) -> None:
+    """Two broken models agree on every row: a pass would be worth nothing."""
+    with pytest.raises(DataError, match="none of 40 rows right"):
+        proved(home, tmp_path, home / "rows.jsonl")
+    assert not (tmp_path / "c.json").exists()
 
 
 def test_texts_have_no_answer_to_match(home: Path, tmp_path: Path) -> None:

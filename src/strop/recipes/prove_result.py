@@ -46,14 +46,14 @@ class Proof:
             rows += f" ({said.clusters:,} clusters)"
         lines = [
             f"{said.decision.upper()}: {proof.model.name} {words[said.decision]} {proof.reference.name}",
-            f"drop {drop} {unit}, 95% interval {low} to {high}; {rows} seen",
+            f"drop {drop} {unit}, at least {low} and at most {high} (each at 95%); {rows} seen",
         ]
         if proof.task == "perplexity":
             lines.append(f"nats per token: reference {-said.reference:.4f}, model {-said.model:.4f}")
         else:
             lines.append(
-                f"right: reference {said.reference:.2%}, model {said.model:.2%}; {said.lost:,} rows lost, "
-                f"{said.gained:,} gained"
+                f"right: reference {said.reference:.2%}, model {said.model:.2%}; lost {said.lost:,}, "
+                f"gained {said.gained:,} of the rows"
             )
         lines += list(self._next())
         for flip in proof.flipped:

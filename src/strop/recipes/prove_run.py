@@ -97,24 +97,46 @@ class Proving:
         self.notes: list[str] = []
 
     def run(self, reporter: Reporter) -> None:
-        """Score batch after batch until the test has decided or the rows end."""
+        """Score batch after batch until the test has decided or the rows end.
+
+        Raises:
+            DataError: Nothing can be compared, or the reference gets no row right.
+            ModelError: The two read the same text as different tokens, and nats per token are asked for.
+        """
         done = 0
-        for chunk in _chunks(self._clusters, _CHUNK_ROWS):
-            ready = self._rendered(chunk)
-            for batch in _chunks(ready, self._batch_size):
-                if self._max_rows is not None:
-                    batch = _first_rows(batch, self._max_rows - done)
-                if not batch:
-                    return
-                done += sum(len(cluster) for cluster in batch)
-                self._look(batch)
-                reporter.advance(done, drop=round(sum(self.drops) / len(self.drops), 4))
-                if self._test.decided:
-                    return
+        for batch in self._batches():
+            done += sum(len(cluster) for cluster in batch)
+            self._look(batch)
+            reporter.advance(done, drop=round(sum(self.drops) / len(self.drops), 4))
+            if self._test.decided:
+                break
         if not self.drops:
-            raise DataError(f"no row fits {self._length} tokens, so nothing was compared; raise max_length")
+            raise DataError(
+                f"no row was compared: {self._left_out:,} do not fit {self._length} tokens (max_length), and of the "
+                f"others no whole cluster fits max_rows {self._max_rows}"
+            )
+        if self._task != "perplexity" and not any(one.reference.value for one in self._rows):
+            raise DataError(
+                f"the reference gets none of {len(self._rows):,} rows right, so that nothing could be lost and nothing "
+                "is proved; look at its answers (strop predict), at the chat template, or take --task perplexity"
+            )
         if self._left_out:
             self.notes.append(f"{self._left_out:,} rows are longer than {self._length:,} tokens and were left out")
+
+    def _batches(self) -> Iterator[list[Sequence[_Ready]]]:
+        """Clusters as tokens, a batch of rows at a time, up to `max_rows`."""
+        left = self._max_rows
+        for chunk in _chunks(self._clusters, _CHUNK_ROWS):
+            for batch in _chunks(self._rendered(chunk), self._batch_size):
+                if left is None:
+                    yield batch
+                    continue
+                batch = _first_rows(batch, left)
+                left -= sum(len(cluster) for cluster in batch)
+                if batch:
+                    yield batch
+                if not left:
+                    return
 
     def _rendered(self, clusters: Sequence[Sequence[ProofRow]]) -> list[list[_Ready]]:
         """What both can score of these clusters, as tokens."""
