@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import strop
 from strop.app.cli import app
 from strop.errors import FileFormatError, MissingInputError
+from strop.evaluation.judging import Judge, Score
 from strop.files.folders import sha256_file
 from strop.recipes import certificate as certificates
 from strop.recipes.certificate import check_certificate, encoded, read_certificate
