@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from strop.recipes.generate import predict
     from strop.recipes.merge import merge
     from strop.recipes.plan import plan
+    from strop.recipes.prove import prove
+    from strop.recipes.prove_result import Fail, Pass, Undecided
     from strop.recipes.quantize import quantize
     from strop.recipes.stages import tune_stages
     from strop.recipes.tune import tune
@@ -26,9 +28,12 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Fail": "strop.recipes.prove_result",
     "OpenedModel": "strop.models",
+    "Pass": "strop.recipes.prove_result",
     "QuantizedTensor": "strop.numerics.qtensor",
     "Scheme": "strop.numerics.scheme",
+    "Undecided": "strop.recipes.prove_result",
     "compare": "strop.recipes.compare",
     "doctor": "strop.recipes.doctor",
     "export": "strop.recipes.export",
@@ -37,6 +42,7 @@ _HOMES = {
     "parse_format": "strop.numerics.scheme",
     "plan": "strop.recipes.plan",
     "predict": "strop.recipes.generate",
+    "prove": "strop.recipes.prove",
     "quantize": "strop.recipes.quantize",
     "tune": "strop.recipes.tune",
     "tune_stages": "strop.recipes.stages",
@@ -44,9 +50,12 @@ _HOMES = {
 }
 
 __all__ = [  # noqa: RUF022  the version stands last
+    "Fail",
     "OpenedModel",
+    "Pass",
     "QuantizedTensor",
     "Scheme",
+    "Undecided",
     "compare",
     "doctor",
     "export",
@@ -55,6 +64,7 @@ __all__ = [  # noqa: RUF022  the version stands last
     "parse_format",
     "plan",
     "predict",
+    "prove",
     "quantize",
     "tune",
     "tune_stages",

@@ -47,9 +47,12 @@ def test_help_and_import_leave_torch_and_transformers_alone() -> None:
 def test_the_public_names_are_these() -> None:
     assert sorted(strop.__all__) == sorted(
         [
+            "Fail",
             "OpenedModel",
+            "Pass",
             "QuantizedTensor",
             "Scheme",
+            "Undecided",
             "__version__",
             "compare",
             "doctor",
@@ -59,6 +62,7 @@ def test_the_public_names_are_these() -> None:
             "parse_format",
             "plan",
             "predict",
+            "prove",
             "quantize",
             "tune",
             "tune_stages",

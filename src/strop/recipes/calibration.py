@@ -25,7 +25,7 @@ from strop.data.templates import Sample
 from strop.demo import everyday, text
 from strop.errors import DataError
 from strop.progress import SILENT, Reporter
-from strop.recipes.rows import Rows, rows_name
+from strop.recipes.rows import Rows, row_digest, rows_name
 
 MAX_LENGTH: Final = 2048
 """Most tokens of a row."""
@@ -48,12 +48,14 @@ class CalibrationRows:
         calibrating: Rows that calibrate.
         held_out: Rows that calibrate nothing; empty where there is only one.
         sha256: Of all their token ids.
+        row_digests: What each row drawn says (`row_digest`), sorted; empty for the built-in paragraphs.
     """
 
     name: str
     calibrating: Sequence[Sample]
     held_out: Sequence[Sample]
     sha256: str
+    row_digests: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -66,7 +68,7 @@ class CalibrationRows:
         kept, chosen = self.calibrating[:-count], self.calibrating[-count:]
         if not kept:
             raise DataError(f"{self.name}: a single row calibrates, and none is left to choose by; give more rows")
-        return CalibrationRows(self.name, kept, chosen, f"{self.sha256} choosing")
+        return CalibrationRows(self.name, kept, chosen, f"{self.sha256} choosing", self.row_digests)
 
     def to_dict(self) -> dict[str, Any]:
         """What a receipt says of them."""
@@ -77,6 +79,7 @@ class CalibrationRows:
             "tokens": self.tokens,
             "held_out_rows": len(self.held_out),
             "sha256": self.sha256,
+            "row_digests": list(self.row_digests),
         }
 
 
@@ -135,7 +138,8 @@ def calibration_rows(
             f"{name}: {tokens} tokens calibrate, at least {LEAST_TOKENS} are needed; give more rows or longer ones"
         )
     digest = hashlib.sha256(repr([sample.input_ids for sample in [*kept, *judged]]).encode()).hexdigest()
-    return CalibrationRows(name, kept, judged, digest)
+    drawn = [] if data is None else [*calibrating_records, *held_records]
+    return CalibrationRows(name, kept, judged, digest, tuple(sorted({row_digest(record) for record in drawn})))
 
 
 def _built_in(count: int) -> list[dict[str, Any]]:

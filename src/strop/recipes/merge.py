@@ -184,7 +184,9 @@ def merge(
                 forced=lost,
                 warnings=warnings,
             )
-            write_json(temporary / "merge.json", result.to_dict() | {"path": "."})
+            write_json(
+                temporary / "merge.json", result.to_dict() | {"path": ".", "source": os.path.abspath(opened.source)}
+            )
             reporter.advance(4)
     finally:
         reporter.finish()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,3 +39,9 @@ def held_out_records(data: Rows) -> list[Record]:
 def rows_name(data: Rows) -> str:
     """What the rows are called."""
     return str(data) if isinstance(data, str | os.PathLike) else "rows in memory"
+
+
+def row_digest(record: Record) -> str:
+    """What a row says, as 16 hexadecimal digits: the same wherever it came from and whatever is learned of it."""
+    turns = [[turn.role, turn.content] for turn in record.messages or ()]
+    return hashlib.sha256(json.dumps([turns, record.text]).encode()).hexdigest()[:16]

@@ -90,6 +90,12 @@ class Run:
 
         return merge(str(self.best_path), output, **options)
 
+    def prove(self, data: Any, **options: Any) -> Any:
+        """Prove that the run keeps a task within a drop; see `strop.prove`."""
+        from strop.recipes.prove import prove
+
+        return prove(self.path, data, **options)
+
     def verify(self) -> Any:
         """Check the run's hashes again; see `strop.verify`."""
         from strop.recipes.verify import verify

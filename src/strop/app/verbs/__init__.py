@@ -10,6 +10,7 @@ from strop.app.verbs.doctor import doctor
 from strop.app.verbs.explain import affine, bits, tensor
 from strop.app.verbs.export import export
 from strop.app.verbs.plan import plan
+from strop.app.verbs.prove import prove
 from strop.app.verbs.quantize import quantize
 from strop.app.verbs.selftest import selftest
 from strop.app.verbs.serve import serve
@@ -27,6 +28,7 @@ __all__ = [
     "merge",
     "plan",
     "predict",
+    "prove",
     "quantize",
     "selftest",
     "serve",

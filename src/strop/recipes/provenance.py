@@ -1,0 +1,204 @@
+"""What trained, calibrated or chose a model, read from what its makers left beside it.
+
+    a run of tune            manifest.json: data that trained and, by early stopping, chose; the base that it began from
+    a quantized folder       receipt.json: rows that calibrated, and the source
+    a merged model           merge.json: the adapter that was merged
+    an adapter               its base
+    a GGUF file              FILE.json beside it: the model that it was made of, and rows that weighted its columns
+
+Each is followed to the model before it, as far as that is still there. Rows are compared by what they say
+(`row_digest`): those that a receipt lists, else those of the data where they lie now; where the data are gone, files
+are compared by hash. What cannot be looked at is told.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+from strop.config import DataPart, data_name, load_config
+from strop.data.mixing import open_mixture
+from strop.data.records import SPLIT_NAMES, Record
+from strop.errors import FileFormatError, MissingInputError, StropError
+from strop.files.folders import MANIFEST, read_json
+from strop.files.peft_adapter import read_adapter_config
+from strop.files.receipts import RECEIPT
+from strop.models.sources import find_folder, is_adapter
+from strop.recipes.manifest import load_manifest
+from strop.recipes.rows import row_digest
+from strop.runtime.llama_cpp import is_gguf
+
+MERGE: Final = "merge.json"
+_MOST_STEPS: Final = 32  # models before one another; more is a circle
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Data that had a part in a model.
+
+    Attributes:
+        model: The model.
+        how: "trained" or "calibrated".
+        name: What the data were called.
+        rows: Digests of its rows where the record lists them.
+        files: Name to SHA-256 of its files where the record lists those.
+        data: What `open_mixture` reads the rows from; None where they are listed or nothing is named.
+    """
+
+    model: str
+    how: str
+    name: str
+    rows: frozenset[str] | None = None
+    files: Mapping[str, str] | None = None
+    data: Any = None
+
+    def shared(self, digests: Collection[str]) -> set[str]:
+        """Those of `digests` that are among its rows.
+
+        Raises:
+            StropError: The rows can no longer be read.
+        """
+        if self.rows is not None:
+            return set(digests) & self.rows
+        mixture = open_mixture(self.data)
+        records: Iterable[Record] = chain(mixture.train, mixture.valid)
+        return {digest for digest in map(row_digest, records) if digest in digests}
+
+    def holds_file(self, sha256: str) -> bool:
+        """Whether one of its files has this hash; those of a test split chose nothing."""
+        held = {digest for name, digest in (self.files or {}).items() if not _is_test(name)}
+        return sha256 in held
+
+
+@dataclass
+class Provenance:
+    """What is known of how models came about.
+
+    Attributes:
+        choosers: Data that had a part in one of them.
+        sources: The models that each was made of, the nearest first, as far as they are named.
+        notes: What could not be looked at.
+    """
+
+    choosers: list[Chooser]
+    sources: list[str]
+    notes: list[str]
+
+
+def provenance(model: str | os.PathLike[str]) -> Provenance:
+    """Follow a model back to where it came from.
+
+    Raises:
+        MissingInputError, ModelError: There is no such model.
+    """
+    result = Provenance([], [], [])
+    place = str(model)
+    seen: set[str] = set()
+    for step in range(_MOST_STEPS):
+        try:
+            here, before = _records(place)
+        except StropError as error:
+            if not step:
+                raise
+            result.notes.append(f"{place}: what it was made of could not be looked at ({error})")
+            break
+        result.choosers += here
+        if before is None or before in seen:
+            break
+        seen.add(before)
+        result.sources.append(before)
+        place = before
+    if not result.choosers:
+        result.notes.append(
+            f"nothing beside {model} says what trained or calibrated it, so no row was looked for there"
+        )
+    return result
+
+
+def _records(place: str) -> tuple[list[Chooser], str | None]:
+    """What lies beside one model, and the name of the model before it."""
+    if is_gguf(place):
+        return _of_gguf(Path(place))
+    folder = find_folder(place)
+    found: list[Chooser] = []
+    before: str | None = None
+    if is_adapter(folder):
+        before = read_adapter_config(folder).base or None
+    for home in (folder, folder.parent):
+        if not (home / MANIFEST).is_file():
+            if (home / "run.json").is_file() and (home / "config.yaml").is_file():  # of a version without manifests
+                found.append(_of_settings(place, home))
+                break
+            continue
+        manifest = load_manifest(home)
+        if manifest.get("kind") == "run":
+            found.append(_of_run(place, home, manifest))
+            base = manifest["inputs"].get("adapter") or manifest["inputs"]["base"]
+            before = before or str(_found(base, home) or base["name"])
+            break
+    for name in (RECEIPT, MERGE):
+        if (folder / name).is_file():
+            receipt = _mapping(read_json(folder / name), folder / name)
+            settings = receipt.get("settings")
+            calibration = settings.get("calibration") if isinstance(settings, Mapping) else None
+            found += _of_calibration(place, calibration)
+            before = before or _text(receipt.get("source"))
+    return found, before
+
+
+def _of_gguf(file: Path) -> tuple[list[Chooser], str | None]:
+    receipt_file = file.with_name(f"{file.name}.json")
+    if not file.is_file():
+        raise MissingInputError(f"{file}: no such file; name a GGUF file, a model's folder or a hub id")
+    if not receipt_file.is_file():
+        return [], None
+    receipt = _mapping(read_json(receipt_file), receipt_file)
+    return list(_of_calibration(str(file), receipt.get("importance"))), _text(receipt.get("model"))
+
+
+def _of_run(model: str, home: Path, manifest: Mapping[str, Any]) -> Chooser:
+    data = manifest["inputs"]["data"]
+    files = {name: entry["sha256"] for name, entry in data.get("files", {}).items()}
+    if "sets" in data:
+        where: Any = [DataPart(**part) for part in data["sets"]]
+    else:
+        where = str(_found(data, home) or data["name"]) if "path" in data else data["name"]
+    return Chooser(model, "trained", data["name"], files=files or None, data=where)
+
+
+def _of_settings(model: str, home: Path) -> Chooser:
+    data = load_config(home / "config.yaml").data
+    return Chooser(model, "trained", data_name(data), data=data)
+
+
+def _of_calibration(model: str, calibration: object) -> Iterator[Chooser]:
+    if not isinstance(calibration, Mapping) or calibration.get("built_in") or not _text(calibration.get("data")):
+        return
+    listed = calibration.get("row_digests")
+    rows = frozenset(str(digest) for digest in listed) if isinstance(listed, list) and listed else None
+    yield Chooser(model, "calibrated", calibration["data"], rows=rows, data=calibration["data"])
+
+
+def _found(record: Mapping[str, Any], home: Path) -> Path | None:
+    """Where an input lies: from the run, if both were moved together, else where it was."""
+    places = [home / record["from_run"]] if "from_run" in record else []
+    places += [Path(record["path"])] if "path" in record else []
+    return next((Path(os.path.normpath(place)) for place in places if place.exists()), None)
+
+
+def _mapping(value: Any, path: Path) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise FileFormatError(f"{path}: holds {type(value).__name__}, an object was needed")
+    return value
+
+
+def _text(value: object) -> str | None:
+    return value if isinstance(value, str) and value else None
+
+
+def _is_test(name: str) -> bool:
+    return Path(name).name.lower().split(".")[0].split("-")[0] in SPLIT_NAMES["test"]
