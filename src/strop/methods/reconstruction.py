@@ -28,8 +28,8 @@ from strop.numerics.scheme import Scheme
 MEASUREMENTS = 10
 """How often a training looks at its error, the start left out."""
 
-_BETAS = (0.9, 0.99)
-_EPS = 1e-30  # gradients of a mean over a block's outputs may be as small as they like
+BETAS = (0.9, 0.99)
+EPS = 1e-30  # gradients of a mean over a block's outputs may be as small as they like
 _LEAST_BATCHES = 4  # from here on one in eight is held out
 
 
@@ -158,9 +158,9 @@ def train(
             "the model's weights"
         )
     fixed = {layer: weight.dequantize() for layer, weight in start.weights.items() if layer not in layers}
-    optimizer = torch.optim.Adam(groups, betas=_BETAS, eps=_EPS)
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    order = _order(batches, torch.Generator().manual_seed(seed))
+    order = in_random_order(batches, torch.Generator().manual_seed(seed))
     first = best
     for iteration in range(iterations):
         batch = next(order)
@@ -184,7 +184,7 @@ def train(
     return kept
 
 
-def _order(batches: Sequence[int], generator: torch.Generator) -> Iterator[int]:
+def in_random_order(batches: Sequence[int], generator: torch.Generator) -> Iterator[int]:
     """Every batch once in a random order, then again in another, without end."""
     while True:
         for place in torch.randperm(len(batches), generator=generator):
@@ -192,11 +192,17 @@ def _order(batches: Sequence[int], generator: torch.Generator) -> Iterator[int]:
 
 
 def held_out(block: Block, notes: list[str]) -> tuple[list[int], list[int]]:
-    """Batches to train on, and one in eight, evenly spread, that measure; where there are too few, all do both."""
-    everything = list(range(block.batches))
+    """`to_train_and_measure` of a block's batches, with a note where there are too few."""
     if block.batches < _LEAST_BATCHES:
         notes.append(f"{block.name}: {block.batches} batches are too few to hold one out; all of them measure")
+    return to_train_and_measure(block.batches)
+
+
+def to_train_and_measure(batches: int) -> tuple[list[int], list[int]]:
+    """Batches to train on, and one in eight, evenly spread, that measure; where there are too few, all do both."""
+    everything = list(range(batches))
+    if batches < _LEAST_BATCHES:
         return everything, everything
-    count = max(1, block.batches // 8)
-    measured = [everything[place * block.batches // count] for place in range(count)]
+    count = max(1, batches // 8)
+    measured = [place * batches // count for place in range(count)]
     return [batch for batch in everything if batch not in measured], measured
