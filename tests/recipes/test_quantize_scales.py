@@ -29,7 +29,7 @@ def test_a_real_model_comes_nearer_on_rows_that_trained_nothing(material: Path, 
         result = quantize(
             source,
             "int3-g4",
-            output=out,
+            output=tmp_path / f"{steps}",
             method="search",
             data=str(data),
             max_rows=40,

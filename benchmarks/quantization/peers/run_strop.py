@@ -1,8 +1,8 @@
 """strop's own methods by name, through the function behind `strop quantize`: opening and the receipt are in its time.
 
 The calibration windows go in as text, special tokens included, and come out as the same tokens. Development windows
-stand beside them as the validation split: they are what the receipt is about and calibrate nothing. `gptq+scales` is gptq with
-scales trained end to end afterwards.
+stand beside them as the validation split: they are what the receipt is about and calibrate nothing. `gptq+scales` is
+gptq with scales trained end to end afterwards.
 """
 
 from __future__ import annotations

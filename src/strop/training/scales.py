@@ -147,7 +147,7 @@ def train_scales(
                 say(done, f"KL {best:.2e} nats, {before:.2e} at the start")
         finally:
             for name, parameter in others.items():
-                parameter.requires_grad_(requires_grad=False)
+                parameter.requires_grad = False
                 parameter.data.copy_(starts[name])
                 parameter.grad = None
             for parameter in learned:
