@@ -121,7 +121,7 @@ def peak_of_training(source: str, data: str, output: str, budget: int) -> int:
     release_unused_memory()
     with PeakMemory() as memory:
         quantize(
-            source, "int4-g32", output=output, method="search", data=data, max_memory=budget, max_rows=24, scale_steps=2
+            source, "int4-g32", output=output, method="rtn", data=data, max_memory=budget, max_rows=12, scale_steps=1
         )
     return memory.peak_bytes
 
