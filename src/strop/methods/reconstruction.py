@@ -2,7 +2,8 @@
 
 The error is that of the block's whole output: mean over batches' tokens and features of (quantized - full precision)^2,
 the quantized block being fed what the quantized blocks before it give. A method keeps the best of what it measured, the
-start among it, so that on the batches that measure it is never worse than searched rounding.
+start among it, so that on the batches that measure it is never worse than searched rounding. What trains runs in bf16
+where the processor multiplies it faster, what is measured in fp32.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from strop.methods.search import search
 from strop.methods.sequential import layer_by_layer
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
+from strop.precision import autocast, compute_dtype
 
 MEASUREMENTS = 10
 """How often a training looks at its error, the start left out."""
@@ -162,10 +164,14 @@ def train(
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     order = in_random_order(batches, torch.Generator().manual_seed(seed))
     first = best
+    device = block.target(batches[0]).device
+    dtype = compute_dtype("auto", device)
     for iteration in range(iterations):
         batch = next(order)
         changed = fixed | {layer: part.rounded() for layer, part in layers.items()} | dict(others)
-        loss = (block.run(batch, changed) - block.target(batch)).square().mean()
+        with autocast(device, dtype):
+            output = block.run(batch, changed)
+        loss = (output.float() - block.target(batch)).square().mean()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - iteration / iterations)
