@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from strop.data.batches import Batch
+from strop.precision import autocast
 from strop.training.losses import token_loss_sum
-from strop.training.precision import autocast
 from strop.training.shapes import at_common_width, positions_of
 
 

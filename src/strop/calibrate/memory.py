@@ -7,11 +7,16 @@
     hidden states    2 models x all tokens x hidden float32: in memory as far as the budget goes, else on the disk;
                      up to half of that budget goes to `replay`
 
+Where scales are trained end to end afterwards, the quantized model is there in place of the block, with 28 bytes for
+each of its scales (factor, gradient, two moments, and copies), one of its blocks dense, and a batch's hidden states
+between its blocks.
+
 The batch is made smaller before anything is refused. The figures are upper estimates by these terms.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -23,6 +28,7 @@ from strop.layers.base import linear_shape
 from strop.layers.quant_experts import expert_weights
 from strop.layers.surgery import linear_modules
 from strop.models.blocks import BlockwiseModel
+from strop.numerics.scheme import Scheme
 
 BATCH_SIZES: Final = (8, 4, 2, 1)
 OWN_BYTES: Final = 24 << 20
@@ -51,6 +57,7 @@ def plan_memory(
     max_memory: int | None,
     hessian: bool,
     trains: bool,
+    whole: Scheme | None = None,
 ) -> MemoryPlan:
     """Choose the batch size and where hidden states go.
 
@@ -60,6 +67,7 @@ def plan_memory(
         max_memory: The budget in bytes; None: none.
         hessian: Whether the method needs second moments.
         trains: Whether the method runs gradients through a block.
+        whole: The largest of the schemes, where the scales of the whole model are trained afterwards.
 
     Raises:
         UsageError: the budget is below what is needed at a batch size of 1; the message says how much would do.
@@ -78,17 +86,30 @@ def plan_memory(
     fixed += 4 * 4 * inputs * inputs if hessian else 0
     if experts:
         fixed += max(model.block_bytes(name) for name in model.blocks) + (HESSIAN_BYTES if hessian else 0)
+    held = _held_whole(shapes, whole) + OWN_BYTES + 2 * model.outside_bytes + 3 * block if whole is not None else 0
     need = 0
     for size in BATCH_SIZES:
         tokens = size * longest
         need = fixed + 4 * tokens * ((40 if trains else 12) * hidden + (12 if trains else 4) * widest + 2 * vocabulary)
+        if whole is not None:
+            step = tokens * ((40 + len(model.blocks)) * hidden + 12 * widest) + 4 * min(tokens * vocabulary, 2**24)
+            need = max(need, held + 4 * step)
         if max_memory is None:
             return MemoryPlan(size, need, None)
         if need <= max_memory:
             return MemoryPlan(size, need, max_memory - need)
+    what = "one block" if whole is None else "the quantized model, whose scales are trained (--scale-steps),"
     raise UsageError(
-        f"max-memory: {_megabytes(max_memory or 0)} are given, and {_megabytes(need)} are needed for one block and one "
+        f"max-memory: {_megabytes(max_memory or 0)} are given, and {_megabytes(need)} are needed for {what} and one "
         f"row of {longest} tokens; allow that much, or shorten the rows (--max-length)"
+    )
+
+
+def _held_whole(shapes: Sequence[tuple[int, int]], scheme: Scheme) -> int:
+    """Bytes of all weights in a format and of what trains their scales."""
+    return sum(
+        math.ceil(scheme.bits_per_weight(shape) / 8 * math.prod(shape)) + 28 * math.prod(scheme.scale_shape(shape))
+        for shape in shapes
     )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -107,6 +107,32 @@ class Results:
 
     def _same(self, plan: Mapping[str, Any]) -> bool:
         return (self.folder / PLAN).is_file() and read_json(self.folder / PLAN) == plan
+
+
+class Taken:
+    """What layers became, by name; one block's results are in memory at a time.
+
+    Args:
+        results: All blocks are finished.
+        names: The blocks in the model's order.
+    """
+
+    def __init__(self, results: Results, names: Sequence[str]) -> None:
+        self._results, self._names = results, names
+        self._open: tuple[int, BlockResult] | None = None
+
+    def weight(self, name: str) -> QuantizedTensor:
+        """A layer's weight."""
+        index = next(i for i, block in enumerate(self._names) if name.startswith(f"{block}."))
+        if self._open is None or self._open[0] != index:
+            self._open = (index, self._results.get(index)[0])
+        return self._open[1].weights[name]
+
+    def others(self) -> dict[str, Tensor]:
+        """Parameters beside the weights that changed, of all blocks."""
+        return {
+            name: tensor for index in range(len(self._names)) for name, tensor in self._results.others(index).items()
+        }
 
 
 def _write(path: Path, value: Mapping[str, Any]) -> None:

@@ -101,8 +101,12 @@ class BlockStream:
 
     def after(self, number: int, *, quantized: bool) -> Callable[..., Any]:
         """The model's call for a batch that has gone through every block: same arguments, same output."""
-        hidden = (self._quantized if quantized else self._full).get(number)
+        hidden = self.given(number, quantized=quantized)
         return lambda **inputs: self.model.after_blocks(inputs, hidden)
+
+    def given(self, number: int, *, quantized: bool) -> Tensor:
+        """Hidden states [rows, length, hidden] of a batch, as far as it has gone."""
+        return (self._quantized if quantized else self._full).get(number)
 
     def _feed(self, name: str) -> Feed:
         return Feed(

@@ -151,6 +151,10 @@ class BlockwiseModel:
         """The model's output where `hidden` is what the last block gave."""
         return self._forward(inputs, None, {len(self.blocks) - 1: hidden})
 
+    def states_after_blocks(self, inputs: dict[str, Any], hidden: Tensor) -> Tensor:
+        """The last hidden states, which the head is given, where `hidden` is what the last block gave."""
+        return self._forward(inputs, None, {len(self.blocks) - 1: hidden}, self.model.base_model).last_hidden_state
+
     def returns_tuple(self, name: str, output: Any) -> None:
         """Remember how a block returns its hidden states, so that passing them on looks the same."""
         self._tuples[list(self.blocks).index(name)] = len(output) if isinstance(output, tuple) else 0
@@ -172,11 +176,13 @@ class BlockwiseModel:
         return self._call
 
     @torch.no_grad()
-    def _forward(self, inputs: dict[str, Any], wanted: int | None, given: dict[int, Tensor]) -> Any:
-        self._wanted, self._given, self._call = wanted, given, None
-        with self._passing():
+    def _forward(
+        self, inputs: dict[str, Any], wanted: int | None, given: dict[int, Tensor], part: nn.Module | None = None
+    ) -> Any:
+        with self.passing():
+            self._wanted, self._given = wanted, given
             try:
-                output = self.model(**inputs)
+                output = (part or self.model)(**inputs)
             except _Stop:
                 return None
         if wanted is not None:
@@ -185,8 +191,10 @@ class BlockwiseModel:
         return output
 
     @contextmanager
-    def _passing(self) -> Iterator[None]:
+    def passing(self) -> Iterator[None]:
+        """The model with every block replaced by one that passes its hidden states on."""
         places = [(self.model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in self.blocks]
+        self._wanted, self._given, self._call = None, {}, None
         for index, ((parent, place), block) in enumerate(zip(places, self.blocks.values(), strict=True)):
             parent._modules[place] = _Passing(block, self, index)
         try:

@@ -157,6 +157,11 @@ class Scheme:
         """Whether scales are powers of two (MXFP4)."""
         return self.scale_dtype == E8M0
 
+    @property
+    def has_real_scales(self) -> bool:
+        """Whether scales are numbers of a floating-point dtype, not codes or powers of two."""
+        return not (self.double_quant or self.super_size is not None or self.has_power_scale)
+
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """Shape of the scales of a weight of `shape` (out, in): [1, 1], [out, 1], [out, groups] or [blocks]."""
         rows, columns = shape

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,19 +14,20 @@ from torch import Tensor
 from strop import __version__
 from strop.calibrate.memory import MemoryPlan, plan_memory
 from strop.calibrate.quantizing import BlockReport, BlockWork, quantize_blocks
-from strop.calibrate.results import Results
+from strop.calibrate.results import Results, Taken
 from strop.calibrate.stream import BlockStream
 from strop.data.batches import Batch, eval_batches
 from strop.data.templates import Sample
+from strop.errors import UsageError
 from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.held_out import held_out_figures
 from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import pieces
 from strop.files.receipts import TensorReceipt
 from strop.files.shards import tensor_files
-from strop.methods import BlockResult
+from strop.memory import steady_allocation
 from strop.models.blocks import BlockwiseModel
-from strop.models.opening import open_tokenizer
+from strop.models.opening import load, open_tokenizer
 from strop.numerics.activation_observers import ActivationObserver, MinMax
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -33,6 +35,8 @@ from strop.progress import SILENT, Reporter
 from strop.recipes.calibration import MAX_LENGTH, CalibrationRows, calibration_rows
 from strop.recipes.rows import Rows
 from strop.scratch import Scratch
+from strop.training.losses import Head, find_head
+from strop.training.scales import train_scales
 
 DISK_BYTES: Final = 64 << 30
 """Most bytes of hidden states and logits on the disk; `Scratch` takes at most half of what is free."""
@@ -46,32 +50,34 @@ class Calibrated:
     """What became of a model's blocks.
 
     Attributes:
-        results: The blocks on the disk.
+        taken: What layers became.
         reports: How far each block's output is from full precision, and what is to be known.
         receipts: What each layer lost, by name.
         rows: The rows that calibrated and those that judged.
         held_out: Figures on the held-out rows; empty where there are none.
+        folders: The blocks on the disk; before their scales were trained, and, where that was asked for, after.
     """
 
-    results: Results
+    taken: Taken
     reports: list[BlockReport]
     receipts: Mapping[str, TensorReceipt]
     rows: CalibrationRows
     held_out: dict[str, Any]
-    _open: tuple[int, BlockResult] | None = field(default=None, repr=False)
+    folders: Sequence[Results]
+
+    @property
+    def results(self) -> Results:
+        """The blocks as they are now."""
+        return self.folders[-1]
 
     def stored(self, name: str, weight: Tensor) -> QuantizedTensor:
-        """What a layer became; a rounding for `load`. One block's results are in memory at a time."""
-        index = next(i for i, report in enumerate(self.reports) if name.startswith(f"{report.name}."))
-        if self._open is None or self._open[0] != index:
-            self._open = (index, self.results.get(index)[0])
-        return self._open[1].weights[name]
+        """What a layer became; a rounding for `load`."""
+        return self.taken.weight(name)
 
-    def others(self) -> dict[str, Tensor]:
-        """Parameters beside the weights that changed, of all blocks."""
-        return {
-            name: tensor for index in range(len(self.reports)) for name, tensor in self.results.others(index).items()
-        }
+    def remove(self) -> None:
+        """Give the disk back."""
+        for results in self.folders:
+            results.remove()
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ def open_bench(
     max_memory: int | None,
     hessian: bool,
     trains: bool,
+    whole: Scheme | None = None,
     chat_template: str | os.PathLike[str] | None,
     reporter: Reporter = SILENT,
 ) -> Bench:
@@ -127,6 +134,7 @@ def open_bench(
         max_memory: A budget in bytes, or None.
         hessian: Whether the method needs second moments.
         trains: Whether it runs gradients through a block.
+        whole: As `plan_memory`.
         chat_template: As `calibration_rows`.
         reporter: Told what happens.
 
@@ -144,7 +152,8 @@ def open_bench(
         reporter=reporter,
     )
     samples = [*rows.calibrating, *rows.held_out]
-    return Bench(model, rows, plan_memory(model, samples, max_memory=max_memory, hessian=hessian, trains=trains))
+    memory = plan_memory(model, samples, max_memory=max_memory, hessian=hessian, trains=trains, whole=whole)
+    return Bench(model, rows, memory)
 
 
 def calibrate_model(
@@ -155,9 +164,11 @@ def calibrate_model(
     plan: Mapping[str, Any],
     folder: Path,
     activation_observer: Callable[[], ActivationObserver] = MinMax,
+    scale_steps: int = 0,
+    seed: int = 0,
     reporter: Reporter = SILENT,
 ) -> Calibrated:
-    """Quantize a model's blocks and measure the result.
+    """Quantize a model's blocks, train their scales end to end where that is asked for, and measure the result.
 
     Args:
         bench: The model and its rows.
@@ -166,19 +177,24 @@ def calibrate_model(
         plan: What `work` is, as JSON values, the `method` among them: finished blocks of another plan are not used.
         folder: Where the blocks are kept.
         activation_observer: As `quantize_blocks`.
+        scale_steps: Steps of `train_scales` once the blocks are done; 0: none.
+        seed: Of the order of its batches.
         reporter: Told what happens.
+
+    Raises:
+        UsageError: Scales are to be trained, and there are none, or the model's logits are not its head over its last
+            hidden states.
     """
-    results = Results(
-        folder,
-        {
-            **plan,
-            "strop": __version__,
-            "source": _identity(bench.model.folder),
-            "schemes": {name: scheme.name for name, scheme in schemes.items()},
-            "rows": bench.rows.sha256,
-            "batch_size": bench.memory.batch_size,
-        },
-    )
+    whole_plan = {
+        **plan,
+        "strop": __version__,
+        "source": _identity(bench.model.folder),
+        "schemes": {name: scheme.name for name, scheme in schemes.items()},
+        "rows": bench.rows.sha256,
+        "batch_size": bench.memory.batch_size,
+    }
+    results = Results(folder, whole_plan)
+    folders = [results]
     if results.found:
         reporter.note(f"{results.found} of {len(bench.model.blocks)} blocks were finished before: going on from there")
     receipts: dict[str, TensorReceipt] = {}
@@ -187,24 +203,94 @@ def calibrate_model(
     def weigh(name: str, weight: Tensor, quantized: QuantizedTensor) -> None:
         receipts[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name, folds=folds)
 
+    def through(stream: BlockStream, into: Results) -> list[BlockReport]:
+        with into.kept_if_of_use():
+            return quantize_blocks(
+                stream, schemes, work, into, weigh=weigh, activation_observer=activation_observer, reporter=reporter
+            )
+
     with Scratch(DISK_BYTES) as scratch:
         stream = bench.stream(scratch)
-        with results.kept_if_of_use():
-            reports = quantize_blocks(
-                stream,
-                schemes,
-                work,
-                results,
-                weigh=weigh,
-                activation_observer=activation_observer,
-                reporter=reporter,
+        head = _head(bench.model, stream.batches[0]) if scale_steps else None
+        reports = through(stream, results)
+        if head is not None:
+            trained = Results(
+                folder.with_name(f"{folder.name}.scales"), {**whole_plan, "scale_steps": scale_steps, "seed": seed}
             )
+            if trained.found < len(reports):
+                # what is freed must not count against a budget
+                with contextlib.nullcontext() if bench.memory.hidden_bytes is None else steady_allocation():
+                    _train_scales(
+                        stream, head, schemes, results, trained, steps=scale_steps, seed=seed, reporter=reporter
+                    )
+            stream = bench.stream(scratch)  # the same rows again, through the blocks as they are now
+            reports = through(stream, trained)
+            folders.append(trained)
         held = stream.batches[stream.calibrating :]
         held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
         count = sum(int(batch.lengths.sum()) for batch in stream.batches[: stream.calibrating])
     for name, tokens in [item for report in reports for item in report.tokens.items()]:
         receipts[name] = replace(receipts[name], calibration_tokens=tokens, calibration_share=tokens / count)
-    return Calibrated(results, reports, receipts, bench.rows, held_out)
+    taken = Taken(folders[-1], [report.name for report in reports])
+    return Calibrated(taken, reports, receipts, bench.rows, held_out, folders)
+
+
+def _head(model: BlockwiseModel, batch: Batch) -> Head:
+    with model.passing():
+        head = find_head(model.model, batch)
+    if head is None:
+        raise UsageError(
+            f"{model.folder}: the logits of this model are not its head over its last hidden states, by which scales "
+            "are trained; leave --scale-steps out"
+        )
+    return head
+
+
+def _train_scales(
+    stream: BlockStream,
+    head: Head,
+    schemes: Mapping[str, Scheme],
+    results: Results,
+    trained: Results,
+    *,
+    steps: int,
+    seed: int,
+    reporter: Reporter,
+) -> None:
+    """Train the scales of what stands in `results`; `trained` holds the blocks with the new ones afterwards."""
+    names = list(stream.model.blocks)
+    before = Taken(results, names)
+    student = load(
+        stream.model.folder,
+        schemes,
+        rounding=lambda name, _: before.weight(name),
+        dtype="float32",
+        tokenizer=False,
+    ).model
+    for name, parameter in before.others().items():
+        student.get_parameter(name).data.copy_(parameter)
+    batches = stream.batches[: stream.calibrating]
+    reporter.start("train scales", steps, "steps")
+    try:
+        found = train_scales(
+            student,
+            batches,
+            lambda number: stream.model.states_after_blocks(
+                batches[number].inputs(), stream.given(number, quantized=False)
+            ),
+            head,
+            steps=steps,
+            dtype=stream.model.dtype,
+            seed=seed,
+            say=lambda done, text: reporter.advance(done, step=text),
+        )
+    finally:
+        reporter.finish()
+    for index, name in enumerate(names):
+        result, error = results.get(index)
+        weights = {layer: found.weights.get(layer, quantized) for layer, quantized in result.weights.items()}
+        mine = {other: tensor for other, tensor in found.others.items() if other.startswith(f"{name}.")}
+        trained.put(index, replace(result, weights=weights, others={**result.others, **mine}), error)
 
 
 def _judge(stream: BlockStream, held: Sequence[Batch], samples: Sequence[Sample], scratch: Scratch) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from strop.data.templates import Sample
 from strop.evaluation.likelihood import likelihood
 from strop.evaluation.statistics import Difference, bootstrap_mean, paired_bootstrap
 from strop.models import load
+from strop.precision import choose_device
 from strop.progress import SILENT, Reporter
-from strop.training.precision import choose_device
 
 WORDS: Final = {"better": "gained", "worse": "forgot", "undecided": "undecided"}
 

@@ -356,8 +356,8 @@ def plan_model(
         DataError: the data cannot be read.
     """
     from strop.layers.surgery import select
+    from strop.precision import choose_device, compute_dtype
     from strop.recipes.session import EAGER_LENGTH
-    from strop.training.precision import choose_device, compute_dtype
 
     rank = parse_rank(rank)
     problems = [

@@ -125,6 +125,7 @@ def quantize(
     max_kl: float | None = None,
     min_agreement: float | None = None,
     repair: bool = False,
+    scale_steps: int = 0,
     chat_template: str | os.PathLike[str] | None = None,
     seed: int = 0,
     keep_indivisible: bool = False,
@@ -151,6 +152,8 @@ def quantize(
         max_kl: The gate: most nats per token from the source, on held-out rows.
         min_agreement: The gate: least share of held-out tokens on which both models choose the same.
         repair: Past the gate, give more bits to the layers of the blocks to blame until it passes.
+        scale_steps: Steps that train all scales together once every layer is rounded, on how far the whole model is
+            from the source (`strop.training.scales`); the quantized model is in memory whole.
         chat_template: For models that have none, as `tune` takes it.
         seed: Of methods that draw.
         keep_indivisible: Leave a layer that the format cannot hold in its own dtype and say so in the receipt; without
@@ -178,6 +181,8 @@ def quantize(
     known = {scheme.name: scheme for scheme in map(_scheme, formats)} if asked is not None or repair else {}
     scheme = next(iter(known.values())) if format is None else _scheme(format)
     _check_weights_only([*known.values(), scheme] if repair else list(known.values()))
+    if scale_steps:
+        _check_scale_steps(scale_steps, scheme, has_rows=data is not None or needs_rows(method) or asked is not None)
     observing = _activation_observer(scheme, activation_observer, data)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
@@ -199,6 +204,8 @@ def quantize(
     settings: dict[str, Any] = {"method": method, "observer": observer if method == "rtn" else None}
     if observing is not None:
         settings["activation_observer"] = activation_observer
+    if scale_steps:
+        settings["scale_steps"] = scale_steps
     receipt = Receipt(str(model), budget or scheme.name, settings)
     receipt.left_alone = [name for name in experts(plain) if name not in found]
     receipt.experts = sum(weights.count for weights in found.values())
@@ -219,6 +226,7 @@ def quantize(
             max_memory=max_memory,
             hessian=method in HESSIAN,
             trains=method in BLOCK_METHODS,
+            whole=max([scheme, *known.values()], key=lambda own: own.bits) if scale_steps else None,
             chat_template=chat_template,
             reporter=reporter,
         )
@@ -237,6 +245,8 @@ def quantize(
                 plan=plan,
                 folder=folder,
                 activation_observer=observing or MinMax,
+                scale_steps=scale_steps,
+                seed=seed,
                 reporter=reporter,
             )
 
@@ -254,14 +264,18 @@ def quantize(
         _record(calibrated, receipt, reporter)
         receipt.gate = gate.passed(repairs)
     made = {} if calibrated is None else dict(calibrated.receipts)
-    rounding = _round_on_reading(schemes, method, observer, made, reporter) if calibrated is None else calibrated.stored
+    rounding = (
+        _round_on_reading(schemes, method, observer, made, reporter)
+        if calibrated is None
+        else lambda name, _: calibrated.taken.weight(name)
+    )
     with atomic_folder(output, overwrite=overwrite) as temporary:
         reporter.start("write the model", len(names), "layers")
         try:
             opened = load(source, schemes, rounding=rounding)
         finally:
             reporter.finish()
-        for name, parameter in ({} if calibrated is None else calibrated.others()).items():
+        for name, parameter in ({} if calibrated is None else calibrated.taken.others()).items():
             opened.model.get_parameter(name).data.copy_(parameter)
         for name in shapes:  # in the model's order, not the files'
             entry = made.get(name) or _kept(opened.model, name, shapes[name], scheme, misfits[name])
@@ -274,7 +288,7 @@ def quantize(
         if allocation is not None:
             allocation.write(temporary)
     if calibrated is not None:
-        calibrated.results.remove()
+        calibrated.remove()
     return QuantizeResult(Path(output), receipt.to_dict(), [] if allocation is None else allocation.lines())
 
 
@@ -350,6 +364,20 @@ def _check_method(method: str, observer: str) -> None:
         )
     if observer != "minmax" and method != "rtn":
         raise UsageError(f"observer {observer}: method {method} finds its scales itself; leave the observer out")
+
+
+def _check_scale_steps(steps: int, scheme: Scheme, *, has_rows: bool) -> None:
+    if steps < 0:
+        raise UsageError(f"scale_steps: a number of steps from 0 on is needed, got {steps}")
+    if not has_rows:
+        raise UsageError("scale_steps: scales are trained on rows; give some with --data")
+    if scheme.activations is not None:
+        raise UsageError(f"scale_steps: {scheme} rounds activations too; only formats of weights have scales to train")
+    if not scheme.has_real_scales:
+        raise UsageError(
+            f"scale_steps: the scales of {scheme} are codes themselves, and cannot be trained; those of int4-g32 and "
+            "nf4 can"
+        )
 
 
 def _check_weights_only(schemes: Sequence[Scheme]) -> None:

@@ -48,11 +48,11 @@ from strop.evaluation.smallest import (
 from strop.files.folders import write_json
 from strop.layers.base import linear_shape
 from strop.layers.surgery import detach_lora
+from strop.precision import autocast
 from strop.progress import SILENT, Reporter
 from strop.recipes.session import Session, open_session
 from strop.training.candidates import AdapterShape, Candidate
 from strop.training.losses import find_head
-from strop.training.precision import autocast
 from strop.training.settings import count_steps
 
 FILE: Final = "rank.json"

@@ -26,10 +26,10 @@ from strop.data.samples import SampleSet
 from strop.data.store import rendered, sample_lengths, samples_digest
 from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
+from strop.precision import choose_device, compute_dtype
 from strop.progress import SILENT, Reporter
 from strop.training.events import require_tensorboard
 from strop.training.optimizers import default_learning_rate
-from strop.training.precision import choose_device, compute_dtype
 from strop.training.preparing import Base, Trained, open_base, put_layers
 from strop.training.settings import TrainSettings, count_steps
 from strop.training.shapes import common_width, positions_of

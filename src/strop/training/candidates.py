@@ -21,10 +21,10 @@ from torch import nn
 
 from strop.data.batches import Batch, BatchStream
 from strop.layers.surgery import attach_lora, detach_lora, replace
+from strop.precision import autocast
 from strop.training.checkpoints import generator_states, set_generator_states
 from strop.training.losses import Head, token_loss_sum
 from strop.training.optimizers import gradient_norm, make_optimizer
-from strop.training.precision import autocast
 from strop.training.recompute import recomputed
 from strop.training.schedules import rate_share
 from strop.training.settings import TrainSettings

@@ -11,8 +11,8 @@ from torch import nn
 
 from strop.data.batches import BatchStream, eval_batches
 from strop.data.templates import Sample
+from strop.precision import autocast
 from strop.training.losses import Head, token_loss_sum
-from strop.training.precision import autocast
 from strop.training.shapes import at_common_width, positions_of
 
 EVALUATIONS: Final = 10

@@ -35,6 +35,7 @@ from strop.data.packing import check_isolation
 from strop.data.templates import Sample
 from strop.errors import DiskFullError, TrainingError
 from strop.memory import PeakMemory, steady_allocation
+from strop.precision import autocast, empty_cache
 from strop.progress import SILENT, Reporter
 from strop.training import watchdog
 from strop.training.events import NAME as EVENTS_NAME
@@ -44,7 +45,6 @@ from strop.training.losses import find_head, token_loss_sum
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
 from strop.training.optimizers import gradient_norm, make_optimizer, trained_parameters
-from strop.training.precision import autocast, empty_cache
 from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.schedules import rate_share
 from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps

@@ -53,6 +53,9 @@ class TokenBatch(Protocol):
         ...
 
 
+_LossOf: TypeAlias = "Callable[[Head, Tensor, Tensor], Tensor]"
+"""(head, hidden states, targets) to a sum."""
+
 Finish: TypeAlias = Callable[[Tensor], Tensor]
 """What a model does to its logits after the head."""
 
@@ -145,7 +148,7 @@ def token_loss_sum(model: nn.Module, batch: TokenBatch, *, head: Head | None = N
     hidden = hidden.reshape(-1, hidden.shape[-1])[kept]  # [rows, length - 1, hidden] -> [tokens, hidden]
     rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
     if hidden.requires_grad and torch.is_grad_enabled() and not head.trained:
-        return _FrozenHeadLoss.apply(hidden, targets, head, rows), supervised
+        return _FrozenHeadLoss.apply(hidden, targets, head, rows, _labelled_sum), supervised
     if len(kept) <= rows:
         return _cross_entropy_sum(head.logits(hidden), targets), supervised
 
@@ -159,6 +162,21 @@ def token_loss_sum(model: nn.Module, batch: TokenBatch, *, head: Head | None = N
     return total, supervised
 
 
+def divergence_sum(head: Head, hidden: Tensor, wanted: Tensor) -> Tensor:
+    """KL(p || q) summed over tokens, in nats: p from the hidden states `wanted`, q from `hidden`, through one head.
+
+    Args:
+        head: Of both models; not trained.
+        hidden: [tokens, hidden], with gradient where the graph is wanted.
+        wanted: [tokens, hidden], without.
+
+    Returns:
+        A scalar, fp32 or fp64. At most `CHUNK_LOGITS` logits of each model are there at a time.
+    """
+    rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
+    return _FrozenHeadLoss.apply(hidden, wanted, head, rows, _divergence_sum)
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """The loss of a head that is not trained: two products a chunk in place of three.
 
@@ -166,22 +184,33 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int, loss_of: _LossOf) -> Tensor:
         gradient = torch.empty_like(hidden)
         total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_()
             with torch.enable_grad():
-                loss = _cross_entropy_sum(head.logits(part), targets[start : start + rows])
+                loss = loss_of(head, part, targets[start : start + rows])
             gradient[start : start + rows] = torch.autograd.grad(loss, part)[0]
             total += loss.detach()
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None
+        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+
+
+def _labelled_sum(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
+    return _cross_entropy_sum(head.logits(hidden), targets)
+
+
+def _divergence_sum(head: Head, hidden: Tensor, wanted: Tensor) -> Tensor:
+    with torch.no_grad():
+        expected = torch.log_softmax(_wide(head.logits(wanted)), dim=-1)
+    found = torch.log_softmax(_wide(head.logits(hidden)), dim=-1)
+    return functional.kl_div(found, expected, log_target=True, reduction="sum")
 
 
 def _of_rows(value: Any, rows: int) -> bool:
@@ -190,8 +219,11 @@ def _of_rows(value: Any, rows: int) -> bool:
 
 def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits [tokens, vocabulary], targets [tokens] -> scalar, computed in fp32 at least."""
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    return functional.cross_entropy(wide, targets, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(_wide(logits), targets, ignore_index=IGNORED, reduction="sum")
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _vocabulary(projection: nn.Module) -> int:

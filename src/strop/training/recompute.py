@@ -22,10 +22,10 @@ from strop.data.batches import Batch, BatchStream, padded_batch
 from strop.errors import TrainingError
 from strop.layers.surgery import block_lists
 from strop.memory import PeakMemory, release_unused_memory
+from strop.precision import autocast
 from strop.progress import Reporter
 from strop.training.losses import Head, TokenBatch, find_head, token_loss_sum
 from strop.training.optimizers import OptimizerName, state_bytes, trained_parameters
-from strop.training.precision import autocast
 from strop.training.settings import TrainSettings
 from strop.training.shapes import at_common_width, positions_of
 

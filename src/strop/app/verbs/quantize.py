@@ -60,6 +60,12 @@ def quantize(
     repair: Annotated[
         bool, typer.Option("--repair", help="Past the gate, more bits for the layers to blame, until it passes.")
     ] = False,
+    scale_steps: Annotated[
+        int,
+        typer.Option(
+            "--scale-steps", help="Then train all scales end to end for so many steps; best at 2 and 3 bits.", min=0
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option("--seed", help="Of methods that draw.")] = 0,
     keep_indivisible: Annotated[
         bool, typer.Option("--keep-indivisible", help="Keep layers that a group size does not divide in 16 bits.")
@@ -90,6 +96,7 @@ def quantize(
         max_kl=max_kl,
         min_agreement=min_agreement,
         repair=repair,
+        scale_steps=scale_steps,
         seed=seed,
         keep_indivisible=keep_indivisible,
         overwrite=overwrite,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from strop.training import precision
+from strop import precision
 
 CPU = torch.device("cpu")
 
