@@ -214,8 +214,10 @@ def test_experts_quantized_one_by_one_are_stacked_code_by_code(kind: str, tmp_pa
 
 def test_a_run_is_exported_with_the_hashes_of_what_made_it(tmp_path: Path) -> None:
     base, data = tiny_folder(tmp_path, "llama"), tiny_chat_file(tmp_path / "chats.jsonl")
-    tune(base, data, output=tmp_path / "run", method="full", max_steps=2, batch_size=4, dtype="float32")
-    result = _export(tmp_path / "run", tmp_path / "m.gguf", "f16")
+    tuned = tune(base, data, output=tmp_path / "run", method="full", max_steps=2, batch_size=4, dtype="float32")
+    with pytest.raises(UsageError, match="was trained for no GGUF format"):
+        tuned.export(tmp_path / "m.gguf")
+    result = tuned.export(tmp_path / "m.gguf", format="gguf:f16", verify=False)
     run = result.receipt["origin"]["run"]
     assert len(run["rows_sha256"]) == len(run["base"]["sha256"]) == 64
     text = (tmp_path / "m.gguf.md").read_text(encoding="utf-8")

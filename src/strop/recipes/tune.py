@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import LowRank, TuneConfig, load_config, to_yaml
+from strop.config import LowRank, Qat, TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, write_json
 from strop.memory import PeakMemory, steady_allocation
@@ -89,6 +89,20 @@ class Run:
         from strop.recipes.merge import merge
 
         return merge(str(self.best_path), output, **options)
+
+    def export(self, output: str | os.PathLike[str], *, format: str | None = None, **options: Any) -> Any:
+        """Write the run as a GGUF file, by default on the grid that it was trained for; see `strop.export`.
+
+        Raises:
+            UsageError: no format is given, and the run was not trained for one of GGUF's.
+        """
+        from strop.recipes.export import export
+
+        method = self.config.method
+        chosen = format or (method.format if isinstance(method, Qat) and method.format.startswith("gguf:") else None)
+        if chosen is None:
+            raise UsageError(f"{self.path}: was trained for no GGUF format; say which to write: format='gguf:q8_0'")
+        return export(self.path, output, format=chosen, **options)
 
     def prove(self, data: Any, **options: Any) -> Any:
         """Prove that the run keeps a task within a drop; see `strop.prove`."""
