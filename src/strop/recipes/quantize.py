@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from strop.calibrate.quantizing import BlockWork
-from strop.errors import FormatError, UsageError, nearest
+from strop.errors import FormatError, UsageError
 from strop.evaluation.comparison import significant
-from strop.files import compressed_tensors
 from strop.files.folders import atomic_folder, check_target
 from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
@@ -44,17 +43,22 @@ from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
 from strop.methods.sequential import layer_by_layer
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
-from strop.numerics import OBSERVERS
-from strop.numerics.activation_observers import ActivationObserver, MinMax
-from strop.numerics.activation_observers import activation_observer as activation_observer_of
+from strop.numerics.activation_observers import MinMax
 from strop.numerics.groups import plan_shape
 from strop.numerics.qtensor import QuantizedTensor
-from strop.numerics.scheme import Scheme, parse_format
+from strop.numerics.scheme import Scheme
 from strop.pages.receipt import RECEIPT_PAGE, write_receipt_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.budget import FORMATS, choose_formats, parse_budget
 from strop.recipes.calibrated import Calibrated, calibrate_model, open_bench
 from strop.recipes.gate import Gate, layers_to_blame, more_bits
+from strop.recipes.quantize_checks import (
+    check_method,
+    check_scale_steps,
+    check_weights_only,
+    observing_activations,
+    scheme_of,
+)
 from strop.recipes.recording import record, recorded
 from strop.recipes.rows import Rows
 
@@ -171,19 +175,19 @@ def quantize(
     """
     if (format is None) == (budget is None):
         raise UsageError("give a format (--format int4-g32) or a budget (--budget 3.5bits), one of the two")
-    _check_method(method, observer)
+    check_method(method, observer)
     gate = Gate(max_kl, min_agreement)
     if gate.asked and data is None and not needs_rows(method) and budget is None:
         raise UsageError("a gate (max-kl, min-agreement) is judged on rows that chose nothing; give some with --data")
     if repair and not gate.asked:
         raise UsageError("a repair goes on until the gate passes; say which (--max-kl, --min-agreement)")
     asked = None if budget is None else parse_budget(budget)
-    known = {scheme.name: scheme for scheme in map(_scheme, formats)} if asked is not None or repair else {}
-    scheme = next(iter(known.values())) if format is None else _scheme(format)
-    _check_weights_only([*known.values(), scheme] if repair else list(known.values()))
+    known = {scheme.name: scheme for scheme in map(scheme_of, formats)} if asked is not None or repair else {}
+    scheme = next(iter(known.values())) if format is None else scheme_of(format)
+    check_weights_only([*known.values(), scheme] if repair else list(known.values()))
     if scale_steps:
-        _check_scale_steps(scale_steps, scheme, has_rows=data is not None or needs_rows(method) or asked is not None)
-    observing = _activation_observer(scheme, activation_observer, data)
+        check_scale_steps(scale_steps, scheme, has_rows=data is not None or needs_rows(method) or asked is not None)
+    observing = observing_activations(scheme, activation_observer, data)
     check_target(output, overwrite=overwrite)
     source = find_folder(model)
     plain = _skeleton(source, scheme)
@@ -340,73 +344,6 @@ def _record(calibrated: Calibrated, receipt: Receipt, reporter: Reporter) -> Non
     for report in calibrated.reports:
         for note in report.notes:
             reporter.note(note)
-
-
-def _scheme(format: str) -> Scheme:
-    spec = parse_format(format)
-    if spec.scheme.super_size is not None:
-        compressed_tensors.check_scheme(spec.scheme)  # refuses it: no file that is written now holds the grid
-    if spec.container is not None:
-        raise FormatError(
-            f"{format!r}: a GGUF file is written by `strop export MODEL --format {spec} -o FILE.gguf`; the same grid "
-            f"in a folder is {spec.scheme}, whose codes an export takes over bit for bit"
-        )
-    return spec.scheme
-
-
-def _check_method(method: str, observer: str) -> None:
-    known = [*METHODS, *BLOCK_METHODS]
-    if method not in known:
-        raise UsageError(f"method {method!r} is unknown{nearest(method, known)}; there are {', '.join(known)}")
-    if observer not in OBSERVERS:
-        raise UsageError(
-            f"observer {observer!r} is unknown{nearest(observer, OBSERVERS)}; there are {', '.join(OBSERVERS)}"
-        )
-    if observer != "minmax" and method != "rtn":
-        raise UsageError(f"observer {observer}: method {method} finds its scales itself; leave the observer out")
-
-
-def _check_scale_steps(steps: int, scheme: Scheme, *, has_rows: bool) -> None:
-    if steps < 0:
-        raise UsageError(f"scale_steps: a number of steps from 0 on is needed, got {steps}")
-    if not has_rows:
-        raise UsageError("scale_steps: scales are trained on rows; give some with --data")
-    if scheme.activations is not None:
-        raise UsageError(f"scale_steps: {scheme} rounds activations too; only formats of weights have scales to train")
-    if not scheme.has_real_scales:
-        raise UsageError(
-            f"scale_steps: the scales of {scheme} are codes themselves, and cannot be trained; those of int4-g32 and "
-            "nf4 can"
-        )
-
-
-def _check_weights_only(schemes: Sequence[Scheme]) -> None:
-    """Refuse formats that round activations among those to choose from."""
-    found = [scheme.name for scheme in schemes if scheme.activations is not None]
-    if found:
-        raise FormatError(
-            f"{', '.join(found)}: a budget and a repair choose among formats of weights, and 8-bit activations take no "
-            "bits of the model; name formats such as int4-g32-full and int8-g32 with --formats, or round all layers "
-            "alike (--format int8-a8)"
-        )
-
-
-def _activation_observer(scheme: Scheme, name: str, data: Rows | None) -> Callable[[], ActivationObserver] | None:
-    """What observes the inputs of each layer; None where the format fixes no scale for them."""
-    make = activation_observer_of(name)
-    if scheme.activations is None or not scheme.activations.is_static:
-        if name != "minmax":
-            raise UsageError(
-                f"activation observer {name}: {scheme} fixes no scale for activations; leave it out, or use "
-                "int8-a8-static"
-            )
-        return None
-    if data is None:
-        raise UsageError(
-            f"{scheme}: the scale of the activations is fixed from data; give rows of the kind that the model will see "
-            "(--data FILE), or use int8-a8, which needs none"
-        )
-    return make
 
 
 def _skeleton(source: Path, scheme: Scheme) -> nn.Module:
