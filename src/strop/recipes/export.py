@@ -49,7 +49,7 @@ from strop.recipes.export_proof import prove_export
 from strop.recipes.export_runtime import quantize_in_runtime
 from strop.recipes.export_source import Source, open_source
 from strop.recipes.export_summary import summary
-from strop.recipes.export_tensors import TensorRecord, gguf_tensors
+from strop.recipes.export_tensors import Made, TensorRecord, gguf_tensors
 from strop.recipes.manifest import adapter_digest
 from strop.recipes.merge import merge
 from strop.recipes.recording import record, recorded
@@ -359,7 +359,7 @@ def _export_adapter(
 
 def _watched(tensor: TensorToWrite, record: TensorRecord) -> Iterator[Bytes]:
     nothing = torch.empty(0)  # f32 loses nothing, so nothing is compared
-    yield from record.watching((raw, nothing) for raw in tensor.make())
+    yield from record.watching(Made(raw, nothing) for raw in tensor.make())
 
 
 def _receipt(
