@@ -99,7 +99,7 @@ def test_an_unknown_verb_names_the_nearest() -> None:
 
 
 def test_a_planned_verb_says_that_it_is_not_there_yet() -> None:
-    failed(run("export", "x"), 2, "planned")
+    failed(run("squeeze", "x"), 2, "planned")
 
 
 def test_a_misspelt_flag_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""`strop serve`, asked by the official client over a socket: GGUF files and folders answer alike, and as `chat` does."""
+"""`strop serve`, asked by the official client over a socket: GGUF files and folders answer alike, as `chat` does."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from strop.files.gguf.vocabulary import Vocabulary
 from strop.files.gguf.writer import write_gguf
 
 _PIECES = (
-    *("'s", "'T", "'re", "'VE", "'ll", "'D", " I'm", "don't", "\n\n", " \n ", "   x", "1234567", " 12", "3.14", "//", "\t\t"),
-    *("hello", " world", "Once", " upon", " time", ", ", ". ", "http://a.b/c?d=e", "\r\n", "{}", "🙂", "👩\u200d💻", "ﬁ", "Å", "ẛ̣"),
+    *("'s", "'T", "'re", "'VE", "'ll", "'D", " I'm", "don't", "\n\n", " \n ", "   x", "1234567", " 12", "3.14", "//"),
+    *("hello", " world", "Once", " upon", " time", ", ", ". ", "http://a.b/c?d=e", "\r\n", "{}", "🙂", "👩\u200d💻"),
+    *("ﬁ", "Å", "ẛ̣", "\t\t"),
 )
 
 
@@ -27,7 +28,7 @@ def _blocks() -> list[list[str]]:
 
 
 def unicode_texts(count: int, *, seed: int = 0) -> list[str]:
-    """Short texts: words, digits and signs beside characters of any block, half of them beside others of their block."""
+    """Short texts: words, digits and signs beside characters of any block."""
     rng = random.Random(seed)
     blocks = _blocks()
     texts = []
@@ -66,7 +67,7 @@ class LlamaVocabulary:
         with path.open("wb") as file:
             write_gguf(file, metadata | words.metadata(), [])
         self._lib: Any = lib
-        lib.llama_log_set(_SILENT(lib), ctypes.c_void_p(0))
+        lib.llama_log_set(_silent(lib), ctypes.c_void_p(0))
         params = lib.llama_model_default_params()
         params.vocab_only = True
         self._model = lib.llama_model_load_from_file(str(path).encode(), params)
@@ -88,10 +89,10 @@ class LlamaVocabulary:
         self._lib.llama_model_free(self._model)
 
 
-_kept: list[Any] = []
+_kept: list[Any] = []  # a callback must live as long as the library
 
 
-def _SILENT(lib: Any) -> Any:
+def _silent(lib: Any) -> Any:
     if not _kept:
         _kept.append(lib.llama_log_callback(lambda level, text, user: None))
     return _kept[0]

@@ -205,7 +205,7 @@ def test_experts_that_a_model_computes_its_own_way_are_left_alone_listed_and_sai
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"format": "gguf:q4_0"}, FormatError, "not written yet.*int4-g32-full"),
+        ({"format": "gguf:q4_0"}, FormatError, "strop export.*int4-g32-full"),
         ({"format": "int9"}, FormatError, "int8"),
         ({"format": "int4-g32", "method": "gptkew"}, UsageError, "rtn, search"),
         ({"format": "int4-g32", "observer": "minmix"}, UsageError, "minmax"),

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from strop import __version__
-from strop.data.templates import stop_ids
+from strop.data.templates import set_chat_template, stop_ids
 from strop.errors import MissingInputError, ModelError, UsageError
 from strop.files.folders import read_json, sha256_file
 from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
@@ -117,7 +117,7 @@ def export(
         data: rows over which the use of each column is measured, so that rounding spares what is used most.
         max_rows: rows of `data` that are used; a quarter of them is left out, as `quantize` does.
         max_length: most tokens of a row.
-        chat_template: for models that have none, as `tune` takes it; rows alone are written by it.
+        chat_template: for models that have none, as `tune` takes it; it is embedded, and rows are written by it.
         adapter_only: the adapter alone, as a GGUF adapter.
         modelfile: write an Ollama Modelfile too.
         verify: prove the file before it gets its name.
@@ -146,7 +146,7 @@ def export(
         source = open_source(whole)
         architecture = architecture_of(source.config)
         metadata = architecture.metadata(source.config)  # refuses what llama.cpp computes otherwise, before any work
-        words, tokenizer = _vocabulary(source)
+        words, tokenizer = _vocabulary(source, chat_template)
         weighed = None
         if data is not None:
             weighed = measure_importance(
@@ -192,6 +192,8 @@ def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: 
             raise UsageError(f"--format gguf:{name}: an adapter alone is kept in full precision; use gguf:f32")
         if data is not None or modelfile:
             raise UsageError("--adapter-only goes without --data and --modelfile: nothing is rounded, no model is made")
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: is a file already; export the model that it was made from")
     if data is not None and name not in _ROUNDING:
         raise UsageError(
             f"--data weighs the columns of what is rounded in a search, and gguf:{name} has none; leave it out, or use "
@@ -207,7 +209,7 @@ def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: 
             ) from error
 
 
-def _vocabulary(source: Source) -> tuple[Vocabulary, Any]:
+def _vocabulary(source: Source, chat_template: str | os.PathLike[str] | None) -> tuple[Vocabulary, Any]:
     """The vocabulary, and the tokenizer where transformers opens it; a SentencePiece file alone does as well."""
     rows = source.shape(architecture_of(source.config).embedding_name(source.names))[0]
     file = source.folder / "tokenizer.model"
@@ -222,6 +224,8 @@ def _vocabulary(source: Source) -> tuple[Vocabulary, Any]:
             "the tokenizer was read from tokenizer.model, as transformers opens none here; there is no chat template"
         )
         return words, None
+    if chat_template is not None:
+        set_chat_template(tokenizer, os.fspath(chat_template))
     return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer), pieces=pieces), tokenizer
 
 
@@ -372,6 +376,7 @@ def _receipt(
         "bytes": path.stat().st_size,
         "sha256": sha256_file(path),
         "notes": notes,
+        "summary": summary(list(records.values())),
         "proof": proof.lines,
         "run": proof.run,
         "made_by": record(),

@@ -21,7 +21,7 @@ from strop.models.containers import Container, container_for
 from strop.models.sources import read_config
 from strop.numerics.qtensor import QuantizedTensor
 
-PIECE_BYTES: Final = 32 << 20
+PIECE_BYTES: Final = 8 << 20
 """Bytes of a dense tensor that are read at a time."""
 
 

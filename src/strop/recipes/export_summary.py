@@ -29,7 +29,7 @@ def summary(records: Sequence[TensorRecord]) -> list[str]:
     if again:
         lines.append(
             f"WARNING: {len(again)} tensors had been quantized before, on another grid, and were ROUNDED A SECOND TIME "
-            f"({again[0].name}, ...): export the full-precision model instead, or choose the type of their grid"
+            f"({again[0].name}, ...): export the full-precision model instead, or gguf:f16, which holds their values"
         )
     return [*lines, *_fallbacks(records)]
 

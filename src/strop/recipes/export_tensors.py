@@ -13,9 +13,10 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from strop.files.gguf.architecture_table import Layout
@@ -27,7 +28,10 @@ from strop.files.gguf.types import TYPES
 from strop.files.gguf.writer import Bytes, TensorToWrite
 from strop.recipes.export_source import Source
 
-_FLOATS = ("f32", "f16", "bf16")
+PIECE_VALUES: Final = 1 << 18
+"""Values whose loss is weighed at a time."""
+
+_FLOATS: Final = ("f32", "f16", "bf16")
 
 
 @dataclass
@@ -73,12 +77,18 @@ class TensorRecord:
             digest.update(np.ascontiguousarray(raw).reshape(-1).data)
             self.nbytes += raw.nbytes
             if self.how != "moved" and self.type != "f32":
-                stored = decode(raw, self.type, tuple(wanted.shape), where=self.name)
-                exact = wanted.detach().double()
-                self.error += float((stored.double() - exact).square().sum())
-                self.power += float(exact.square().sum())
+                self._weigh(raw.reshape(wanted.shape[0], -1), wanted)
             yield raw
         self.sha256 = digest.hexdigest()
+
+    def _weigh(self, raw: Bytes, wanted: Tensor) -> None:
+        """Add the loss of rows [out, bytes] that stand for `wanted` [out, in], some at a time."""
+        step = max(1, PIECE_VALUES // wanted[0].numel())
+        for start in range(0, len(raw), step):
+            exact = wanted[start : start + step].float()
+            stored = decode(raw[start : start + step], self.type, tuple(exact.shape), where=self.name)
+            self.error += float((stored - exact).square_().sum(dtype=torch.float64))
+            self.power += float(exact.square().sum(dtype=torch.float64))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -192,9 +202,9 @@ def _pieces(
             parts = source.rows(piece.source)
         else:
             parts = iter([architecture.laid_out(source.dense(piece.source), piece.layout)])
+        if TYPES[chosen.type].block > 1:
+            record.how = "rounded"
         for part in parts:
-            if chosen.type != "f32" and TYPES[chosen.type].block > 1:
-                record.how = "rounded"
             yield encode(part, chosen.type, columns, where=planned.name), part
 
 
@@ -210,12 +220,13 @@ def _of_codes(
     quantized = source.quantized(piece.source)
     weight = quantized.dequantize()
     order = architecture.row_order(piece.layout, weight.shape[0])
-    if order is not None:
-        weight = weight[order]
     moved = transcode(quantized)
-    if moved is not None and moved[0] == chosen.type:
+    same = moved is not None and moved[0] == chosen.type
+    if moved is not None and same and decode(moved[1], chosen.type, quantized.shape, where=record.name).equal(weight):
         record.how = "moved"
         raw = moved[1].reshape(weight.shape[0], -1)
-        return (raw if order is None else raw[order.numpy()]), weight
+        return (raw, weight) if order is None else (raw[order.numpy()], weight[order])
+    if order is not None:
+        weight = weight[order]
     record.how = "decoded" if chosen.type in _FLOATS else "rounded again"
     return encode(weight, chosen.type, importance, where=record.name), weight

@@ -197,7 +197,8 @@ def _scheme(format: str) -> Scheme:
         compressed_tensors.check_scheme(spec.scheme)  # refuses it: no file that is written now holds the grid
     if spec.container is not None:
         raise FormatError(
-            f"{format!r}: files of the kind {spec.container} are not written yet; the same grid is {spec.scheme}"
+            f"{format!r}: a GGUF file is written by `strop export ADAPTER --format {spec} -o FILE.gguf`, which merges "
+            f"first; the same grid in a model's folder is {spec.scheme}"
         )
     if spec.scheme.activations is not None and spec.scheme.activations.is_static:
         raise FormatError(

@@ -334,8 +334,8 @@ def _scheme(format: str) -> Scheme:
         compressed_tensors.check_scheme(spec.scheme)  # refuses it: no file that is written now holds the grid
     if spec.container is not None:
         raise FormatError(
-            f"{format!r}: files of the kind {spec.container} are not written yet; the same grid without the container "
-            f"is {spec.scheme}, which the file can be made from later without loss"
+            f"{format!r}: a GGUF file is written by `strop export MODEL --format {spec} -o FILE.gguf`; the same grid "
+            f"in a folder is {spec.scheme}, whose codes an export takes over bit for bit"
         )
     return spec.scheme
 

@@ -25,7 +25,7 @@ def export(
         typer.Option("--max-length", "--cutoff-len", "--max-seq-length", help="Most tokens of a row.", min=2),
     ] = None,
     chat_template: Annotated[
-        str | None, typer.Option("--chat-template", help="A name or file, for rows of models that have none.")
+        str | None, typer.Option("--chat-template", help="A name or file, embedded in models that have none.")
     ] = None,
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="An adapter alone, as a GGUF adapter, instead of merged.")
