@@ -49,6 +49,15 @@ def test_each_of_several_models_remembers_the_conversation(place: Path) -> None:
     assert "leaves" in said.stderr
 
 
+def test_a_question_that_fails_does_not_end_the_conversation(place: Path) -> None:
+    typed = f"{'no way ' * 300}\nsay red\n\n"
+    said = run("chat", place / "tiny-f32.gguf", "--max-new-tokens", 6, typed=typed)
+    assert said.exit_code == 0, said.output
+    assert "(no answer)" in said.stdout
+    assert "context of 256" in said.stderr
+    assert run("chat", place / "tiny-f32.gguf", *ONCE).stdout.strip() in said.stdout
+
+
 def test_where_one_of_two_cannot_answer_the_other_does_and_the_reason_is_said(place: Path) -> None:
     said = run("chat", place / "tiny-f16.gguf", place / "tiny-f32.gguf", *ONCE)
     assert said.exit_code == 1

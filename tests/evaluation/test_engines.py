@@ -11,7 +11,7 @@ import torch
 
 from strop.data.records import read_records
 from strop.data.samples import prepare
-from strop.errors import FileFormatError, MissingInputError, ModelError, UsageError
+from strop.errors import DataError, FileFormatError, MissingInputError, ModelError, UsageError
 from strop.evaluation.divergence import Divergence, ReferenceLogits
 from strop.evaluation.engines import Engine, as_engine, open_engine
 from strop.evaluation.kv_cache import KVFormat
@@ -126,6 +126,13 @@ def test_a_chat_with_a_file_is_the_chat_with_its_folder(place: Path):
     for text in ("say red", "and again"):
         assert folder.ask(text) == file.ask(text)
     assert folder.turns == file.turns
+
+
+def test_a_hostile_template_in_a_file_is_refused(place: Path):
+    for kind, template in (("bf16", "{{ ''.__class__.__mro__[1].__subclasses__() }}"), ("q4_0", "{{ 'x' * 10 ** 9 }}")):
+        chat = Chat(open_engine(tiny_gguf(place, kind, template=template)))
+        with pytest.raises(DataError):
+            chat.ask("hello")
 
 
 def test_files_and_folders_are_compared(place: Path):

@@ -89,6 +89,19 @@ def test_a_lost_adapter_fails_where_no_gate_of_the_divergence_would_see_it(place
     assert kept.effect > 0.5 > proof.effect
 
 
+def test_an_adapter_that_was_merged_twice_fails(place: Path, tmp_path: Path):
+    shutil.copytree(place / "adapter", tmp_path / "again")
+    config = json.loads((tmp_path / "again/adapter_config.json").read_text())
+    (tmp_path / "again/adapter_config.json").write_text(
+        json.dumps(config | {"base_model_name_or_path": str(place / "merged")})
+    )
+    merge(tmp_path / "again", tmp_path / "twice")
+    proof = measure_export(write_llama(tmp_path / "twice", tmp_path / "twice.gguf"), place / "adapter")
+    assert proof.effect is not None
+    assert proof.effect > 1.3
+    assert any("merged, once" in problem for problem in proof.problems)
+
+
 def test_a_base_that_is_named_is_what_tuning_is_measured_from(place: Path):
     proof = measure_export(place / "merged.gguf", place / "merged", base=place / "llama")
     assert proof.effect == pytest.approx(1, abs=1e-6)

@@ -8,9 +8,9 @@ model through a name of its own. Errors have OpenAI's shape. A client that leave
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import json
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from types import FrameType
@@ -235,11 +235,5 @@ def run(app: FastAPI, service: Service, listening: socket.socket, *, ready: Call
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=5)
     server = _Server(config, service)
     ready()
-    before = signal.getsignal(signal.SIGTERM)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):  # raised again by uvicorn once all is closed
         server.run(sockets=[listening])
-    except KeyboardInterrupt:  # raised again by uvicorn once all is closed
-        pass
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        listening.close()

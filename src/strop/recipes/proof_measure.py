@@ -45,6 +45,9 @@ CODES_GATE: Final = 2e-3
 EFFECT_GATES: Final = (0.999, 0.95)
 """Least share of what tuning changed: in files of 16 bits and more, and in quantized ones."""
 
+EFFECT_CEILINGS: Final = (1.005, 1.25)
+"""The most: an adapter that was merged twice is there twice."""
+
 OPENINGS: Final = (
     "Once upon a time, there was",
     "The weather today is",
@@ -272,10 +275,10 @@ class Measured:
         for what, found in (("its own codes in transformers", codes), ("the trained model", trained)):
             if found is not None and found.gate is not None and not found.kl <= found.gate:
                 problems.append(f"KL from {what}: {found.kl:.3g} nats per token, at most {found.gate:g} is allowed")
-        if effect is not None and not effect >= effect_gate:
+        if effect is not None and not effect_gate <= effect <= (most := EFFECT_CEILINGS[quantized]):
             problems.append(
-                f"{effect:.4f} of what tuning changed is in the file, at least {effect_gate:g} is needed; was the "
-                "adapter merged, and into the base that it was trained on?"
+                f"{effect:.4f} of what tuning changed is in the file, at least {effect_gate:g} is needed and at most "
+                f"{most:g}; was the adapter merged, once, and into the base that it was trained on?"
             )
         return ExportProof(
             file=str(self._file.path),

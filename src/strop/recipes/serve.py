@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -137,15 +137,15 @@ class Service:
             if self._waiting >= MOST_WAITING:
                 raise BusyError(f"{self._waiting} requests are waiting already; come again in a moment")
             self._waiting += 1
-        return self._written(prompt, wish, after=prompt if goes_on else ())
+        return _Parts(self._written(prompt, wish, after=prompt if goes_on else ()), self._leave)
+
+    def _leave(self) -> None:
+        with self._count:
+            self._waiting -= 1
 
     def _written(self, prompt: Sequence[int], wish: Wish, *, after: Sequence[int]) -> Iterator[Part]:
-        try:
-            with self._turn:
-                yield from self._in_turn(prompt, wish, after)
-        finally:
-            with self._count:
-                self._waiting -= 1
+        with self._turn:
+            yield from self._in_turn(prompt, wish, after)
 
     def _in_turn(self, prompt: Sequence[int], wish: Wish, after: Sequence[int]) -> Iterator[Part]:
         limit = self.engine.context
@@ -180,6 +180,31 @@ class Service:
     def stop(self) -> None:
         """End the answers that are being written, and write no other."""
         self._stopping.set()
+
+
+class _Parts(Iterator[Part]):
+    """Parts of an answer that leave the queue once, however they end: read to the end, closed, or never asked for."""
+
+    def __init__(self, parts: Iterator[Part], leave: Callable[[], object]) -> None:
+        self._parts: Any = parts
+        self._leave: Callable[[], object] | None = leave
+
+    def __next__(self) -> Part:
+        try:
+            return next(self._parts)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """End the answer."""
+        self._parts.close()
+        leave, self._leave = self._leave, None
+        if leave is not None:
+            leave()
+
+    def __del__(self) -> None:
+        self.close()
 
 
 def check_address(host: str, token: str | None) -> bool:

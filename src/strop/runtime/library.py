@@ -66,7 +66,7 @@ def runtime_version() -> str:
     from importlib.metadata import version
 
     build = library().llama_version().decode() if hasattr(library(), "llama_version") else "unknown build"
-    return f"llama-cpp-python {version('llama-cpp-python')} ({build})"
+    return f"llama-cpp-python {version('llama-cpp-python')} (llama.cpp {build})"
 
 
 def forget_words() -> None:

@@ -55,7 +55,7 @@ def chat(
     longest = max(map(len, chats))
 
     def reply(text: str) -> list[StropError]:
-        """Ask every model; what one of several fails with is shown in its place."""
+        """Ask every model; what fails within a conversation, or beside others, is shown in the answer's place."""
         failed = []
         for name, one in chats.items():
             if len(chats) > 1:
@@ -64,7 +64,7 @@ def chat(
                 one.ask(text, stream=lambda piece: print(piece, end="", flush=True))
                 print()
             except StropError as error:
-                if len(chats) == 1:
+                if len(chats) == 1 and prompt is not None:
                     raise
                 print("(no answer)", flush=True)
                 messages.print(f"{name}: {error}", style="red", markup=False)
@@ -92,7 +92,7 @@ def predict(
     data: Annotated[str, typer.Option("--data", "-d", help="The rows to answer.")],
     output: Output,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.", min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Rows answered at once.", min=1)] = 16,
+    batch_size: Annotated[int, typer.Option(help="Rows answered at once (GGUF files: one).", min=1)] = 16,
     kv_cache: KVCache = None,
     max_rows: Annotated[int | None, typer.Option(help="Answer only the first so many.")] = None,
     chat_template: Template = None,

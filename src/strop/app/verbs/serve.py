@@ -40,17 +40,17 @@ def serve(
     from strop.evaluation.engines import open_engine
     from strop.recipes.compare import model_names
 
-    listening = bind(host, port)
-    engine = open_engine(model)
-    service = Service(engine, name or model_names([model])[0], chat_template=chat_template)
-    app = build_app(service, token=api_key or None, loopback=loopback)
-    shown = f"[{host.strip('[]')}]" if ":" in host else host
-    address = f"http://{shown}:{listening.getsockname()[1]}/v1"
+    with bind(host, port) as listening:  # before the model is read: a port that is taken is said at once
+        engine = open_engine(model)
+        service = Service(engine, name or model_names([model])[0], chat_template=chat_template)
+        app = build_app(service, token=api_key or None, loopback=loopback)
+        shown = f"[{host.strip('[]')}]" if ":" in host else host
+        address = f"http://{shown}:{listening.getsockname()[1]}/v1"
 
-    def ready() -> None:
-        print(f"serving {service.name} ({engine.format}) at {address}; Ctrl-C ends", flush=True)
-        if not service.has_template:
-            messages.print("it has no chat template: plain completions only, unless --chat-template names one")
+        def ready() -> None:
+            print(f"serving {service.name} ({engine.format}) at {address}; Ctrl-C ends", flush=True)
+            if not service.has_template:
+                messages.print("it has no chat template: plain completions only, unless --chat-template names one")
 
-    run(app, service, listening, ready=ready)
+        run(app, service, listening, ready=ready)
     print("stopped", flush=True)
