@@ -15,6 +15,7 @@ import torch
 
 from strop.errors import FileFormatError, FormatError, MissingInputError, ModelError, StropError
 from strop.files.gguf.transcoding import scheme_of
+from strop.files.saving import save_model
 from strop.layers.quant_experts import quant_experts
 from strop.layers.surgery import linear_modules
 from strop.memory import PeakMemory, release_unused_memory, steady_allocation
@@ -162,6 +163,19 @@ def test_a_file_in_full_precision_is_trained_as_a_folder_is(tmp_path, method, ex
     ours = short(path, data, tmp_path / "ours", method=method, **extra)
     theirs = short(tmp_path / "llama", data, tmp_path / "theirs", method=method, **extra)
     assert torch.equal(logits(load(ours.path).model), logits(load(theirs.path).model))
+
+
+def test_a_file_in_full_precision_is_rounded_and_becomes_a_folder(tmp_path):
+    path = tiny_gguf(tmp_path, "f32")
+    quantize(path, format="int4-g32", output=tmp_path / "rounded")
+    assert torch.equal(logits(load(tmp_path / "rounded").model), logits(load(tmp_path / "llama", "int4-g32").model))
+    data = tiny_chat_file(tmp_path / "chat.jsonl")
+    with pytest.raises(ModelError, match=r"tiny-f32\.gguf: is a file.*make a folder of it first"):
+        quantize(path, format="int4-g32", method="gptq", data=data, output=tmp_path / "other")
+    opened = load(path)
+    save_model(opened.model, opened.tokenizer, tmp_path / "folder")
+    quantize(tmp_path / "folder", format="int4-g32", method="gptq", data=data, output=tmp_path / "other")
+    assert load(tmp_path / "other").format == "int4-g32"
 
 
 def test_an_adapter_over_another_file_is_said_when_it_is_merged(tmp_path):
