@@ -8,12 +8,17 @@ import torch
 from transformers import BloomConfig, LlamaConfig, PreTrainedModel
 
 from strop.errors import FormatError, ModelError
-from strop.files.gguf.architecture_table import TABLES
+from strop.files.gguf.architecture_table import TABLES, Layout
 from strop.files.gguf.architectures import architecture_in, architecture_of
+from strop.files.gguf.mixtures import Mixture
 from strop.files.gguf.rope import llama3_factors
 from strop.files.shards import iter_tensors
+from strop.progress import SILENT
 from strop.recipes.export import export
+from strop.recipes.export_importance import measure_importance
+from strop.recipes.export_source import open_source
 from tests.files.gguf_models import CONFIGS, gguf_folder, gguf_model
+from tests.tiny import tiny_chat_file
 
 KINDS = list(CONFIGS)
 
@@ -105,6 +110,8 @@ def test_an_architecture_without_gguf_is_refused_by_name() -> None:
     [
         ("llama", {"hidden_act": "relu"}, "activation 'relu'"),
         ("gemma2", {"query_pre_attn_scalar": 99}, "query_pre_attn_scalar 99; gemma2 has 16"),
+        ("gemma2", {"attn_logit_softcapping": None}, "logits without softcaps"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "softcaps in the attention"),
         ("gemma", {"tie_word_embeddings": False}, "a head of its own"),
         ("gemma3", {"use_bidirectional_attention": True}, "both directions"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "attention scaled otherwise"),
@@ -127,6 +134,27 @@ def test_what_llama_cpp_computes_otherwise_is_refused(kind: str, changes: dict[s
 def test_a_window_that_llama_cpp_does_not_slide_is_noted_with_its_length() -> None:
     config = CONFIGS["mistral"][0].__class__(**(CONFIGS["mistral"][0].to_dict() | {"sliding_window": 64}))
     assert "past 64 tokens" in architecture_of(config).notes(config)[0]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "qwen2_moe"])
+def test_every_matrix_that_is_rounded_has_an_importance_but_heads_and_embeddings(kind: str, tmp_path: Path) -> None:
+    folder = gguf_folder(tmp_path / "model", gguf_model(kind))
+    source = open_source(folder)
+    architecture = architecture_of(source.config)
+    data = tiny_chat_file(tmp_path / "chats.jsonl")
+    found = measure_importance(
+        source, architecture, str(data), max_rows=8, max_length=None, chat_template=None, reporter=SILENT
+    ).columns
+    mixture = Mixture("q4_0", 2, 4, tied=False)
+    for planned in architecture.plan(source.names, tied=_tied(gguf_model(kind))):
+        shape = source.shape(planned.pieces[0].source)
+        if mixture.choose(planned.name, shape).type != "f32" and planned.name.startswith("blk."):
+            widths = {found[piece.line].numel() for piece in planned.pieces}
+            assert widths == {shape[0] if piece_is_transposed(planned.pieces[0].layout) else shape[1]}
+
+
+def piece_is_transposed(layout: Layout) -> bool:
+    return layout is Layout.TRANSPOSED
 
 
 def test_tensors_that_are_missing_or_strange_are_named() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from strop.errors import DiskFullError, FileFormatError, FormatError, MissingInputError, UsageError
 from strop.files.gguf.blocks import decode
+from strop.files.gguf.mixtures import FILE_TYPES
 from strop.files.gguf.reader import GgufFile
 from strop.files.gguf.types import TYPES
 from strop.files.gguf.writer import write_gguf
@@ -21,9 +22,10 @@ from strop.models import load
 from strop.recipes import export as recipe
 from strop.recipes import export_check, export_tensors
 from strop.recipes.export import ExportResult, export
-from strop.recipes.export_beside import ollama_template
 from strop.recipes.quantize import quantize
 from strop.recipes.tune import tune
+from strop.runtime.library import library
+from strop.runtime.llama_cpp import GgufModel
 from tests.files.gguf_models import gguf_folder, gguf_model
 from tests.fresh import in_fresh_process
 from tests.recipes.helpers import Notes
@@ -84,9 +86,6 @@ def test_types_are_those_that_llama_cpps_own_quantizer_chooses(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lib = pytest.importorskip("llama_cpp.llama_cpp")
-    from strop.files.gguf.mixtures import FILE_TYPES
-    from strop.runtime.library import library
-
     library()
     model = tiny_folder(tmp_path, "llama", tied=True, hidden_size=256, intermediate_size=96, num_hidden_layers=9)
     _export(model, tmp_path / "full.gguf", "f32")
@@ -222,6 +221,16 @@ def test_a_run_is_exported_with_the_hashes_of_what_made_it(tmp_path: Path) -> No
     text = (tmp_path / "m.gguf.md").read_text(encoding="utf-8")
     assert f"SHA-256 of the rendered rows `{run['rows_sha256']}`" in text
     assert run["base"]["sha256"] in text
+    assert "| method | name full |" in text
+
+
+def test_a_name_that_llama_cpp_takes_for_another_models_is_changed(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp")
+    model = tiny_folder(tmp_path, "llama").rename(tmp_path / "My-Phi-3-tiny")
+    _export(model, tmp_path / "m.gguf")
+    assert GgufFile.open(tmp_path / "m.gguf").metadata["general.name"] == "my-phi_3-tiny"
+    with GgufModel.open(tmp_path / "m.gguf", threads=1) as opened:  # it would miss </s> otherwise
+        assert opened.tokenize("the lazy dog", add_special=True) == tiny_tokenizer()("the lazy dog")["input_ids"]
 
 
 @pytest.fixture(scope="module")
@@ -248,9 +257,6 @@ def test_an_adapter_is_merged_first_and_its_effect_is_in_the_file(adapter: Path,
 
 def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
-    from strop.runtime.library import library
-    from strop.runtime.llama_cpp import GgufModel
-
     result = _export(adapter / "run", tmp_path / "a.gguf", "f32", adapter_only=True, verify=True)
     assert "read back" in result.proof[0]
     _export(adapter / "llama", tmp_path / "base.gguf", "f32")
@@ -406,61 +412,6 @@ def test_the_gguf_package_must_decode_what_we_do(wide: Path, tmp_path: Path, mon
     changed = records | {"blk.0.attn_q.weight": replace(records["blk.0.attn_q.weight"], type="q8_0")}
     with pytest.raises(FileFormatError, match=r"(?s)the key a.b reads None.*blk.0.attn_q.weight: q4_0"):
         export_check.read_back(tmp_path / "m.gguf", {"a.b": 1}, changed)
-
-
-# --- beside the file --------------------------------------------------------------------------------------------------
-
-
-def test_the_card_and_the_receipt_say_what_the_file_is(wide: Path, tmp_path: Path) -> None:
-    result = _export(wide, tmp_path / "m.gguf", "q4_k_m")
-    text = (tmp_path / "m.gguf.md").read_text(encoding="utf-8")
-    for said in ("gguf:q4_k_m", result.receipt["sha256"], result.receipt["base_sha256"], "NOT PROVED: --no-verify"):
-        assert said in text
-    assert "llama-cli -m m.gguf -cnv" in text
-    receipt = json.loads((tmp_path / "m.gguf.json").read_text(encoding="utf-8"))
-    assert receipt["bytes"] == (tmp_path / "m.gguf").stat().st_size
-    assert len(receipt["tensors"]) == len(GgufFile.open(tmp_path / "m.gguf").tensors)
-    assert receipt["run"] is None
-
-
-def test_the_modelfile_writes_conversations_as_the_chat_template_does(wide: Path, tmp_path: Path) -> None:
-    _export(wide, tmp_path / "m.gguf", modelfile=True)
-    text = (tmp_path / "m.gguf.Modelfile").read_text(encoding="utf-8")
-    assert "FROM ./m.gguf\n" in text
-    assert 'PARAMETER stop "<|eos|>"\nPARAMETER stop "<|im_end|>"\nPARAMETER num_ctx 256\n' in text
-    assert (
-        '{{ if eq .Role "system" }}<|im_start|>system\n{{ .Content }}<|im_end|>\n{{ else if eq .Role "user" }}' in text
-    )
-    assert "{{ .Content }}<|im_end|>\n<|im_start|>assistant\n{{ else if" in text
-
-
-@pytest.mark.parametrize(
-    ("template", "begins"),
-    [
-        ("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{{ eos_token }}{% endfor %}", "<|bos|>"),
-        (
-            "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[I] {{ m.content }} [/I]"
-            "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}",
-            "<|bos|>",
-        ),
-    ],
-)  # fmt: skip
-def test_templates_of_other_kinds_are_found_and_a_first_token_that_is_added_is_left_out(
-    template: str, begins: str
-) -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    found = ollama_template(tokenizer, adds_bos=False)
-    assert found is not None
-    assert found.startswith(f"{begins}{{{{ range")
-    without = ollama_template(tokenizer, adds_bos=True)
-    assert without == found.removeprefix(begins)
-
-
-def test_a_template_that_ollama_cannot_say_is_left_to_the_file() -> None:
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = "{% for m in messages %}{{ loop.index }}{{ m.content }}<|im_end|>{% endfor %}"
-    assert ollama_template(tokenizer, adds_bos=False) is None
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from strop import __version__
+from strop.config import load_config
 from strop.data.layout import added_tokens
 from strop.data.records import Message
 from strop.data.templates import chat_format
-from strop.errors import DataError, FileFormatError, MissingInputError
+from strop.errors import DataError, FileFormatError, MissingInputError, StropError
 from strop.recipes.manifest import load_manifest
 
 CARD, RECEIPT, MODELFILE = ".md", ".json", ".Modelfile"
@@ -44,6 +45,7 @@ def origin(folder: Path) -> dict[str, Any]:
                 "base": inputs["base"],
                 "template_sha256": inputs["template"]["sha256"],
                 "configuration_sha256": inputs["configuration"]["sha256"],
+                "method": _method(place),
             }
             break
     receipt = folder / "receipt.json"
@@ -51,6 +53,14 @@ def origin(folder: Path) -> dict[str, Any]:
         fields = json.loads(receipt.read_text(encoding="utf-8"))
         found["quantized"] = {key: fields.get(key) for key in ("source", "requested", "settings", "held_out")}
     return found
+
+
+def _method(run: Path) -> dict[str, Any] | None:
+    """How a run trained, from its config.yaml; None where that cannot be read any more."""
+    try:
+        return load_config(run / "config.yaml").method.model_dump(mode="json", exclude_none=True)
+    except StropError:
+        return None
 
 
 def card(name: str, receipt: Mapping[str, Any], summary: Sequence[str], *, prompt: bool) -> str:
@@ -63,10 +73,11 @@ def card(name: str, receipt: Mapping[str, Any], summary: Sequence[str], *, promp
         prompt: whether the model has a chat template.
     """
     made = receipt["made_by"]
+    run = receipt["origin"].get("run")
     lines = [
         "---",
         "library_name: gguf",
-        f"base_model: {json.dumps(receipt['model'])}",
+        f"base_model: {json.dumps(run['base']['name'] if run else receipt['model'])}",
         "tags: [gguf, strop]",
         "---",
         "",
@@ -111,6 +122,8 @@ def _origin_rows(receipt: Mapping[str, Any]) -> list[str]:
         data = run["data"]
         rows.append(f"| trained on | {data['name']}, SHA-256 of the rendered rows `{run['rows_sha256']}` |")
         rows.append(f"| trained from | {run['base']['name']}, SHA-256 `{run['base']['sha256']}` |")
+        if run["method"] is not None:
+            rows.append(f"| method | {', '.join(f'{key} {value}' for key, value in run['method'].items())} |")
         rows.append(f"| settings | SHA-256 `{run['configuration_sha256']}` |")
     quantized = receipt["origin"].get("quantized")
     if quantized:

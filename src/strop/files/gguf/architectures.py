@@ -141,6 +141,11 @@ class Architecture:
             needed = config.hidden_size / self.heads if long else config.head_dim
             if config.query_pre_attn_scalar != needed:
                 yield f"query_pre_attn_scalar {config.query_pre_attn_scalar}; {self.name} has {needed:g} at this size"
+        caps = (config.attn_logit_softcapping, config.final_logit_softcapping) if self.name == "gemma2" else (1.0,)
+        if not all(caps):
+            yield "logits without softcaps; gemma2 has them"
+        if self.name == "gemma3" and getattr(config, "attn_logit_softcapping", None):
+            yield "softcaps in the attention; gemma3 has none"
         if getattr(config, "use_bidirectional_attention", None):
             yield "attention in both directions"
         if self.name == "gpt2":
