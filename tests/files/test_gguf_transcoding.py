@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gguf
 import numpy as np
 import pytest
@@ -179,3 +181,10 @@ def test_a_scale_that_is_not_finite_is_refused(name: str, place: int) -> None:
     raw[3, place : place + len(infinite)] = np.frombuffer(infinite, np.uint8)
     with pytest.raises(FileFormatError, match=rf"blk: a scale of its {name} blocks is NaN or infinite"):
         from_raw(raw, name, (6, 2 * TYPES[name].block), where="blk")
+
+
+def test_a_weight_in_activation_order_is_not_taken_for_one_in_order():
+    held = quantize_tensor(torch.randn(4, 64), parse_scheme("int4-g32-full"))
+    assert transcode(held) is not None
+    index = torch.tensor([0, 1] * 32, dtype=torch.int32)
+    assert transcode(dataclasses.replace(held, group_index=index)) is None

@@ -55,7 +55,7 @@ _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_int
 _GEMMA: dict[str, Any] = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8}
 
 
-def _rope(kind: str, **fields: float) -> dict[str, Any]:
+def _rope(kind: str, **fields: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 20000.0, **fields}}
 
 
@@ -74,7 +74,21 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gemma": lambda: GemmaConfig(**_COMMON, head_dim=64),
     "gemma2": lambda: Gemma2Config(**_COMMON, **_GEMMA),
     "gemma3": lambda: Gemma3TextConfig(**_COMMON, **_GEMMA),
-    "phi3": lambda: Phi3Config(**_COMMON),
+    "gemma3-pattern": lambda: Gemma3TextConfig(
+        **_COMMON, **_GEMMA, layer_types=["full_attention", "sliding_attention"]
+    ),
+    "phi3": lambda: Phi3Config(**_COMMON, **_rope("default", partial_rotary_factor=0.5)),
+    "phi3-long": lambda: Phi3Config(
+        **_COMMON,
+        original_max_position_embeddings=64,
+        **_rope(
+            "longrope",
+            long_factor=[1.0 + 0.1 * place for place in range(32)],
+            short_factor=[1.0 + 0.01 * place for place in range(32)],
+            original_max_position_embeddings=64,
+            partial_rotary_factor=1.0,
+        ),
+    ),
     "gpt2": lambda: GPT2Config(
         vocab_size=ROWS,
         n_embd=256,

@@ -17,6 +17,7 @@ from strop.layers.int8_linear import OutlierInt8Linear
 from strop.layers.surgery import linear_modules
 from strop.models import load
 from strop.recipes.compare import compare
+from strop.recipes.export import export
 from strop.recipes.merge import merge
 from strop.recipes.quantize import quantize
 from tests.files.packing_oracle import gptq_layer, gptq_weight, random_layer
@@ -66,6 +67,15 @@ def test_a_base_is_trained_over_merged_and_compared(tmp_path, kind):
     assert torch.allclose(logits(load(tmp_path / "merged").model), logits(opened.model), atol=1e-4)
     table = compare([folder, tmp_path / "merged"], data, speed=False)
     assert len(table.models) == 2
+
+
+@pytest.mark.parametrize(("kind", "how"), [("gptq", "moved"), ("gptq-order", "rounded again")])
+def test_a_grid_of_gptq_goes_to_gguf_code_by_code_where_it_is_one(tmp_path, kind, how):
+    folder, expected = foreign_folder(tmp_path, kind)
+    result = export(folder, tmp_path / "out.gguf", format="gguf:q4_0", verify=False)
+    assert {one.how for one in result.tensors if "_proj" in "".join(one.sources)} == {how}
+    for name, layer in quant_linears(load(tmp_path / "out.gguf").model).items():
+        assert layer.dense_weight().equal(expected.get_submodule(name).weight) is (how == "moved")
 
 
 def test_activation_order_is_rounded_anew_where_a_merge_is_to_be_quantized(tmp_path):

@@ -15,8 +15,10 @@ import torch
 
 from strop.errors import FileFormatError, FormatError, MissingInputError, ModelError, StropError
 from strop.files.gguf.transcoding import scheme_of
+from strop.files.saving import save_model
 from strop.layers.quant_experts import quant_experts
 from strop.layers.surgery import linear_modules
+from strop.memory import PeakMemory, release_unused_memory, steady_allocation
 from strop.models import load
 from strop.models.sources import read_config
 from strop.recipes.compare import compare
@@ -26,8 +28,8 @@ from strop.recipes.quantize import quantize
 from tests.models.common import logits, quant_linears
 from tests.models.gguf_families import FAMILIES, decoded_folder, family_folder
 from tests.recipes.helpers import short
-from tests.runtime.files import tiny_gguf
-from tests.tiny import tiny_chat_file, tiny_tokenizer
+from tests.runtime.files import tiny_gguf, write_llama
+from tests.tiny import tiny_chat_file, tiny_folder, tiny_model, tiny_tokenizer
 
 TEXTS = [
     "hello world, it's 12345 o'clock",
@@ -163,6 +165,19 @@ def test_a_file_in_full_precision_is_trained_as_a_folder_is(tmp_path, method, ex
     assert torch.equal(logits(load(ours.path).model), logits(load(theirs.path).model))
 
 
+def test_a_file_in_full_precision_is_rounded_and_becomes_a_folder(tmp_path):
+    path = tiny_gguf(tmp_path, "f32")
+    quantize(path, format="int4-g32", output=tmp_path / "rounded")
+    assert torch.equal(logits(load(tmp_path / "rounded").model), logits(load(tmp_path / "llama", "int4-g32").model))
+    data = tiny_chat_file(tmp_path / "chat.jsonl")
+    with pytest.raises(ModelError, match=r"tiny-f32\.gguf: is a file.*make a folder of it first"):
+        quantize(path, format="int4-g32", method="gptq", data=data, output=tmp_path / "other")
+    opened = load(path)
+    save_model(opened.model, opened.tokenizer, tmp_path / "folder")
+    quantize(tmp_path / "folder", format="int4-g32", method="gptq", data=data, output=tmp_path / "other")
+    assert load(tmp_path / "other").format == "int4-g32"
+
+
 def test_an_adapter_over_another_file_is_said_when_it_is_merged(tmp_path):
     path = tiny_gguf(tmp_path, "q8_0")
     run = short(path, tiny_chat_file(tmp_path / "chat.jsonl"), tmp_path / "run", method="qlora")
@@ -252,6 +267,30 @@ def test_what_would_be_another_model_is_refused_by_name(tmp_path, case):
     with pytest.raises(kind, match=words) as caught:
         load(path)
     assert "bad.gguf" in str(caught.value)
+
+
+def test_factors_of_positions_that_no_llama_3_has_are_refused(tmp_path):
+    export(family_folder(tmp_path, "llama-3"), tmp_path / "out.gguf", format="gguf:f32", verify=False)
+    tensor = next(one for one in gguf.GGUFReader(tmp_path / "out.gguf").tensors if one.name == "rope_freqs.weight")
+    raw = bytearray((tmp_path / "out.gguf").read_bytes())
+    raw[tensor.data_offset : tensor.data_offset + 4] = np.float32(3.0).tobytes()
+    (tmp_path / "bad.gguf").write_bytes(raw)
+    with pytest.raises(FormatError, match=r"bad\.gguf: rope_freqs\.weight divides .* in a way that no Llama 3 does"):
+        load(tmp_path / "bad.gguf")
+
+
+def test_opening_a_file_holds_the_result_and_a_few_layers(tmp_path):
+    wide = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 4, "num_attention_heads": 8}
+    path = write_llama(tiny_folder(tmp_path, "llama", tied=True, **wide), tmp_path / "wide.gguf", "q8_0")
+    load(tiny_gguf(tmp_path / "warm-up", "q8_0"))
+    release_unused_memory()
+    with steady_allocation(), PeakMemory() as peak:
+        opened = load(path)
+    held = [*opened.model.parameters(), *opened.model.buffers()]
+    result_bytes = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    block_bytes = 4 * sum(parameter.numel() for parameter in tiny_model("llama", **wide).model.layers[0].parameters())
+    assert 10e6 < result_bytes < 15e6
+    assert peak.peak_bytes < result_bytes + block_bytes
 
 
 def test_truncated_and_absent_files_are_refused(tmp_path):

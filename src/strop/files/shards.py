@@ -211,10 +211,15 @@ def tensor_files(folder: str | os.PathLike[str], *, stem: str = "model") -> dict
 
     Raises:
         MissingInputError: there is no such folder.
-        ModelError: the folder holds no weights, or only pickled ones.
+        ModelError: the folder holds no weights, or only pickled ones, or it is a (GGUF) file.
         FileFormatError: a header is wrong, or index and files disagree; all disagreements are named.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ModelError(
+            f"{folder}: is a file, and weights are read one at a time from a folder's safetensors here; make a folder "
+            "of it first (strop.files.saving.save_model of what strop.load opens)"
+        )
     if not folder.is_dir():
         raise MissingInputError(f"{folder}: no such folder")
     index = folder / f"{stem}.safetensors.index.json"

@@ -164,7 +164,7 @@ def _weight_bytes(path: str) -> tuple[int, int | None]:
     if not is_adapter(folder):
         return weight_bytes(folder), None
     adapter = sum(file.stat().st_size for file in folder.glob("adapter_model*.safetensors"))
-    return _weight_bytes(read_adapter_config(folder).base)[0] + adapter, adapter
+    return weight_bytes(find_folder(read_adapter_config(folder).base)) + adapter, adapter
 
 
 def model_names(places: Sequence[str], given: Sequence[str] | None = None) -> list[str]:

@@ -34,6 +34,9 @@ _NOT_COMPUTED: Final = ("vocab_size", "tensor_data_layout", "rope.scaling.finetu
 _LLAMA3: Final = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """What every Llama 3 was trained with; GGUF holds only the factors that follow from it."""
 
+_SOFTCAPS: Final = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+"""What llama.cpp takes for Gemma 2 where the file does not say."""
+
 _BIASES: Final = (("attention_bias", ("attn_q", "attn_qkv")), ("mlp_bias", ("ffn_up",)))
 
 
@@ -201,8 +204,8 @@ def _of_kind(keys: _Keys, architecture: Architecture, fields: Mapping[str, Any])
                 "sliding_attention" if at % every < every - 1 else "full_attention" for at in blocks
             ]
     if name == "gemma2":
-        for key in ("attn_logit_softcapping", "final_logit_softcapping"):
-            found[key] = fields.get(key)
+        for key, default in _SOFTCAPS.items():
+            found[key] = fields.get(key, default)
     if name == "gemma3":
         sliding = {"rope_type": "default", "rope_theta": keys.number("rope.freq_base_swa") or 10000.0}
         found["rope_parameters"] = {"full_attention": fields["rope_parameters"], "sliding_attention": sliding}
