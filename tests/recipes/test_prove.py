@@ -19,6 +19,7 @@ from strop.evaluation.judging import Judge, Score
 from strop.recipes.certificate import read_certificate
 from strop.recipes.prove_result import Fail, Pass, Undecided
 from strop.recipes.quantize import quantize
+from strop.recipes.tune import Run
 from tests.recipes.helpers import short
 from tests.tiny import tiny_chat_file, tiny_folder
 
@@ -411,3 +412,9 @@ def test_json_is_the_certificate(home: Path, tmp_path: Path, planted: dict[str, 
     assert len(written.pop("certificate_sha256")) == 64
     assert said == written
     assert said["result"]["rows"] == 12
+
+
+def test_a_run_proves_itself(home: Path, tmp_path: Path, planted: dict[str, set[int]]) -> None:
+    proof = Run.open(home / "run").prove(rows(80), max_drop=0.05, certificate=tmp_path / "c.json")
+    assert isinstance(proof, Pass)
+    assert proof.certificate.reference.path == str(home / "base")

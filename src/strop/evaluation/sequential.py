@@ -10,8 +10,8 @@ might have been drawn. Against each of two hypotheses a gambler bets who can win
 The stake s_t is fixed before row t is seen, so under its hypothesis no bet is favourable and the wealth is a
 nonnegative supermartingale that starts at 1. By Ville's inequality it ever reaches 20 with a chance of at most 1 / 20,
 however often one looks (Waudby-Smith and Ramdas, Estimating means of bounded random variables by betting, JRSS-B 86,
-2024; for three outcomes every admissible test of a mean is of this form: Larsson, Ramdas and Ruf 2024). Only one of
-the two hypotheses can be true, so a verdict is wrong with a chance of at most 5% in all.
+2024). Whatever the drop is, only one of the two verdicts is wrong, so a wrong one comes with a chance of at most 5% in
+all. (At the very limit the drop is allowed, and Pass is right; it too comes with at most 5% there.)
 
 How much is staked changes how soon a truth is found, never the validity. The stakes here are those of Kelly (1956),
 which make the expected logarithm of the wealth grow fastest, for the spread E[y^2] seen so far and

@@ -106,7 +106,9 @@ class Undecided(Proof):
         if self.needs is None:
             yield "the drop is too close to the allowed one to say how many rows would decide; allow more or less"
         else:
-            yield f"about {self.needs:,} further rows would probably decide"
+            said = self.certificate.result
+            what = "rows" if said.clusters == said.rows else "clusters of rows"
+            yield f"about {self.needs:,} further {what} would probably decide"
 
 
 def _number(task: Task, value: float) -> str:

@@ -24,7 +24,7 @@ from strop.data.conversations import KNOWN_FIELDS, Message, RowError
 from strop.data.readers import Problems, RawRow, file_source, kind_of
 from strop.data.records import Record, open_data
 from strop.data.templates import as_messages
-from strop.errors import DataError
+from strop.errors import DataError, MissingInputError
 from strop.recipes.rows import Rows, held_out_records
 
 Task = Literal["exact-match", "perplexity", "choice"]
@@ -138,8 +138,8 @@ def _raw_rows(data: Rows) -> Iterable[RawRow]:
 
 
 def _choice_rows(data: Rows) -> list[ProofRow]:
-    if isinstance(data, str | os.PathLike) and not Path(data).exists():
-        held_out_records(data)  # says what is missing
+    if isinstance(data, str | os.PathLike) and not Path(data).is_file():
+        raise MissingInputError(f"{data}: is no file; for --task choice name the file of rows")
     name = str(data) if isinstance(data, str | os.PathLike) else "rows"
     problems, rows = Problems(name, "row"), []
     for raw in _raw_rows(data):

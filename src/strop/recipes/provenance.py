@@ -33,7 +33,7 @@ from strop.recipes.rows import row_digest
 from strop.runtime.llama_cpp import is_gguf
 
 MERGE: Final = "merge.json"
-_MOST_STEPS: Final = 32  # models before one another; more is a circle
+_MOST_MODELS: Final = 64
 
 
 @dataclass(frozen=True)
@@ -96,22 +96,21 @@ def provenance(model: str | os.PathLike[str]) -> Provenance:
         MissingInputError, ModelError: There is no such model.
     """
     result = Provenance([], [], [])
-    place = str(model)
-    seen: set[str] = set()
-    for step in range(_MOST_STEPS):
+    waiting, seen = [str(model)], {str(model)}
+    while waiting and len(seen) <= _MOST_MODELS:
+        place = waiting.pop(0)
         try:
-            here, before = _records(place)
+            before = _look(place, result)
         except StropError as error:
-            if not step:
+            if place == str(model):
                 raise
             result.notes.append(f"{place}: what it was made of could not be looked at ({error})")
-            break
-        result.choosers += here
-        if before is None or before in seen:
-            break
-        seen.add(before)
-        result.sources.append(before)
-        place = before
+            continue
+        for name in before:
+            if name not in seen:
+                seen.add(name)
+                waiting.append(name)
+                result.sources.append(name)
     if not result.choosers:
         result.notes.append(
             f"nothing beside {model} says what trained or calibrated it, so no row was looked for there"
@@ -119,49 +118,59 @@ def provenance(model: str | os.PathLike[str]) -> Provenance:
     return result
 
 
-def _records(place: str) -> tuple[list[Chooser], str | None]:
-    """What lies beside one model, and the name of the model before it."""
+def _look(place: str, result: Provenance) -> list[str]:
+    """Note what lies beside one model; returns the models that it was made of."""
     if is_gguf(place):
-        return _of_gguf(Path(place))
+        file = Path(place)
+        if not file.is_file():
+            raise MissingInputError(f"{file}: no such file; name a GGUF file, a model's folder or a hub id")
+        receipt = _read(file.with_name(f"{file.name}.json"), result)
+        result.choosers += _of_calibration(place, receipt.get("importance"))
+        return _names(receipt.get("model"))
     folder = find_folder(place)
-    found: list[Chooser] = []
-    before: str | None = None
-    if is_adapter(folder):
-        before = read_adapter_config(folder).base or None
+    before = _names(read_adapter_config(folder).base) if is_adapter(folder) else []
     for home in (folder, folder.parent):
-        if not (home / MANIFEST).is_file():
-            if (home / "run.json").is_file() and (home / "config.yaml").is_file():  # of a version without manifests
-                found.append(_of_settings(place, home))
-                break
-            continue
-        manifest = load_manifest(home)
-        if manifest.get("kind") == "run":
-            found.append(_of_run(place, home, manifest))
-            base = manifest["inputs"].get("adapter") or manifest["inputs"]["base"]
-            before = before or str(_found(base, home) or base["name"])
-            break
+        if (home / MANIFEST).is_file():
+            before += _of_manifest(place, home, result)
+        elif (home / "run.json").is_file() and (home / "config.yaml").is_file():  # of a version without manifests
+            settings = load_config(home / "config.yaml")
+            result.choosers.append(Chooser(place, "trained", data_name(settings.data), data=settings.data))
+            before += _names(settings.model)
     for name in (RECEIPT, MERGE):
-        if (folder / name).is_file():
-            receipt = _mapping(read_json(folder / name), folder / name)
-            settings = receipt.get("settings")
-            calibration = settings.get("calibration") if isinstance(settings, Mapping) else None
-            found += _of_calibration(place, calibration)
-            before = before or _text(receipt.get("source"))
-    return found, before
+        receipt = _read(folder / name, result)
+        settings = receipt.get("settings")
+        if isinstance(settings, Mapping):
+            result.choosers += _of_calibration(place, settings.get("calibration"))
+        before += _names(receipt.get("source"))
+    return before
 
 
-def _of_gguf(file: Path) -> tuple[list[Chooser], str | None]:
-    receipt_file = file.with_name(f"{file.name}.json")
-    if not file.is_file():
-        raise MissingInputError(f"{file}: no such file; name a GGUF file, a model's folder or a hub id")
-    if not receipt_file.is_file():
-        return [], None
-    receipt = _mapping(read_json(receipt_file), receipt_file)
-    return list(_of_calibration(str(file), receipt.get("importance"))), _text(receipt.get("model"))
+def _of_manifest(place: str, home: Path, result: Provenance) -> list[str]:
+    try:
+        manifest = load_manifest(home)
+    except FileFormatError as error:
+        result.notes.append(f"{error}; what trained {place} was not looked for there")
+        return []
+    if manifest.get("kind") != "run":
+        return []
+    inputs = manifest["inputs"]
+    result.choosers.append(_of_run(place, home, inputs["data"]))
+    records = [inputs[name] for name in ("adapter", "base") if inputs.get(name)]
+    return [str(_found(record, home) or record["name"]) for record in records]
 
 
-def _of_run(model: str, home: Path, manifest: Mapping[str, Any]) -> Chooser:
-    data = manifest["inputs"]["data"]
+def _read(path: Path, result: Provenance) -> Mapping[str, Any]:
+    """A receipt; empty where there is none, or none that can be read, which is told."""
+    try:
+        return read_json(path)
+    except MissingInputError:
+        return {}
+    except FileFormatError as error:
+        result.notes.append(f"{error}; it was not looked at")
+        return {}
+
+
+def _of_run(model: str, home: Path, data: Mapping[str, Any]) -> Chooser:
     files = {name: entry["sha256"] for name, entry in data.get("files", {}).items()}
     if "sets" in data:
         where: Any = [DataPart(**part) for part in data["sets"]]
@@ -170,13 +179,8 @@ def _of_run(model: str, home: Path, manifest: Mapping[str, Any]) -> Chooser:
     return Chooser(model, "trained", data["name"], files=files or None, data=where)
 
 
-def _of_settings(model: str, home: Path) -> Chooser:
-    data = load_config(home / "config.yaml").data
-    return Chooser(model, "trained", data_name(data), data=data)
-
-
 def _of_calibration(model: str, calibration: object) -> Iterator[Chooser]:
-    if not isinstance(calibration, Mapping) or calibration.get("built_in") or not _text(calibration.get("data")):
+    if not isinstance(calibration, Mapping) or calibration.get("built_in") or not _names(calibration.get("data")):
         return
     listed = calibration.get("row_digests")
     rows = frozenset(str(digest) for digest in listed) if isinstance(listed, list) and listed else None
@@ -190,14 +194,8 @@ def _found(record: Mapping[str, Any], home: Path) -> Path | None:
     return next((Path(os.path.normpath(place)) for place in places if place.exists()), None)
 
 
-def _mapping(value: Any, path: Path) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise FileFormatError(f"{path}: holds {type(value).__name__}, an object was needed")
-    return value
-
-
-def _text(value: object) -> str | None:
-    return value if isinstance(value, str) and value else None
+def _names(value: object) -> list[str]:
+    return [value] if isinstance(value, str) and value else []
 
 
 def _is_test(name: str) -> bool:

@@ -1,0 +1,96 @@
+"""What trained, calibrated or chose a model is found along the whole way that it was made."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import strop
+from strop.data.records import read_records
+from strop.errors import MissingInputError
+from strop.recipes.provenance import provenance
+from strop.recipes.quantize import quantize
+from strop.recipes.rows import row_digest
+from tests.recipes.helpers import short
+from tests.tiny import tiny_chat_file, tiny_folder
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """base -> first (an adapter) -> further (the same adapter on other rows) -> merged -> small (calibrated)."""
+    folder = tmp_path_factory.mktemp("provenance")
+    tiny_folder(folder, "llama", dtype=torch.bfloat16).rename(folder / "base")
+    for name in ("one", "two", "three"):
+        data = tiny_chat_file(folder / f"{name}.jsonl", rows=24)
+        data.write_text(data.read_text(encoding="utf-8").replace("say", name), encoding="utf-8")
+    short(folder / "base", folder / "one.jsonl", folder / "first", max_steps=1)
+    short(folder / "base", folder / "two.jsonl", folder / "further", max_steps=1, adapter=folder / "first")
+    strop.merge(folder / "further", folder / "merged", force=True)
+    quantize(folder / "merged", "int4-g32", output=folder / "small", method="search", data=str(folder / "three.jsonl"))
+    return folder
+
+
+def found(model: Path) -> list[tuple[str, str]]:
+    return [(one.how, Path(one.name).name) for one in provenance(model).choosers]
+
+
+def test_every_step_before_is_found(home: Path) -> None:
+    assert found(home / "first") == [("trained", "one.jsonl")]
+    assert found(home / "further") == [("trained", "two.jsonl"), ("trained", "one.jsonl")]
+    steps = [("calibrated", "three.jsonl"), ("trained", "two.jsonl"), ("trained", "one.jsonl")]
+    assert found(home / "small") == steps
+    assert provenance(home / "small").notes == []
+
+
+def test_the_nearest_model_before_is_the_reference(home: Path) -> None:
+    for model, before in (("first", "base"), ("merged", "further"), ("small", "merged")):
+        assert before in provenance(home / model).sources[0]
+
+
+def test_rows_are_known_by_what_they_say(home: Path) -> None:
+    trained, calibrated = provenance(home / "further").choosers[0], provenance(home / "small").choosers[0]
+    for chooser, file, other in ((trained, "two.jsonl", "one.jsonl"), (calibrated, "three.jsonl", "two.jsonl")):
+        digests = {row_digest(record) for record in read_records(home / file)}
+        assert chooser.shared(digests) == digests
+        assert chooser.shared({row_digest(record) for record in read_records(home / other)}) == set()
+
+
+def test_a_digest_is_of_the_words_alone(home: Path) -> None:
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    marked = [turns[0], turns[1] | {"loss_weight": 0}]
+    [one, other, alpaca] = (
+        read_records([row])[0]
+        for row in ({"messages": turns}, {"messages": marked}, {"instruction": "a", "output": "b"})
+    )
+    assert row_digest(one) == row_digest(other) == row_digest(alpaca)
+    assert row_digest(one) != row_digest(read_records([{"messages": turns[::-1]}])[0])
+
+
+def test_a_run_from_before_manifests_is_known_by_its_settings(home: Path, tmp_path: Path) -> None:
+    old = shutil.copytree(home / "first", tmp_path / "old")
+    (old / "manifest.json").unlink()
+    assert found(old) == [("trained", "one.jsonl")]
+
+
+def test_circles_end_and_what_cannot_be_read_is_told(home: Path, tmp_path: Path) -> None:
+    circle = shutil.copytree(home / "base", tmp_path / "circle")
+    (circle / "receipt.json").write_text(json.dumps({"source": str(circle)}), encoding="utf-8")
+    assert provenance(circle).sources == []
+    (circle / "receipt.json").write_text("[1]", encoding="utf-8")
+    (circle / "manifest.json").write_text('{"files": {}}', encoding="utf-8")
+    notes = " ".join(provenance(circle).notes)
+    assert "receipt.json" in notes
+    assert "manifest.json" in notes
+    assert "nothing beside" in notes
+    (circle / "receipt.json").write_text(json.dumps({"source": str(tmp_path / "gone")}), encoding="utf-8")
+    assert "could not be looked at" in " ".join(provenance(circle).notes)
+
+
+def test_a_missing_model_is_misuse(tmp_path: Path) -> None:
+    for name in ("gone/model", "gone.gguf"):
+        with pytest.raises(MissingInputError):
+            provenance(tmp_path / name)
