@@ -6,11 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from strop.data.batches import eval_batches
 from strop.errors import UsageError
-from strop.files.saving import save_model
 from strop.memory import PeakMemory, release_unused_memory
 from strop.models import load
 from strop.recipes.calibration import calibration_rows
@@ -18,8 +15,8 @@ from strop.recipes.quantize import quantize
 from strop.training.scales import train_scales
 from tests.fresh import in_fresh_process
 from tests.recipes.test_quantize import Listener
-from tests.recipes.test_quantize_calibrated import equal
-from tests.tiny import tiny_chat_file, tiny_folder, tiny_model
+from tests.recipes.test_quantize_calibrated import divergence, equal, large_folder
+from tests.tiny import tiny_chat_file, tiny_folder
 
 
 def test_a_real_model_comes_nearer_on_rows_that_trained_nothing(material: Path, tmp_path: Path) -> None:
@@ -45,16 +42,9 @@ def test_the_receipt_is_that_of_the_model_that_was_written(tmp_path: Path) -> No
     source, data = tiny_folder(tmp_path, "qwen3"), str(tiny_chat_file(tmp_path / "rows.jsonl", rows=24))
     plain = quantize(source, "int2-g32", output=tmp_path / "plain", method="search", data=data).receipt
     result = quantize(source, "int2-g32", output=tmp_path / "out", method="search", data=data, scale_steps=10)
-    made, whole = load(result.path, dtype="float32").model, load(source, dtype="float32").model
     rows = calibration_rows(data, load(source).require_tokenizer(), max_rows=128, max_length=256)
-    nats, count = 0.0, 0
-    for batch in eval_batches(rows.held_out, 1):
-        with torch.no_grad():
-            p, q = (model(**batch.inputs()).logits.log_softmax(-1) for model in (whole, made))
-        supervised = batch.labels[:, 1:] != -100
-        nats += float((p.exp() * (p - q)).sum(-1)[:, :-1][supervised].sum())
-        count += int(supervised.sum())
-    assert result.receipt["held_out"]["kl"] == pytest.approx(nats / count, rel=1e-3)
+    kl, _ = divergence(source, result.path, rows)
+    assert result.receipt["held_out"]["kl"] == pytest.approx(kl, rel=1e-3)
     assert [tensor["relative_error"] for tensor in result.receipt["tensors"]] != [
         tensor["relative_error"] for tensor in plain["tensors"]
     ]
@@ -128,14 +118,7 @@ def peak_of_training(source: str, data: str, output: str, budget: int) -> int:
 
 def test_a_model_larger_than_the_budget_has_its_scales_trained_within_it(tmp_path: Path) -> None:
     budget = 130_000_000
-    model = tiny_model(
-        "llama", hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64,
-    )  # fmt: skip
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert size > budget
-    source = tmp_path / "large"
-    save_model(model, load(tiny_folder(tmp_path, "llama")).tokenizer, source)
+    source = large_folder(tmp_path, more_than=budget)
     data = tiny_chat_file(tmp_path / "rows.jsonl", rows=24)
     peak = in_fresh_process(peak_of_training, str(source), str(data), str(tmp_path / "out"), budget)
     assert peak <= budget, f"{peak / 1e6:.0f} MB of {budget / 1e6:.0f} MB"
