@@ -19,6 +19,7 @@ from strop.files.shards import (
     iter_tensors,
     read_file,
     read_header,
+    read_rows,
     read_tensor,
     tensor_files,
     write_file,
@@ -262,3 +263,14 @@ def test_an_index_that_names_other_files_is_refused(tmp_path: Path, name: object
     index.write_text(json.dumps(fields))
     with pytest.raises(error):
         list(iter_tensors(tmp_path))
+
+
+def test_some_rows_of_a_tensor_are_read_alone(tmp_path: Path) -> None:
+    held = torch.arange(24, dtype=torch.bfloat16).reshape(6, 2, 2)
+    path = tmp_path / "a.safetensors"
+    write_file(path, [Part.of({"before": torch.ones(3), "held": held})])
+    header = read_header(path)
+    assert torch.equal(read_rows(path, "held", 1, 4, header=header), held[1:4])
+    assert read_rows(path, "held", 6, 6, header=header).shape == (0, 2, 2)
+    with pytest.raises(FileFormatError, match="no tensor 'other'"):
+        read_rows(path, "other", 0, 1, header=header)

@@ -49,7 +49,7 @@ from strop.recipes.export_proof import prove_export
 from strop.recipes.export_runtime import quantize_in_runtime
 from strop.recipes.export_source import Source, open_source
 from strop.recipes.export_summary import summary
-from strop.recipes.export_tensors import TensorRecord, gguf_tensors
+from strop.recipes.export_tensors import Made, TensorRecord, gguf_tensors
 from strop.recipes.manifest import adapter_digest
 from strop.recipes.merge import merge
 from strop.recipes.recording import record, recorded
@@ -141,7 +141,7 @@ def export(
         raise UsageError("--max-kl is judged by the proof; leave --no-verify out")
     _check_options(folder, name, data=data, adapter_only=adapter_only, modelfile=modelfile)
     if adapter_only:
-        return _export_adapter(folder, target, beside, str(model), name, verify=verify, overwrite=overwrite)
+        return _export_adapter(folder, Path(output), beside, str(model), verify=verify, overwrite=overwrite)
     with _whole(folder, target, reporter) as whole:
         source = open_source(whole)
         architecture = architecture_of(source.config)
@@ -168,7 +168,7 @@ def export(
             run = _run(temporary, model, verify=verify, max_kl=max_kl, reporter=reporter)
             proof = _Proof([*read, *run.lines], run.run)
             receipt = _receipt(temporary, f"gguf:{name}", made_of, plan.notes, proof, plan.records)
-        result = ExportResult(target, list(plan.records.values()), proof.lines, beside, receipt)
+        result = ExportResult(Path(output), list(plan.records.values()), proof.lines, beside, receipt)
         _write_beside(result, words, tokenizer, source.config)
     return result
 
@@ -325,7 +325,7 @@ def _run(
 
 
 def _export_adapter(
-    folder: Path, target: Path, beside: list[Path], model: str, name: str, *, verify: bool, overwrite: bool
+    folder: Path, target: Path, beside: list[Path], model: str, *, verify: bool, overwrite: bool
 ) -> ExportResult:
     """An adapter alone; its base is needed for its shape only."""
     config = read_adapter_config(folder)
@@ -344,14 +344,14 @@ def _export_adapter(
         TensorToWrite(one.name, one.type, one.shape, partial(_watched, one, records[one.name])) for one in tensors
     ]
     with atomic_file(target, overwrite=overwrite) as temporary:
-        check_disk(target.parent, file_bytes(metadata, watched))
+        check_disk(temporary.parent, file_bytes(metadata, watched))
         _write(temporary, metadata, watched, SILENT)
         read = _prove(temporary, metadata, records, verify=verify, reporter=SILENT)
         proof = _Proof(
             [*read, *(["NOT RUN in llama.cpp: an adapter runs over its base's file alone"] if verify else [])]
         )
         notes = [f"an adapter over {config.base}: llama.cpp opens it with --lora beside a GGUF file of that base"]
-        receipt = _receipt(temporary, f"gguf:{name} adapter", made_of, notes, proof, records)
+        receipt = _receipt(temporary, "gguf:f32 adapter", made_of, notes, proof, records)
     result = ExportResult(target, list(records.values()), proof.lines, beside, receipt)
     _write_beside(result, None, None, None)
     return result
@@ -359,7 +359,7 @@ def _export_adapter(
 
 def _watched(tensor: TensorToWrite, record: TensorRecord) -> Iterator[Bytes]:
     nothing = torch.empty(0)  # f32 loses nothing, so nothing is compared
-    yield from record.watching((raw, nothing) for raw in tensor.make())
+    yield from record.watching(Made(raw, nothing) for raw in tensor.make())
 
 
 def _receipt(

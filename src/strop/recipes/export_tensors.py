@@ -24,7 +24,6 @@ from strop.files.gguf.architectures import Architecture, Piece, Planned
 from strop.files.gguf.blocks import decode, encode
 from strop.files.gguf.mixtures import Chosen, Mixture
 from strop.files.gguf.transcoding import transcode
-from strop.files.gguf.types import TYPES
 from strop.files.gguf.writer import Bytes, TensorToWrite
 from strop.recipes.export_source import Source
 
@@ -32,6 +31,19 @@ PIECE_VALUES: Final = 1 << 18
 """Values whose loss is weighed at a time."""
 
 _FLOATS: Final = ("f32", "f16", "bf16")
+
+
+HOW: Final = ("kept", "moved", "decoded", "rounded", "rounded again")
+"""What becomes of values: kept, codes taken over as they were, codes decoded to floats, rounded, rounded once more."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A piece of a tensor: its bytes, what they stand for, and which of `HOW` became of it."""
+
+    raw: Bytes
+    wanted: Tensor
+    how: str = HOW[0]
 
 
 @dataclass
@@ -44,7 +56,7 @@ class TensorRecord:
         shape: the row last.
         sources: the checkpoint's tensors that it holds.
         lines: its layers by the checkpoint's names, one for each expert.
-        how: "kept" (every value), "rounded", "moved" (codes as they were), "rounded again" (codes of another grid).
+        how: the worst of `HOW` that became of a piece.
         reason: why the type is not the one that was asked for, or None.
         nbytes: bytes in the file.
         error: sum (source - stored)^2.
@@ -57,7 +69,7 @@ class TensorRecord:
     shape: tuple[int, ...]
     sources: tuple[str, ...]
     lines: tuple[str, ...] = ()
-    how: str = "kept"
+    how: str = HOW[0]
     reason: str | None = None
     nbytes: int = 0
     error: float = 0.0
@@ -69,25 +81,29 @@ class TensorRecord:
         """Relative squared error."""
         return self.error / self.power if self.power else 0.0
 
-    def watching(self, pieces: Iterator[tuple[Bytes, Tensor]]) -> Iterator[Bytes]:
-        """Pass bytes on, of (bytes, what they stand for), and take down their size, digest and loss."""
-        self.how, self.nbytes, self.error, self.power = "kept", 0, 0.0, 0.0
+    def watching(self, pieces: Iterator[Made]) -> Iterator[Bytes]:
+        """Pass the bytes of pieces on, and take down their size, digest and loss, and the worst that became of one."""
+        self.how, self.nbytes, self.error, self.power = HOW[0], 0, 0.0, 0.0
         digest = hashlib.sha256()
-        for raw, wanted in pieces:
-            digest.update(np.ascontiguousarray(raw).reshape(-1).data)
-            self.nbytes += raw.nbytes
-            if self.how != "moved" and self.type != "f32":
-                self._weigh(raw.reshape(wanted.shape[0], -1), wanted)
-            yield raw
+        for made in pieces:
+            digest.update(np.ascontiguousarray(made.raw).reshape(-1).data)
+            self.nbytes += made.raw.nbytes
+            self.how = max(self.how, made.how, key=HOW.index)
+            if self.type != "f32":
+                self._weigh(made.raw.reshape(made.wanted.shape[0], -1), made.wanted, exactly=made.how == "moved")
+            yield made.raw
+        if self.how == "rounded" and not self.error:
+            self.how = HOW[0]  # every value was one of the type's
         self.sha256 = digest.hexdigest()
 
-    def _weigh(self, raw: Bytes, wanted: Tensor) -> None:
+    def _weigh(self, raw: Bytes, wanted: Tensor, *, exactly: bool) -> None:
         """Add the loss of rows [out, bytes] that stand for `wanted` [out, in], some at a time."""
         step = max(1, PIECE_VALUES // wanted[0].numel())
         for start in range(0, len(raw), step):
             exact = wanted[start : start + step].float()
-            stored = decode(raw[start : start + step], self.type, tuple(exact.shape), where=self.name)
-            self.error += float((stored - exact).square_().sum(dtype=torch.float64))
+            if not exactly:
+                stored = decode(raw[start : start + step], self.type, tuple(exact.shape), where=self.name)
+                self.error += float((stored - exact).square_().sum(dtype=torch.float64))
             self.power += float(exact.square().sum(dtype=torch.float64))
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,7 +181,7 @@ def _shape(source: Source, planned: Planned) -> tuple[int, ...]:
 
 
 def _extra(tensor: Tensor, record: TensorRecord) -> Iterator[Bytes]:
-    yield from record.watching(iter([(encode(tensor, "f32", where=record.name), tensor)]))
+    yield from record.watching(iter([Made(encode(tensor, "f32", where=record.name), tensor)]))
 
 
 def _made(
@@ -187,7 +203,7 @@ def _pieces(
     chosen: Chosen,
     record: TensorRecord,
     importance: Mapping[str, Tensor],
-) -> Iterator[tuple[Bytes, Tensor]]:
+) -> Iterator[Made]:
     fused: tuple[str, Tensor] | None = None
     for piece in planned.pieces:
         columns = importance.get(piece.line)
@@ -202,10 +218,9 @@ def _pieces(
             parts = source.rows(piece.source)
         else:
             parts = iter([architecture.laid_out(source.dense(piece.source), piece.layout)])
-        if TYPES[chosen.type].block > 1:
-            record.how = "rounded"
+        how = "kept" if chosen.type == "f32" else "rounded"
         for part in parts:
-            yield encode(part, chosen.type, columns, where=planned.name), part
+            yield Made(encode(part, chosen.type, columns, where=planned.name), part, how)
 
 
 def _of_codes(
@@ -215,7 +230,7 @@ def _of_codes(
     chosen: Chosen,
     record: TensorRecord,
     importance: Tensor | None,
-) -> tuple[Bytes, Tensor]:
+) -> Made:
     """A quantized weight: its codes where the grid is the type's, else what they stand for, encoded."""
     quantized = source.quantized(piece.source)
     weight = quantized.dequantize()
@@ -223,10 +238,9 @@ def _of_codes(
     moved = transcode(quantized)
     same = moved is not None and moved[0] == chosen.type
     if moved is not None and same and decode(moved[1], chosen.type, quantized.shape, where=record.name).equal(weight):
-        record.how = "moved"
         raw = moved[1].reshape(weight.shape[0], -1)
-        return (raw, weight) if order is None else (raw[order.numpy()], weight[order])
+        return Made(raw, weight, "moved") if order is None else Made(raw[order.numpy()], weight[order], "moved")
     if order is not None:
         weight = weight[order]
-    record.how = "decoded" if chosen.type in _FLOATS else "rounded again"
-    return encode(weight, chosen.type, importance, where=record.name), weight
+    how = "decoded" if chosen.type in _FLOATS else "rounded again"
+    return Made(encode(weight, chosen.type, importance, where=record.name), weight, how)
