@@ -89,6 +89,20 @@ def test_a_lost_adapter_fails_where_no_gate_of_the_divergence_would_see_it(place
     assert kept.effect > 0.5 > proof.effect
 
 
+def test_an_adapter_that_may_only_be_merged_is_held_against_the_sum_and_it_is_said(place: Path, tmp_path: Path):
+    opened = load(place / "adapter")
+    save_adapter(
+        opened.model,
+        tmp_path / "only",
+        base=BaseRecord(str(place / "llama")),
+        tokenizer=opened.tokenizer,
+        merge_only=True,
+    )
+    proof = prove_export(write_llama(place / "merged", tmp_path / "merged.gguf"), tmp_path / "only")
+    assert proof.effect == pytest.approx(1, abs=1e-4)
+    assert any("trained to be merged" in note for note in proof.notes)
+
+
 def test_an_adapter_that_was_merged_twice_fails(place: Path, tmp_path: Path):
     shutil.copytree(place / "adapter", tmp_path / "again")
     config = json.loads((tmp_path / "again/adapter_config.json").read_text())

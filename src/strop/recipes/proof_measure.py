@@ -138,7 +138,9 @@ class Measured:
 
     def _compare_tokens(self, _: Scratch) -> None:
         """Find out what to ask, and whether the file reads it alike."""
-        self._opened = load(self._folder)
+        self._opened = load(self._folder, to_merge=True)
+        if self._opened.adapter is not None and self._opened.adapter.merge_only:
+            self._notes.append("the adapter was trained to be merged and rounded; it is compared unrounded")
         self._tokenizer = self._opened.require_tokenizer()
         records = rows_of_run(self._folder, MAX_PROMPTS) if self._data is None else held_out_records(self._data)
         if records:
@@ -268,14 +270,14 @@ class Measured:
         trained = _agreement(self._gaps["trained"], gate if max_kl is None else max_kl)
         codes = _agreement(self._gaps["codes"], CODES_GATE if own_gate is None else own_gate) if self._decoded else None
         quantized = any(kind not in ("f32", "f16", "bf16") for kind in types)
-        effect, effect_gate = self._effect.share, EFFECT_GATES[quantized]
+        effect, effect_gate, most = self._effect.share, EFFECT_GATES[quantized], EFFECT_CEILINGS[quantized]
         if self._untuned and effect is None:
             self._notes.append("tuning changed no logit, so nothing can be said of what is left of it")
         problems = list(self._check.problems)
         for what, found in (("its own codes in transformers", codes), ("the trained model", trained)):
             if found is not None and found.gate is not None and not found.kl <= found.gate:
                 problems.append(f"KL from {what}: {found.kl:.3g} nats per token, at most {found.gate:g} is allowed")
-        if effect is not None and not effect_gate <= effect <= (most := EFFECT_CEILINGS[quantized]):
+        if effect is not None and not effect_gate <= effect <= most:
             problems.append(
                 f"{effect:.4f} of what tuning changed is in the file, at least {effect_gate:g} is needed and at most "
                 f"{most:g}; was the adapter merged, once, and into the base that it was trained on?"
