@@ -24,8 +24,9 @@ from strop.evaluation.generation import Stream, context_length, generate_answers
 from strop.evaluation.kv_cache import KVFormat, kv_bytes_per_token
 from strop.evaluation.scoring import PIECE_NUMBERS, Measure, Piece, score
 from strop.evaluation.speed import Rate, Speed, measure_speed
+from strop.files.gguf import is_gguf
 from strop.models import OpenedModel, load
-from strop.runtime.llama_cpp import GgufModel, is_gguf
+from strop.runtime.llama_cpp import GgufModel
 
 
 class Engine(Protocol):

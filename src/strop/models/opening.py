@@ -34,6 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from strop.errors import ConfigError, FormatError, ModelError, StropError, nearest
+from strop.files.gguf import is_gguf
 from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_config
 from strop.files.shards import tensor_files
 from strop.layers.quant_experts import QuantExperts
@@ -42,7 +43,7 @@ from strop.models.adapter_base import precision_notes
 from strop.models.containers import container_for
 from strop.models.gguf_base import gguf_tokenizer, open_gguf
 from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
-from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, is_gguf, read_config
+from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
 

@@ -18,13 +18,13 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 from strop import demo
 from strop.errors import MissingInputError, ModelError, nearest
 from strop.files.folders import read_json
+from strop.files.gguf import is_gguf
 from strop.files.gguf.reader import GgufFile
 from strop.models.gguf_base import METHOD, open_gguf
 
 RUN_PARTS = ("best", "last", "model")
 """Where a run's folder keeps its model, in the order in which they are looked for."""
 
-GGUF_SUFFIX = ".gguf"
 """What GGUF files' names end in, in either case."""
 
 BUNDLED = "demo"
@@ -66,11 +66,6 @@ def find_folder(path_or_id: str | os.PathLike[str]) -> Path:
     raise MissingInputError(
         f"{path}: no such folder; name a model's folder, a run's folder or a hub id such as org/name"
     )
-
-
-def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a GGUF file, by its ending."""
-    return os.fspath(path).lower().endswith(GGUF_SUFFIX)
 
 
 def is_adapter(folder: Path) -> bool:

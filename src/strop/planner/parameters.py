@@ -253,8 +253,9 @@ def meta_model(config: PreTrainedConfig, *, where: str) -> nn.Module:
 
 
 def _read_config(source: str | Path) -> PreTrainedConfig:
+    from strop.files.gguf import is_gguf
     from strop.files.peft_adapter import read_adapter_config
-    from strop.models.sources import BUNDLED, find_folder, is_adapter, is_gguf, read_config
+    from strop.models.sources import BUNDLED, find_folder, is_adapter, read_config
 
     path = Path(source)
     if path.is_dir() or str(source) == BUNDLED:

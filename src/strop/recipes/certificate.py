@@ -22,11 +22,11 @@ from strop.errors import FileFormatError, MissingInputError, ModelError, StropEr
 from strop.evaluation.judging import Task
 from strop.evaluation.sequential import ERROR, Decision, decide, drop_interval
 from strop.files.folders import sha256_file
+from strop.files.gguf import is_gguf
 from strop.files.peft_adapter import read_adapter_config
 from strop.models.sources import find_folder, is_adapter
 from strop.pages.atomic import write_whole
 from strop.recipes.verify import Finding
-from strop.runtime.llama_cpp import is_gguf
 
 FORMAT: Final = 1
 KIND: Final = "proof"

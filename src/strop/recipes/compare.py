@@ -22,6 +22,7 @@ from strop.errors import DataError, UsageError, nearest
 from strop.evaluation.comparison import Comparison
 from strop.evaluation.kv_cache import KVFormat
 from strop.evaluation.side_by_side import Place, Settings, SideBySide
+from strop.files.gguf import is_gguf
 from strop.files.gguf.reader import GgufFile
 from strop.files.peft_adapter import read_adapter_config
 from strop.files.shards import weight_bytes
@@ -30,7 +31,7 @@ from strop.pages.page import write_page
 from strop.progress import SILENT, Reporter
 from strop.recipes.model_receipts import with_receipts
 from strop.recipes.rows import Rows, held_out_records, rows_name
-from strop.runtime.llama_cpp import is_gguf, require_runtime
+from strop.runtime.llama_cpp import require_runtime
 from strop.scratch import DEFAULT_LIMIT_BYTES, Scratch
 
 TASKS: Final = ("exact-match",)

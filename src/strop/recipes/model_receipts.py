@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from strop.errors import FileFormatError, MissingInputError
 from strop.evaluation.comparison import Comparison, ModelResult, significant
 from strop.files.folders import read_json
+from strop.files.gguf import is_gguf
 from strop.files.receipts import RECEIPT
 from strop.models.sources import find_folder, is_adapter
 from strop.recipes.rows import Rows
-from strop.runtime.llama_cpp import is_gguf
 
 
 class _HeldOut(BaseModel):

@@ -30,6 +30,7 @@ from strop import __version__
 from strop.errors import DataError, StropError, UsageError, nearest
 from strop.evaluation.sequential import ERROR, Decision
 from strop.files.folders import sha256_file
+from strop.files.gguf import is_gguf
 from strop.progress import SILENT, Reporter
 from strop.recipes.certificate import (
     ASSUMPTIONS,
@@ -46,7 +47,6 @@ from strop.recipes.prove_rows import TASKS, ProofRow, Task, clusters_in_order, p
 from strop.recipes.prove_run import BothOpen, Proving
 from strop.recipes.provenance import Provenance, provenance
 from strop.recipes.rows import Rows, row_digest, rows_name
-from strop.runtime.llama_cpp import is_gguf
 
 UNITS: Final[dict[Task, str]] = {
     "exact-match": "share of rows",

@@ -25,12 +25,12 @@ from strop.data.mixing import open_mixture
 from strop.data.records import SPLIT_NAMES, Record
 from strop.errors import FileFormatError, MissingInputError, StropError
 from strop.files.folders import MANIFEST, read_json
+from strop.files.gguf import is_gguf
 from strop.files.peft_adapter import read_adapter_config
 from strop.files.receipts import RECEIPT
 from strop.models.sources import find_folder, is_adapter
 from strop.recipes.manifest import load_manifest
 from strop.recipes.rows import row_digest
-from strop.runtime.llama_cpp import is_gguf
 
 MERGE: Final = "merge.json"
 _MOST_MODELS: Final = 64

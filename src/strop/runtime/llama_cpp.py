@@ -35,20 +35,14 @@ from strop.runtime.library import forget_words, last_words, library, require_run
 from strop.runtime.settings_check import check_settings
 from strop.runtime.tokenizer import GgufTokenizer
 
-__all__ = ["SUFFIX", "Generation", "GgufModel", "is_gguf", "require_runtime"]
+__all__ = ["Generation", "GgufModel", "require_runtime"]
 
-SUFFIX: Final = ".gguf"
 MOST_CONTEXT: Final = 4096
 """Tokens of context where nothing else is asked for and the model could take more."""
 
 _BATCH: Final = 512
 _OUTPUT_NUMBERS: Final = 1 << 23
 """Logits computed at once: 32 MiB."""
-
-
-def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether a path names a GGUF file, by its ending."""
-    return str(path).lower().endswith(SUFFIX)
 
 
 @dataclass(frozen=True)
