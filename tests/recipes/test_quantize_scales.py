@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from strop.errors import UsageError
+from strop.errors import GateError, TrainingError, UsageError
 from strop.memory import PeakMemory, release_unused_memory
 from strop.models import load
 from strop.recipes.calibration import calibration_rows
@@ -86,6 +86,38 @@ def test_a_killed_run_goes_on_with_the_same_bits(
     assert any("2 of 2 blocks were finished before" in note for note in listener.notes)
     assert equal(again, whole)
     assert [path.name for path in tmp_path.iterdir() if "blocks" in path.name] == []
+
+
+def test_blocks_that_return_tuples_have_their_scales_trained(tmp_path: Path) -> None:
+    source = tiny_folder(tmp_path, "falcon", num_hidden_layers=4)
+    data = str(tiny_chat_file(tmp_path / "rows.jsonl", rows=24))
+    result = quantize(source, "int3-g32", output=tmp_path / "out", data=data, scale_steps=4)
+    assert result.receipt["settings"]["scale_steps"] == 4
+
+
+def hidden_folders(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith(".out"))
+
+
+def test_a_run_without_scale_steps_after_one_past_the_gate_leaves_nothing_behind(tmp_path: Path) -> None:
+    source, data = tiny_folder(tmp_path, "llama"), str(tiny_chat_file(tmp_path / "rows.jsonl", rows=24))
+    with pytest.raises(GateError):
+        quantize(source, "int2-g32", output=tmp_path / "out", data=data, scale_steps=2, max_kl=1e-9)
+    assert hidden_folders(tmp_path) == [".out.blocks", ".out.blocks.scales"]
+    quantize(source, "int2-g32", output=tmp_path / "out", data=data)
+    assert hidden_folders(tmp_path) == []
+
+
+def test_a_training_that_fails_leaves_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, data = tiny_folder(tmp_path, "llama"), str(tiny_chat_file(tmp_path / "rows.jsonl", rows=24))
+
+    def failing(*_: Any, **__: Any) -> Any:
+        raise TrainingError("scale_steps: the divergence is not finite")
+
+    monkeypatch.setattr("strop.recipes.calibrated.train_scales", failing)
+    with pytest.raises(TrainingError):
+        quantize(source, "int4-g32", output=tmp_path / "out", data=data, scale_steps=2)
+    assert hidden_folders(tmp_path) == [".out.blocks"]
 
 
 def test_what_has_no_scales_to_train_or_no_rows_is_refused_before_any_work(tmp_path: Path) -> None:

@@ -155,6 +155,14 @@ class BlockwiseModel:
         """The last hidden states, which the head is given, where `hidden` is what the last block gave."""
         return self._forward(inputs, None, {len(self.blocks) - 1: hidden}, self.model.base_model).last_hidden_state
 
+    @torch.no_grad()
+    def learn_returns(self, inputs: dict[str, Any]) -> None:
+        """Run the first block on these inputs, to pass hidden states on as the blocks return them."""
+        name = next(iter(self.blocks))
+        with self.brought(name) as block:
+            args, kwargs = self._call_of(name, inputs)
+            self.returns_tuple(name, block(*args, **kwargs))
+
     def returns_tuple(self, name: str, output: Any) -> None:
         """Remember how a block returns its hidden states, so that passing them on looks the same."""
         self._tuples[list(self.blocks).index(name)] = len(output) if isinstance(output, tuple) else 0
@@ -167,7 +175,7 @@ class BlockwiseModel:
         hidden = self._given.get(index)
         if hidden is None:
             hidden = _hidden_of(args, kwargs, list(self.blocks)[index])
-        length = self._tuples.get(index, 0)
+        length = self._tuples.get(index, self._tuples.get(0, 0))  # until it has run, as the first
         return (hidden, *[None] * (length - 1)) if length else hidden
 
     def _call_of(self, name: str, inputs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

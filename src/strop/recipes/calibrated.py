@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,14 +71,11 @@ class Calibrated:
         """The blocks as they are now."""
         return self.folders[-1]
 
-    def stored(self, name: str, weight: Tensor) -> QuantizedTensor:
-        """What a layer became; a rounding for `load`."""
-        return self.taken.weight(name)
-
     def remove(self) -> None:
-        """Give the disk back."""
-        for results in self.folders:
-            results.remove()
+        """Give the disk back, that of an earlier run which trained scales included."""
+        first, *_ = self.folders
+        first.remove()
+        shutil.rmtree(_of_scales(first.folder), ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -214,15 +212,15 @@ def calibrate_model(
         head = _head(bench.model, stream.batches[0]) if scale_steps else None
         reports = through(stream, results)
         if head is not None:
-            trained = Results(
-                folder.with_name(f"{folder.name}.scales"), {**whole_plan, "scale_steps": scale_steps, "seed": seed}
-            )
+            trained = Results(_of_scales(folder), {**whole_plan, "scale_steps": scale_steps, "seed": seed})
             if trained.found < len(reports):
                 # what is freed must not count against a budget
-                with contextlib.nullcontext() if bench.memory.hidden_bytes is None else steady_allocation():
+                steady = contextlib.nullcontext() if bench.memory.hidden_bytes is None else steady_allocation()
+                with trained.kept_if_of_use(), steady:
                     _train_scales(
                         stream, head, schemes, results, trained, steps=scale_steps, seed=seed, reporter=reporter
                     )
+            del stream  # its hidden states make room for
             stream = bench.stream(scratch)  # the same rows again, through the blocks as they are now
             reports = through(stream, trained)
             folders.append(trained)
@@ -235,7 +233,13 @@ def calibrate_model(
     return Calibrated(taken, reports, receipts, bench.rows, held_out, folders)
 
 
+def _of_scales(folder: Path) -> Path:
+    """Where the blocks of a folder are kept with trained scales."""
+    return folder.with_name(f"{folder.name}.scales")
+
+
 def _head(model: BlockwiseModel, batch: Batch) -> Head:
+    model.learn_returns(batch.select(0).inputs())
     with model.passing():
         head = find_head(model.model, batch)
     if head is None:
