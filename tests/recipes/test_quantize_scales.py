@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from strop.calibrate.memory import MemoryPlan
 from strop.errors import GateError, TrainingError, UsageError
 from strop.memory import PeakMemory, release_unused_memory
 from strop.models import load
 from strop.recipes.calibration import calibration_rows
 from strop.recipes.quantize import quantize
+from strop.scratch import Scratch
 from strop.training.scales import train_scales
 from tests.fresh import in_fresh_process
 from tests.recipes.test_quantize import Listener
@@ -106,6 +108,22 @@ def test_a_run_without_scale_steps_after_one_past_the_gate_leaves_nothing_behind
     assert hidden_folders(tmp_path) == [".out.blocks", ".out.blocks.scales"]
     quantize(source, "int2-g32", output=tmp_path / "out", data=data)
     assert hidden_folders(tmp_path) == []
+
+
+def test_training_scales_takes_no_more_disk_for_hidden_states(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, data = tiny_folder(tmp_path, "llama"), str(tiny_chat_file(tmp_path / "rows.jsonl", rows=24))
+    used: list[int] = []
+
+    class Watched(Scratch):
+        def close(self) -> None:
+            used.append(self.used_bytes)
+            super().close()
+
+    monkeypatch.setattr("strop.recipes.calibrated.plan_memory", lambda *_, **__: MemoryPlan(4, 0, 0))
+    monkeypatch.setattr("strop.recipes.calibrated.Scratch", Watched)
+    for steps in (0, 2):
+        quantize(source, "int4-g32", output=tmp_path / f"{steps}", data=data, scale_steps=steps)
+    assert used[1] == used[0] > 0
 
 
 def test_a_training_that_fails_leaves_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

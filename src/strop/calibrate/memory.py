@@ -7,9 +7,9 @@
     hidden states    2 models x all tokens x hidden float32: in memory as far as the budget goes, else on the disk;
                      up to half of that budget goes to `replay`
 
-Where scales are trained end to end afterwards, the quantized model is there in place of the block, with 28 bytes for
-each of its scales (factor, gradient, two moments, and copies), one of its blocks dense, and a batch's hidden states
-between its blocks.
+Where scales are trained end to end afterwards, the quantized model is there in place of the block, what stays dense in
+float32, with 28 bytes for each scale that is trained (factor, gradient, two moments, and copies), one of its blocks
+dense, a batch's hidden states between its blocks, and a chunk of logits.
 
 The batch is made smaller before anything is refused. The figures are upper estimates by these terms.
 """
@@ -17,7 +17,7 @@ The batch is made smaller before anything is refused. The figures are upper esti
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -33,6 +33,12 @@ from strop.numerics.scheme import Scheme
 BATCH_SIZES: Final = (8, 4, 2, 1)
 OWN_BYTES: Final = 24 << 20
 """The interpreter's and torch's own: code pages touched, pools, small tensors."""
+
+DIVERGENCE_TENSORS: Final = 6
+"""Of a chunk's logits, those that their divergence and its gradient hold at a time; 5 where nothing caps logits."""
+
+CHUNK_LOGITS: Final = 2**24
+"""As `strop.training.losses` has it."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ def plan_memory(
     max_memory: int | None,
     hessian: bool,
     trains: bool,
-    whole: Scheme | None = None,
+    whole: Mapping[str, Sequence[Scheme]] | None = None,
 ) -> MemoryPlan:
     """Choose the batch size and where hidden states go.
 
@@ -67,14 +73,15 @@ def plan_memory(
         max_memory: The budget in bytes; None: none.
         hessian: Whether the method needs second moments.
         trains: Whether the method runs gradients through a block.
-        whole: The largest of the schemes, where the scales of the whole model are trained afterwards.
+        whole: Where the scales of the whole model are trained afterwards: layer or expert to what it may become; the
+            others stay dense.
 
     Raises:
         UsageError: the budget is below what is needed at a batch size of 1; the message says how much would do.
     """
     experts = list(expert_weights(model.model).values())
-    shapes = [linear_shape(module) for module in linear_modules(model.model).values()]
-    shapes += [weights.shape for weights in experts]
+    linears = {name: linear_shape(module) for name, module in linear_modules(model.model).items()}
+    shapes = [*linears.values(), *(weights.shape for weights in experts)]
     widest = max((max(shape) for shape in shapes), default=0)
     inputs = max((columns for _, columns in shapes), default=0)
     largest = max((rows * columns for rows, columns in shapes), default=0)
@@ -86,14 +93,19 @@ def plan_memory(
     fixed += 4 * 4 * inputs * inputs if hessian else 0
     if experts:
         fixed += max(model.block_bytes(name) for name in model.blocks) + (HESSIAN_BYTES if hessian else 0)
-    held = _held_whole(shapes, whole) + OWN_BYTES + 2 * model.outside_bytes + 3 * block if whole is not None else 0
+    held = 0
+    if whole is not None:
+        known = linears | {name: weights.shape for weights in experts for name in weights.names}
+        dense = sum(model.block_bytes(name) for name in model.blocks)
+        dense += sum(_packed(known[name], own, trained=name in linears) for name, own in whole.items() if own)
+        held = dense + OWN_BYTES + 2 * model.outside_bytes + 3 * block
     need = 0
     for size in BATCH_SIZES:
         tokens = size * longest
         need = fixed + 4 * tokens * ((40 if trains else 12) * hidden + (12 if trains else 4) * widest + 2 * vocabulary)
         if whole is not None:
-            step = tokens * ((40 + len(model.blocks)) * hidden + 12 * widest) + 4 * min(tokens * vocabulary, 2**24)
-            need = max(need, held + 4 * step)
+            logits = DIVERGENCE_TENSORS * min(tokens * vocabulary, CHUNK_LOGITS)
+            need = max(need, held + 4 * (tokens * ((40 + len(model.blocks)) * hidden + 12 * widest) + logits))
         if max_memory is None:
             return MemoryPlan(size, need, None)
         if need <= max_memory:
@@ -105,11 +117,14 @@ def plan_memory(
     )
 
 
-def _held_whole(shapes: Sequence[tuple[int, int]], scheme: Scheme) -> int:
-    """Bytes of all weights in a format and of what trains their scales."""
-    return sum(
-        math.ceil(scheme.bits_per_weight(shape) / 8 * math.prod(shape)) + 28 * math.prod(scheme.scale_shape(shape))
-        for shape in shapes
+def _packed(shape: tuple[int, int], schemes: Sequence[Scheme], *, trained: bool) -> int:
+    """Most bytes that a weight takes in one of the formats, with what trains its scales, less those in float32."""
+    weights = math.prod(shape)
+    return max(
+        math.ceil(scheme.bits_per_weight(shape) / 8 * weights)
+        + (28 * math.prod(scheme.scale_shape(shape)) if trained and scheme.has_real_scales else 0)
+        - 4 * weights
+        for scheme in schemes
     )
 
 

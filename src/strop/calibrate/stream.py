@@ -64,8 +64,12 @@ class BlockStream:
             self._replay_bytes = min(REPLAY_BYTES, memory_bytes // 4)
             half = memory_bytes // 2 - self._replay_bytes  # twice what is kept, since the allocator leaves gaps
         self._full, self._quantized = Activations(half, scratch), Activations(half, scratch)
-        for number, batch in enumerate(batches):
-            hidden = model.embedded(batch.inputs())
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Put every batch in front of the first block, in the place of what it had become."""
+        for number, batch in enumerate(self.batches):
+            hidden = self.model.embedded(batch.inputs())
             self._full.put(number, hidden)
             self._quantized.put(number, hidden)
 

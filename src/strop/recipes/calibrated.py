@@ -118,7 +118,7 @@ def open_bench(
     max_memory: int | None,
     hessian: bool,
     trains: bool,
-    whole: Scheme | None = None,
+    whole: Mapping[str, Sequence[Scheme]] | None = None,
     chat_template: str | os.PathLike[str] | None,
     reporter: Reporter = SILENT,
 ) -> Bench:
@@ -220,8 +220,7 @@ def calibrate_model(
                     _train_scales(
                         stream, head, schemes, results, trained, steps=scale_steps, seed=seed, reporter=reporter
                     )
-            del stream  # its hidden states make room for
-            stream = bench.stream(scratch)  # the same rows again, through the blocks as they are now
+            stream.rewind()  # the same rows again, through the blocks as they are now
             reports = through(stream, trained)
             folders.append(trained)
         held = stream.batches[stream.calibrating :]

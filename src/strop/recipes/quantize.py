@@ -230,7 +230,7 @@ def quantize(
             max_memory=max_memory,
             hessian=method in HESSIAN,
             trains=method in BLOCK_METHODS,
-            whole=max([scheme, *known.values()], key=lambda own: own.bits) if scale_steps else None,
+            whole=_may_become(plain, names, [scheme, *known.values()]) if scale_steps else None,
             chat_template=chat_template,
             reporter=reporter,
         )
@@ -359,6 +359,13 @@ def _skeleton(source: Path, scheme: Scheme) -> nn.Module:
         )
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
+
+
+def _may_become(plain: nn.Module, names: Sequence[str], schemes: Sequence[Scheme]) -> dict[str, list[Scheme]]:
+    """The formats that each layer can be given; where there is one, all of the layers fit it."""
+    if len(set(schemes)) == 1:
+        return {name: [schemes[0]] for name in names}
+    return {name: [own for own in schemes if _misfit(plain, name, own) is None] for name in names}
 
 
 def _misfits(plain: nn.Module, scheme: Scheme) -> dict[str, str]:
