@@ -126,6 +126,18 @@ def test_training_scales_takes_no_more_disk_for_hidden_states(tmp_path: Path, mo
     assert used[1] == used[0] > 0
 
 
+def test_what_a_user_should_know_of_the_training_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, data = tiny_folder(tmp_path, "mixtral"), str(tiny_chat_file(tmp_path / "rows.jsonl", rows=24))
+    monkeypatch.setattr("strop.training.scales.SCALE_RATE", 3.0)  # nothing comes nearer
+    monkeypatch.setattr("strop.training.scales.GAIN_RATE", 3.0)
+    listener = Listener()
+    quantize(source, "int8", output=tmp_path / "out", data=data, scale_steps=2, reporter=listener)
+    said = "\n".join(listener.notes)
+    assert "3 batches are too few to hold one out; all of them train and measure" in said
+    assert "the scales of experts stay" in said
+    assert "no step brought the model nearer than it was" in said
+
+
 def test_a_training_that_fails_leaves_no_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, data = tiny_folder(tmp_path, "llama"), str(tiny_chat_file(tmp_path / "rows.jsonl", rows=24))
 

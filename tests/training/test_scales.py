@@ -118,6 +118,25 @@ def test_scales_that_are_codes_themselves_are_not_trained() -> None:
         trained("llama", "nf4-dq", steps=2)
 
 
+def test_scales_that_the_rows_say_next_to_nothing_of_hardly_move() -> None:
+    """A gradient whose square is no float32 number is no reason for a jump to the bounds."""
+    whole, model = tiny_model("llama").eval(), tiny_model("llama").eval()
+    for one in (whole, model):
+        one.model.layers[0].mlp.up_proj.weight.data *= 1e-20
+    quantize_linears(model, parse_scheme("int3"))
+    head = find_head(whole, BATCHES[0])
+    assert head is not None
+
+    def teacher(number: int) -> torch.Tensor:
+        with torch.no_grad():
+            return whole.base_model(**BATCHES[number].inputs()).last_hidden_state
+
+    found = train_scales(model, BATCHES, teacher, head, steps=10, dtype=torch.float32)
+    name = "model.layers.0.mlp.up_proj"
+    factor = found.weights[name].scale / model.get_submodule(name).qtensor.scale
+    assert 0.9 < factor.min() <= factor.max() < 1.1
+
+
 def test_a_scale_never_vanishes_or_changes_its_sign() -> None:
     _, model, found = trained("llama", "int2-g32", steps=30)
     for name, weight in found.weights.items():

@@ -51,6 +51,7 @@ def quantize_blocks(
     *,
     weigh: Callable[[str, Tensor, QuantizedTensor], None] = lambda *_: None,
     activation_observer: Callable[[], ActivationObserver] = MinMax,
+    stage: str = "calibrate and quantize",
     reporter: Reporter = SILENT,
 ) -> list[BlockReport]:
     """Quantize every layer that `schemes` names; the results are in `results` afterwards.
@@ -62,11 +63,12 @@ def quantize_blocks(
         results: Where they go; blocks that are there already are taken from it.
         weigh: Shown each layer's weight and what it became, for receipts.
         activation_observer: Makes what finds the range of a layer's inputs, where the scheme has one scale for them.
+        stage: What this is, for the reporter.
         reporter: Told the blocks done.
     """
     reports: list[BlockReport] = []
     names = list(stream.model.blocks)
-    reporter.start("calibrate and quantize", len(names), "blocks")
+    reporter.start(stage, len(names), "blocks")
     try:
         for index, name in enumerate(names):
             mine = {layer: scheme for layer, scheme in schemes.items() if layer.startswith(f"{name}.")}

@@ -32,7 +32,8 @@ MEASUREMENTS = 10
 
 BETAS = (0.9, 0.99)
 EPS = 1e-30  # gradients of a mean over a block's outputs may be as small as they like
-_LEAST_BATCHES = 4  # from here on one in eight is held out
+LEAST_BATCHES = 4
+"""From here on one in eight is held out."""
 
 
 class Trainable(Protocol):
@@ -199,7 +200,7 @@ def in_random_order(batches: Sequence[int], generator: torch.Generator) -> Itera
 
 def held_out(block: Block, notes: list[str]) -> tuple[list[int], list[int]]:
     """`to_train_and_measure` of a block's batches, with a note where there are too few."""
-    if block.batches < _LEAST_BATCHES:
+    if block.batches < LEAST_BATCHES:
         notes.append(f"{block.name}: {block.batches} batches are too few to hold one out; all of them measure")
     return to_train_and_measure(block.batches)
 
@@ -207,7 +208,7 @@ def held_out(block: Block, notes: list[str]) -> tuple[list[int], list[int]]:
 def to_train_and_measure(batches: int) -> tuple[list[int], list[int]]:
     """Batches to train on, and one in eight, evenly spread, that measure; where there are too few, all do both."""
     everything = list(range(batches))
-    if batches < _LEAST_BATCHES:
+    if batches < LEAST_BATCHES:
         return everything, everything
     count = max(1, batches // 8)
     measured = [place * batches // count for place in range(count)]

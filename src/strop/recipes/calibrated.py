@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop import __version__
 from strop.calibrate.memory import MemoryPlan, plan_memory
@@ -26,7 +26,9 @@ from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import pieces
 from strop.files.receipts import TensorReceipt
 from strop.files.shards import tensor_files
+from strop.layers.quant_experts import quant_experts
 from strop.memory import steady_allocation
+from strop.methods.reconstruction import LEAST_BATCHES
 from strop.models.blocks import BlockwiseModel
 from strop.models.opening import load, open_tokenizer
 from strop.numerics.activation_observers import ActivationObserver, MinMax
@@ -37,7 +39,7 @@ from strop.recipes.calibration import MAX_LENGTH, CalibrationRows, calibration_r
 from strop.recipes.rows import Rows
 from strop.scratch import Scratch
 from strop.training.losses import Head, find_head
-from strop.training.scales import train_scales
+from strop.training.scales import TrainedScales, train_scales
 
 DISK_BYTES: Final = 64 << 30
 """Most bytes of hidden states and logits on the disk; `Scratch` takes at most half of what is free."""
@@ -201,16 +203,23 @@ def calibrate_model(
     def weigh(name: str, weight: Tensor, quantized: QuantizedTensor) -> None:
         receipts[name] = TensorReceipt.of(name, weight, quantized, schemes[name].name, folds=folds)
 
-    def through(stream: BlockStream, into: Results) -> list[BlockReport]:
+    def through(stream: BlockStream, into: Results, stage: str) -> list[BlockReport]:
         with into.kept_if_of_use():
             return quantize_blocks(
-                stream, schemes, work, into, weigh=weigh, activation_observer=activation_observer, reporter=reporter
+                stream,
+                schemes,
+                work,
+                into,
+                weigh=weigh,
+                activation_observer=activation_observer,
+                stage=stage,
+                reporter=reporter,
             )
 
     with Scratch(DISK_BYTES) as scratch:
         stream = bench.stream(scratch)
         head = _head(bench.model, stream.batches[0]) if scale_steps else None
-        reports = through(stream, results)
+        reports = through(stream, results, "calibrate and quantize")
         if head is not None:
             trained = Results(_of_scales(folder), {**whole_plan, "scale_steps": scale_steps, "seed": seed})
             if trained.found < len(reports):
@@ -221,7 +230,7 @@ def calibrate_model(
                         stream, head, schemes, results, trained, steps=scale_steps, seed=seed, reporter=reporter
                     )
             stream.rewind()  # the same rows again, through the blocks as they are now
-            reports = through(stream, trained)
+            reports = through(stream, trained, "measure the blocks again")
             folders.append(trained)
         held = stream.batches[stream.calibrating :]
         held_out = _judge(stream, held, bench.rows.held_out, scratch) if held else {}
@@ -289,11 +298,24 @@ def _train_scales(
         )
     finally:
         reporter.finish()
+    for note in _notes(found, student, len(batches)):
+        reporter.note(note)
     for index, name in enumerate(names):
         result, error = results.get(index)
         weights = {layer: found.weights.get(layer, quantized) for layer, quantized in result.weights.items()}
         mine = {other: tensor for other, tensor in found.others.items() if other.startswith(f"{name}.")}
         trained.put(index, replace(result, weights=weights, others={**result.others, **mine}), error)
+
+
+def _notes(found: TrainedScales, student: nn.Module, batches: int) -> Iterator[str]:
+    if batches < LEAST_BATCHES:
+        yield f"scales: {batches} batches are too few to hold one out; all of them train and measure"
+    if quant_experts(student):
+        yield "scales: the scales of experts stay; those of the other layers are trained"
+    if found.after < found.before:
+        yield f"scales: on rows that measured, KL {found.before:.2e} nats became {found.after:.2e}"
+    else:
+        yield f"scales: no step brought the model nearer than it was (KL {found.before:.2e} nats); all of them stay"
 
 
 def _judge(stream: BlockStream, held: Sequence[Batch], samples: Sequence[Sample], scratch: Scratch) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from strop.data.batches import Batch
 from strop.errors import TrainingError, UsageError
 from strop.layers.quant_linear import QuantLinear
 from strop.layers.surgery import blocks
-from strop.methods.reconstruction import BETAS, EPS, MEASUREMENTS, in_random_order, to_train_and_measure
+from strop.methods.reconstruction import BETAS, MEASUREMENTS, in_random_order, to_train_and_measure
 from strop.methods.rounding import stored_scale
 from strop.numerics.groups import restore, split, spread
 from strop.numerics.qtensor import QuantizedTensor
@@ -44,6 +44,8 @@ SCALE_RATE: Final = 3e-3
 GAIN_RATE: Final = 1e-3
 """Of the mean of a gain or bias."""
 _FACTORS: Final = (0.05, 20.0)
+_EPS: Final = 1e-20
+"""Above the gradients whose square is no float32 number: below it, what the rows say nothing of would leap."""
 
 Teacher = Callable[[int], Tensor]
 """A batch's number to the full-precision model's last hidden states, those that its head is given."""
@@ -125,7 +127,7 @@ def train_scales(
             if not torch.isfinite(torch.tensor(before)):
                 raise TrainingError("scale_steps: the divergence from full precision is not finite; check the weights")
             kept: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-            optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
+            optimizer = torch.optim.Adam(groups, betas=BETAS, eps=_EPS)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
             order = in_random_order(training, torch.Generator().manual_seed(seed))
             for step in range(steps):
