@@ -1,4 +1,4 @@
-"""The plan of a calibration's memory: an upper bound for whatever the layers become, and for what trains their scales."""
+"""The plan of a calibration's memory: an upper bound for whatever the layers become and what trains their scales."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def test_a_layer_that_may_become_several_formats_is_held_as_the_one_that_takes_m
     """int2-g4 has fewer bits than int8, and a scale with its gradient and moments for every fourth weight."""
     names = list(linear_modules(model.model))
     fine, coarse = parse_scheme("int2-g4"), parse_scheme("int8")
-    alone = [needed(model, dict.fromkeys(names, [own])) for own in (fine, coarse)]
+    alone = [needed(model, {name: [own] for name in names}) for own in (fine, coarse)]
     assert alone[0] > alone[1]
-    assert needed(model, dict.fromkeys(names, [coarse, fine])) == alone[0]
+    assert needed(model, {name: [coarse, fine] for name in names}) == alone[0]
 
 
 def test_layers_that_keep_their_dtype_are_held_in_float32(model: BlockwiseModel) -> None:
@@ -49,7 +49,7 @@ def test_layers_that_keep_their_dtype_are_held_in_float32(model: BlockwiseModel)
     assert needed(model, some) - needed(model, packed) == pytest.approx(dense * (4 - 4.5 / 8 - 28 / 32))
 
 
-def peak_of_the_divergence(cap: bool) -> int:  # noqa: FBT001  called by position in a fresh process
+def peak_of_the_divergence(cap: bool) -> int:
     vocabulary = 150_000
     projection = nn.Linear(16, vocabulary, bias=False)
     head = Head(nn.Identity(), projection, (lambda x: torch.tanh(x / 30) * 30) if cap else (lambda x: x))
