@@ -282,6 +282,8 @@ def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(adapter: Path, tmp
     assert "read back" in result.proof[0]
     card = (tmp_path / "a.gguf.md").read_text(encoding="utf-8")
     assert "llama-cli -m BASE.gguf --lora a.gguf" in card
+    with pytest.raises(UsageError, match=r"is an adapter alone, which llama\.cpp takes with --lora"):
+        GgufModel.open(tmp_path / "a.gguf", threads=1)
     assert "strop chat" not in card
     assert "| method | lora: rank 4" in card
     _export(adapter / "llama", tmp_path / "base.gguf", "f32")
