@@ -11,7 +11,7 @@ import torch
 
 import strop
 from strop.data.records import read_records
-from strop.errors import MissingInputError
+from strop.errors import MissingInputError, UsageError
 from strop.recipes.provenance import provenance
 from strop.recipes.quantize import quantize
 from strop.recipes.rows import row_digest
@@ -121,3 +121,5 @@ def test_a_receipt_that_is_another_files_is_not_believed(tmp_path: Path) -> None
     found = provenance(tmp_path / "two.gguf")
     assert found.sources == []
     assert any("two.gguf.json is the receipt of another file" in note for note in found.notes)
+    with pytest.raises(UsageError, match=r"receipt of another file .*name the reference with --against"):
+        strop.prove(tmp_path / "two.gguf", [])
