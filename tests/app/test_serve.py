@@ -231,6 +231,17 @@ def test_what_is_no_request_gets_an_error_of_openais_shape(port: int):
     assert raw(port, "GET", "/health") == (200, {"status": "ok"})
 
 
+def test_what_is_no_request_is_told_what_one_would_be(port: int):
+    def said(*request: object, **headers: str) -> str:
+        return raw(port, *request, **headers)[1]["error"]["message"]
+
+    assert "POST /v1/chat/completions" in said("GET", "/")
+    assert "the body is no JSON" in said("POST", "/v1/completions", b'{"prompt": ', content_type="application/json")
+    assert "at character 11" in said("POST", "/v1/completions", b'{"prompt": ', content_type="application/json")
+    form = {"content_type": "application/x-www-form-urlencoded"}  # as curl sends it where nothing else is said
+    assert "content-type: application/json" in said("POST", "/v1/completions", b'{"prompt": "a"}', **form)
+
+
 def test_without_a_token_only_this_machines_own_names_are_answered(port: int):
     assert raw(port, "GET", "/v1/models", host="evil.example")[0] == 403
     assert raw(port, "GET", "/v1/models", host="127.0.0.1.evil.example")[0] == 403

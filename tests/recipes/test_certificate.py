@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import strop
 from strop.app.cli import app
-from strop.errors import FileFormatError, MissingInputError
+from strop.errors import FileFormatError, MissingInputError, UsageError
 from strop.evaluation.judging import Judge, Score
 from strop.files.folders import sha256_file
 from strop.recipes import certificate as certificates
@@ -218,6 +218,11 @@ def test_a_huge_file_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_missing_certificate_is_misuse(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match="no such file"):
         check_certificate(tmp_path / "none.json")
+
+
+def test_a_model_in_its_place_is_told_where_its_certificate_is(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"is a model; name the certificate of its proof \(.*m\.gguf\.proof\.json\)"):
+        check_certificate(tmp_path / "m.gguf")
 
 
 def test_answers_take_a_letter_a_row_and_fractions_numbers() -> None:

@@ -22,6 +22,7 @@ from strop.models import load
 from strop.recipes import export as recipe
 from strop.recipes import export_check, export_tensors
 from strop.recipes.export import ExportResult, export
+from strop.recipes.merge import merge
 from strop.recipes.quantize import quantize
 from strop.recipes.tune import tune
 from strop.runtime.library import library
@@ -223,7 +224,9 @@ def test_a_run_is_exported_with_the_hashes_of_what_made_it(tmp_path: Path) -> No
     text = (tmp_path / "m.gguf.md").read_text(encoding="utf-8")
     assert f"SHA-256 of the rendered rows `{run['rows_sha256']}`" in text
     assert run["base"]["sha256"] in text
-    assert "| method | name full |" in text
+    assert "| method | full |" in text
+    told = json.dumps(result.receipt["origin"]) + str(GgufFile.open(tmp_path / "m.gguf").metadata["strop.provenance"])
+    assert '"path"' not in told
 
 
 def test_a_name_that_llama_cpp_takes_for_another_models_is_changed(tmp_path: Path) -> None:
@@ -254,13 +257,35 @@ def test_an_adapter_is_merged_first_and_its_effect_is_in_the_file(adapter: Path,
     assert notes.said("of the adapter's effect kept")
     assert any("of what tuning changed is in the file" in line for line in result.proof)
     assert result.receipt["run"]["passed"]
+    assert result.receipt["run"]["file"] == "m.gguf"
     assert _names(tmp_path) == {"m.gguf", "m.gguf.md", "m.gguf.json"}
+
+
+def test_what_was_merged_by_hand_is_held_against_its_base_and_says_what_trained_it(
+    adapter: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("llama_cpp")
+    merge(adapter / "run", tmp_path / "merged")
+    result = _export(tmp_path / "merged", tmp_path / "m.gguf", "f32", verify=True)
+    assert result.receipt["run"]["effect"] == pytest.approx(1, abs=1e-3)
+    assert "the run's own rows" in result.proof[1]
+    assert result.receipt["origin"]["run"]["method"]["name"] == "lora"
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text(encoding="utf-8"))
+    (tmp_path / "merged" / "merge.json").write_text(json.dumps(record | {"source_sha256": "0" * 64}))
+    again = _export(tmp_path / "merged", tmp_path / "again.gguf", "f32")  # that adapter is another one by now
+    assert again.receipt["origin"] == {}
 
 
 def test_an_adapter_alone_does_in_llama_cpp_what_it_does_here(adapter: Path, tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp")
     result = _export(adapter / "run", tmp_path / "a.gguf", "f32", adapter_only=True, verify=True)
     assert "read back" in result.proof[0]
+    card = (tmp_path / "a.gguf.md").read_text(encoding="utf-8")
+    assert "llama-cli -m BASE.gguf --lora a.gguf" in card
+    with pytest.raises(UsageError, match=r"is an adapter alone, which llama\.cpp takes with --lora"):
+        GgufModel.open(tmp_path / "a.gguf", threads=1)
+    assert "strop chat" not in card
+    assert "| method | lora: rank 4" in card
     _export(adapter / "llama", tmp_path / "base.gguf", "f32")
     metadata = GgufFile.open(tmp_path / "a.gguf").metadata
     assert (metadata["general.type"], metadata["adapter.type"]) == ("adapter", "lora")

@@ -7,7 +7,7 @@ import pytest
 
 from strop.files.gguf.reader import GgufFile
 from strop.recipes.export import export
-from strop.recipes.export_beside import ollama_template
+from strop.recipes.export_beside import _method_words, ollama_template
 from tests.tiny import tiny_folder, tiny_tokenizer
 
 
@@ -21,6 +21,14 @@ def test_the_card_and_the_receipt_say_what_the_file_is(tmp_path: Path) -> None:
     assert receipt["bytes"] == (tmp_path / "m.gguf").stat().st_size
     assert len(receipt["tensors"]) == len(GgufFile.open(tmp_path / "m.gguf").tensors)
     assert receipt["run"] is None
+
+
+def test_a_method_is_said_with_what_was_set() -> None:
+    settings = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ["q_proj", "v_proj"], "rank_stabilised": True}
+    assert (
+        _method_words({**settings, "name": "lora"}) == "lora: rank 8, alpha 16, targets q_proj, v_proj, rank stabilised"
+    )
+    assert _method_words({"name": "full"}) == "full"
 
 
 def test_the_modelfile_writes_conversations_as_the_chat_template_does(tmp_path: Path) -> None:

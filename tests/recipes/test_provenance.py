@@ -11,7 +11,7 @@ import torch
 
 import strop
 from strop.data.records import read_records
-from strop.errors import MissingInputError
+from strop.errors import MissingInputError, UsageError
 from strop.recipes.provenance import provenance
 from strop.recipes.quantize import quantize
 from strop.recipes.rows import row_digest
@@ -94,3 +94,32 @@ def test_a_missing_model_is_misuse(tmp_path: Path) -> None:
     for name in ("gone/model", "gone.gguf"):
         with pytest.raises(MissingInputError):
             provenance(tmp_path / name)
+
+
+def test_an_export_is_followed_from_any_folder_to_the_weights_that_it_was_made_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_folder(tmp_path, "llama").rename(tmp_path / "model")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    strop.export("model", "m.gguf", format="gguf:q8_0", verify=False)
+    assert provenance("m.gguf").sources == ["model"]
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = provenance("../m.gguf")
+    assert found.sources == [str(tmp_path / "model")]
+    assert not any("SHA-256" in note for note in found.notes)
+    tiny_folder(tmp_path / "elsewhere", "llama", seed=7).rename(tmp_path / "elsewhere" / "model")
+    assert any("model holds other weights than those that ../m.gguf was made of" in note
+               for note in provenance("../m.gguf").notes)  # fmt: skip
+
+
+def test_a_receipt_that_is_another_files_is_not_believed(tmp_path: Path) -> None:
+    model = tiny_folder(tmp_path, "llama")
+    strop.export(model, tmp_path / "one.gguf", format="gguf:q8_0", verify=False)
+    strop.export(model, tmp_path / "two.gguf", format="gguf:q4_0", verify=False)
+    shutil.copy(tmp_path / "one.gguf", tmp_path / "two.gguf")
+    found = provenance(tmp_path / "two.gguf")
+    assert found.sources == []
+    assert any("two.gguf.json is the receipt of another file" in note for note in found.notes)
+    with pytest.raises(UsageError, match=r"receipt of another file .*name the reference with --against"):
+        strop.prove(tmp_path / "two.gguf", [])

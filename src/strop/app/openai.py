@@ -71,7 +71,7 @@ class Asked(BaseModel):
     @classmethod
     def _without_the_neutral(cls, value: Any) -> Any:
         if not isinstance(value, dict):
-            raise ValueError("the body must be a JSON object")
+            raise ValueError("the body must be a JSON object, sent as content-type: application/json")
         kept = {key: given for key, given in value.items() if key not in _IGNORED}
         for key, neutral in _NEUTRAL.items():
             if key in kept and (given := kept.pop(key)) is not None and given not in neutral:

@@ -96,6 +96,7 @@ def build_app(service: Service, *, token: str | None, loopback: bool) -> FastAPI
 
 
 _INVALID: Final = "invalid_request_error"
+_PATHS: Final = "there are GET /v1/models and /health, POST /v1/chat/completions and /v1/completions"
 
 
 def _host_name(header: str) -> str:
@@ -182,14 +183,23 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def missing(request: Request, problem: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {problem.detail}"
+        message = f"{request.method} {request.url.path}: {problem.detail}" + (
+            f"; {_PATHS}" if problem.status_code in (404, 405) else ""
+        )
         return JSONResponse(error(message, kind=_INVALID), problem.status_code)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, problem: RequestValidationError) -> JSONResponse:
-        found = [(_place(one["loc"]), one["msg"].removeprefix("Value error, ")) for one in problem.errors()[:4]]
+        found = [(_place(one["loc"]), _complaint(one)) for one in problem.errors()[:4]]
         message = "; ".join(f"{place}: {text}" if place else text for place, text in dict(found).items())
         return JSONResponse(error(message, kind=_INVALID, param=found[0][0] or None), 400)
+
+
+def _complaint(problem: dict[str, Any]) -> str:
+    """What pydantic says of a value; of a body that is no JSON also where it ends to be one."""
+    if problem["type"] == "json_invalid":
+        return f"the body is no JSON: {problem.get('ctx', {}).get('error')} at character {problem['loc'][-1]}"
+    return str(problem["msg"]).removeprefix("Value error, ")
 
 
 def _place(location: tuple[Any, ...]) -> str:

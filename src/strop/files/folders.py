@@ -96,7 +96,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool = False) -> No
     if target.is_file():
         raise UsageError(f"{path}: is a file, a folder is to be written there; choose another output")
     if target.is_dir() and any(target.iterdir()) and not overwrite:
-        raise UsageError(f"{path}: already holds files; choose another output, or say that it may be overwritten")
+        raise UsageError(f"{path}: already holds files; choose another output, or replace it (--overwrite)")
 
 
 def sha256_file(path: str | os.PathLike[str]) -> str:

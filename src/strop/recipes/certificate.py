@@ -18,7 +18,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from strop.errors import FileFormatError, MissingInputError, ModelError, StropError
+from strop.errors import FileFormatError, MissingInputError, ModelError, StropError, UsageError
 from strop.evaluation.judging import Task
 from strop.evaluation.sequential import ERROR, Decision, decide, drop_interval
 from strop.files.folders import sha256_file
@@ -288,7 +288,10 @@ def check_certificate(path: str | os.PathLike[str]) -> CertificateCheck:
 
     Raises:
         MissingInputError: There is no such certificate.
+        UsageError: A model is named in its place.
     """
+    if is_gguf(path):
+        raise UsageError(f"{path}: is a model; name the certificate of its proof ({path}{ENDING})")
     result = CertificateCheck(Path(path))
     try:
         certificate = read_certificate(path)

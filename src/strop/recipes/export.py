@@ -27,7 +27,7 @@ from torch import Tensor
 
 from strop import __version__
 from strop.data.templates import set_chat_template, stop_ids
-from strop.errors import MissingInputError, ModelError, UsageError
+from strop.errors import GateError, MissingInputError, ModelError, UsageError
 from strop.files.folders import read_json, sha256_file
 from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
 from strop.files.gguf.architectures import Architecture, architecture_of
@@ -165,8 +165,9 @@ def export(
             reporter.note(f"note: {note}")
         with atomic_file(target, overwrite=overwrite) as temporary:
             read = _make(temporary, plan, name, verify=verify, reporter=reporter)
-            run = _run(temporary, model, verify=verify, max_kl=max_kl, reporter=reporter)
+            run = _run(temporary, target.name, model, verify=verify, max_kl=max_kl, reporter=reporter)
             proof = _Proof([*read, *run.lines], run.run)
+            made_of["model_path"] = os.path.abspath(folder)  # in no file that is sent to others
             receipt = _receipt(temporary, f"gguf:{name}", made_of, plan.notes, proof, plan.records)
         result = ExportResult(Path(output), list(plan.records.values()), proof.lines, beside, receipt)
         _write_beside(result, words, tokenizer, source.config)
@@ -307,7 +308,7 @@ def _prove(
 
 
 def _run(
-    path: Path, model: str | os.PathLike[str], *, verify: bool, max_kl: float | None, reporter: Reporter
+    path: Path, name: str, model: str | os.PathLike[str], *, verify: bool, max_kl: float | None, reporter: Reporter
 ) -> _Proof:
     """Run a file in llama.cpp beside the model that it was made from.
 
@@ -320,7 +321,10 @@ def _run(
         library()
     except MissingInputError as error:
         return _Proof([f"NOT RUN in llama.cpp, where it is to serve: {error}"])
-    proof = prove_export(path, model, max_kl=max_kl, reporter=reporter)
+    try:
+        proof = prove_export(path, model, name=name, max_kl=max_kl, reporter=reporter)
+    except GateError as error:
+        raise GateError(f"{error}\nNothing was kept; choose a format of more bits, or a larger --max-kl") from None
     return _Proof(proof.lines(), proof.to_dict())
 
 
@@ -351,6 +355,7 @@ def _export_adapter(
             [*read, *(["NOT RUN in llama.cpp: an adapter runs over its base's file alone"] if verify else [])]
         )
         notes = [f"an adapter over {config.base}: llama.cpp opens it with --lora beside a GGUF file of that base"]
+        made_of["model_path"] = os.path.abspath(folder)
         receipt = _receipt(temporary, "gguf:f32 adapter", made_of, notes, proof, records)
     result = ExportResult(target, list(records.values()), proof.lines, beside, receipt)
     _write_beside(result, None, None, None)
@@ -398,7 +403,8 @@ def _write_beside(result: ExportResult, words: Vocabulary | None, tokenizer: Any
             write_whole(path, [modelfile(name, tokenizer, stops, adds_bos=adds, context=context)])
         else:
             template = words is not None and "tokenizer.chat_template" in words.keys
-            write_whole(path, [card(name, result.receipt, summary(result.tensors), prompt=template)])
+            text = card(name, result.receipt, summary(result.tensors), prompt=template, adapter=words is None)
+            write_whole(path, [text])
 
 
 @contextlib.contextmanager

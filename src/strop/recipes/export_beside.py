@@ -22,6 +22,7 @@ from strop.data.records import Message
 from strop.data.templates import chat_format
 from strop.errors import DataError, FileFormatError, MissingInputError, StropError
 from strop.recipes.manifest import load_manifest
+from strop.recipes.provenance import merged_adapter
 
 CARD, RECEIPT, MODELFILE = ".md", ".json", ".Modelfile"
 """Endings after the file's own name."""
@@ -32,7 +33,8 @@ _MARKS: Final = ("strop-system", "strop-first", "strop-answer", "strop-second")
 def origin(folder: Path) -> dict[str, Any]:
     """What is recorded of how a folder was made: a run's data and settings, a quantized model's method and rows."""
     found: dict[str, Any] = {}
-    for place in (folder, folder.parent):
+    merged = merged_adapter(folder)
+    for place in (folder, folder.parent, *(() if merged is None else (merged, merged.parent))):
         try:
             manifest = load_manifest(place)
         except (MissingInputError, FileFormatError):
@@ -40,9 +42,9 @@ def origin(folder: Path) -> dict[str, Any]:
         if manifest.get("kind") == "run":
             inputs = manifest["inputs"]
             found["run"] = {
-                "data": inputs["data"],
+                "data": _nameable(inputs["data"]),
                 "rows_sha256": inputs["rows"]["sha256"],
-                "base": inputs["base"],
+                "base": _nameable(inputs["base"]),
                 "template_sha256": inputs["template"]["sha256"],
                 "configuration_sha256": inputs["configuration"]["sha256"],
                 "method": _method(place),
@@ -55,6 +57,11 @@ def origin(folder: Path) -> dict[str, Any]:
     return found
 
 
+def _nameable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of an input without where it lay on this machine: the file is sent to others."""
+    return {key: value for key, value in record.items() if key not in ("path", "from_run")}
+
+
 def _method(run: Path) -> dict[str, Any] | None:
     """How a run trained, from its config.yaml; None where that cannot be read any more."""
     try:
@@ -63,7 +70,7 @@ def _method(run: Path) -> dict[str, Any] | None:
         return None
 
 
-def card(name: str, receipt: Mapping[str, Any], summary: Sequence[str], *, prompt: bool) -> str:
+def card(name: str, receipt: Mapping[str, Any], summary: Sequence[str], *, prompt: bool, adapter: bool = False) -> str:
     """The model card, Markdown.
 
     Args:
@@ -71,6 +78,7 @@ def card(name: str, receipt: Mapping[str, Any], summary: Sequence[str], *, promp
         receipt: as `export` makes it.
         summary: what became of the tensors, in sentences.
         prompt: whether the model has a chat template.
+        adapter: the file holds an adapter alone, which runs beside its base's file.
     """
     made = receipt["made_by"]
     run = receipt["origin"].get("run")
@@ -106,13 +114,21 @@ def card(name: str, receipt: Mapping[str, Any], summary: Sequence[str], *, promp
         "## How to run it",
         "",
         "```sh",
-        f"llama-cli -m {name}" + (" -cnv" if prompt else " -p 'Once upon a time'"),
-        f"llama-server -m {name}",
-        f"strop chat {name}",
+        *_commands(name, prompt=prompt, adapter=adapter),
         "```",
         "",
     ]
     return "\n".join(lines)
+
+
+def _commands(name: str, *, prompt: bool, adapter: bool) -> list[str]:
+    if adapter:
+        return [f"llama-cli -m BASE.gguf --lora {name}", f"llama-server -m BASE.gguf --lora {name}"]
+    return [
+        f"llama-cli -m {name}" + (" -cnv" if prompt else " -p 'Once upon a time'"),
+        f"llama-server -m {name}",
+        f"strop chat {name}",
+    ]
 
 
 def _origin_rows(receipt: Mapping[str, Any]) -> list[str]:
@@ -123,7 +139,7 @@ def _origin_rows(receipt: Mapping[str, Any]) -> list[str]:
         rows.append(f"| trained on | {data['name']}, SHA-256 of the rendered rows `{run['rows_sha256']}` |")
         rows.append(f"| trained from | {run['base']['name']}, SHA-256 `{run['base']['sha256']}` |")
         if run["method"] is not None:
-            rows.append(f"| method | {', '.join(f'{key} {value}' for key, value in run['method'].items())} |")
+            rows.append(f"| method | {_method_words(run['method'])} |")
         rows.append(f"| settings | SHA-256 `{run['configuration_sha256']}` |")
     quantized = receipt["origin"].get("quantized")
     if quantized:
@@ -138,6 +154,18 @@ def _origin_rows(receipt: Mapping[str, Any]) -> list[str]:
             f"SHA-256 `{importance['sha256']}` |"
         )
     return rows
+
+
+def _method_words(method: Mapping[str, Any]) -> str:
+    """`lora: rank 8, alpha 16, targets all-linear`; what is off is left out."""
+    words = []
+    for key, value in method.items():
+        if key == "name" or value is False or value == 0:
+            continue
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else value
+        what = key.replace("_", " ")
+        words.append(what if value is True else f"{what} {shown:g}" if isinstance(value, float) else f"{what} {shown}")
+    return ": ".join([str(method["name"]), *([", ".join(words)] if words else [])])
 
 
 def modelfile(name: str, tokenizer: Any, stops: Sequence[str], *, adds_bos: bool, context: int) -> str:

@@ -20,6 +20,7 @@ room for is left out and named.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Final
 
 from strop.errors import GateError
@@ -37,6 +38,7 @@ def prove_export(
     file: str | os.PathLike[str],
     source: str | os.PathLike[str],
     *,
+    name: str | None = None,
     base: str | os.PathLike[str] | None = None,
     data: Rows | None = None,
     max_kl: float | None = None,
@@ -48,6 +50,7 @@ def prove_export(
     Args:
         file: The file.
         source: The model that was trained: a folder, a run, an adapter (with its base), or a hub id.
+        name: What the file is called in messages and records, where that is not its path.
         base: What it was tuned from, where that is not the adapter's base; by default what the run records.
         data: Rows to ask with, which trained nothing; by default those the run was validated on, or built-in prompts.
         max_kl: Most nats per token against the trained model, in the place of the type's own gate.
@@ -58,7 +61,9 @@ def prove_export(
         GateError: Something lies past its gate; all of it is listed with figures.
         As `measure_export`.
     """
-    proof = measure_export(file, source, base=base, data=data, max_kl=max_kl, seconds=seconds, reporter=reporter)
+    proof = measure_export(
+        file, source, name=name, base=base, data=data, max_kl=max_kl, seconds=seconds, reporter=reporter
+    )
     if not proof.passed:
         raise GateError(
             f"{proof.file} is not the model in {proof.source}, or llama.cpp does not compute it:\n  "
@@ -71,6 +76,7 @@ def measure_export(
     file: str | os.PathLike[str],
     source: str | os.PathLike[str],
     *,
+    name: str | None = None,
     base: str | os.PathLike[str] | None = None,
     data: Rows | None = None,
     max_kl: float | None = None,
@@ -93,7 +99,8 @@ def measure_export(
                 reporter.advance(done)
     finally:
         reporter.finish()
-    return run.proof(max_kl)
+    proof = run.proof(max_kl)
+    return proof if name is None else replace(proof, file=name)
 
 
 __all__ = ["Agreement", "Answer", "ExportProof", "measure_export", "prove_export"]

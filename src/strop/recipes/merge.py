@@ -46,6 +46,7 @@ from strop.models.sources import find_folder
 from strop.numerics.qtensor import quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
+from strop.recipes.manifest import adapter_digest
 from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, rows_of_run
 from strop.recipes.rows import Rows, held_out_records
 
@@ -184,9 +185,8 @@ def merge(
                 forced=lost,
                 warnings=warnings,
             )
-            write_json(
-                temporary / "merge.json", result.to_dict() | {"path": ".", "source": os.path.abspath(opened.source)}
-            )
+            source = {"source": os.path.abspath(opened.source), "source_sha256": adapter_digest(Path(opened.source))}
+            write_json(temporary / "merge.json", result.to_dict() | {"path": "."} | source)
             reporter.advance(4)
     finally:
         reporter.finish()

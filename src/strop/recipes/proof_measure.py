@@ -28,6 +28,7 @@ from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, rows_of
 from strop.recipes.proof_logits import Effect, Gap, decoded_bytes, free_disk, free_memory, set_aside, write_codes
 from strop.recipes.proof_result import Agreement, Answer, ExportProof
 from strop.recipes.proof_tokens import check_tokens
+from strop.recipes.provenance import merged_adapter
 from strop.recipes.rows import Rows, held_out_records
 from strop.runtime.library import runtime_version
 from strop.runtime.llama_cpp import GgufModel
@@ -108,6 +109,7 @@ class Measured:
         self._file = GgufFile.open(file)
         self._folder = find_folder(source)
         self._source = str(source)
+        self._run = merged_adapter(self._folder) or self._folder
         self._base = _recorded_base(self._folder) if base is None else str(base)
         self._data = data
         self._notes: list[str] = []
@@ -142,7 +144,7 @@ class Measured:
         if self._opened.adapter is not None and self._opened.adapter.merge_only:
             self._notes.append("the adapter was trained to be merged and rounded; it is compared unrounded")
         self._tokenizer = self._opened.require_tokenizer()
-        records = rows_of_run(self._folder, MAX_PROMPTS) if self._data is None else held_out_records(self._data)
+        records = rows_of_run(self._run, MAX_PROMPTS) if self._data is None else held_out_records(self._data)
         if records:
             self._asked = "the run's own rows" if self._data is None else "rows of the data"
             self._questions = self._of_rows(records[:MAX_PROMPTS])
@@ -308,7 +310,9 @@ class Measured:
 
 
 def _recorded_base(folder: Path) -> str | None:
-    """The model that a run was tuned from, where its settings are still there and it is another one."""
+    """The model that a run, or what was merged of it, was tuned from, where that is recorded and it is another one."""
+    if (merged := merged_adapter(folder)) is not None:
+        return read_adapter_config(merged).base
     for home in (folder, folder.parent):
         if (home / "config.yaml").is_file():
             try:

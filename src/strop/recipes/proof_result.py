@@ -118,6 +118,6 @@ class ExportProof:
 def _words(found: Agreement) -> str:
     allowed = "no gate for this type" if found.gate is None else f"at most {found.gate:g}"
     return (
-        f"KL {found.kl:.3g} nats per token ({allowed}), {found.kl_max:.3g} at the most; the same first choice at "
-        f"{100 * found.top1:.2f}% of the tokens"
+        f"KL {found.kl:.3g} nats per token ({allowed}), {found.kl_max:.3g} at the worst token; the same first choice "
+        f"at {100 * found.top1:.2f}% of the tokens"
     )

@@ -178,7 +178,11 @@ def _reference(place: str, against: str | os.PathLike[str] | None, origin: Prove
     if against is not None:
         return str(against)
     if not origin.sources:
-        raise UsageError(f"{place}: what it was made of is not recorded beside it; name the reference with --against")
+        why = "; ".join(origin.notes[:-1])  # the last one says that nothing is known, as does this
+        raise UsageError(
+            f"{place}: what it was made of is not recorded beside it{f' ({why})' if why else ''}; name the reference "
+            "with --against"
+        )
     return origin.sources[0]
 
 
@@ -195,8 +199,8 @@ def _target(place: str, certificate: str | os.PathLike[str] | None, *, overwrite
         raise UsageError(f"{target}: is a folder; name a file for the certificate")
     if target.exists() and not overwrite:
         raise UsageError(
-            f"{target}: a certificate stands there; say that it may be overwritten, or name another. To prove again "
-            "and again until it passes proves nothing: each proof errs in up to 5% of cases"
+            f"{target}: a certificate stands there; name another with --certificate, or replace it with --overwrite. "
+            "To prove again and again until it passes proves nothing: each proof errs in up to 5% of cases"
         )
     return target
 
@@ -234,9 +238,10 @@ def _unseen(
     found = [row for row in rows if id(row) in seen]
     shown = ", ".join(str(row.row) for row in found[:_SHOWN]) + (" ..." if len(found) > _SHOWN else "")
     if not leave_out:
+        others = ", or leave these out with --leave-out-seen" if len(found) < len(rows) else ""
         raise DataError(
             f"{rows_name(data)}: {len(found):,} of {len(rows):,} rows {seen[id(found[0])]}: rows {shown}; "
-            "what chose cannot judge. Name rows that chose nothing, or leave these out with --leave-out-seen"
+            f"what chose cannot judge. Name rows that chose nothing{others}"
         )
     if len(found) == len(rows):
         raise DataError(f"{rows_name(data)}: all {len(rows):,} rows {seen[id(found[0])]}; no row is left to judge by")

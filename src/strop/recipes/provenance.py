@@ -24,12 +24,12 @@ from strop.config import DataPart, data_name, load_config
 from strop.data.mixing import open_mixture
 from strop.data.records import SPLIT_NAMES, Record
 from strop.errors import FileFormatError, MissingInputError, StropError
-from strop.files.folders import MANIFEST, read_json
+from strop.files.folders import MANIFEST, read_json, sha256_file
 from strop.files.gguf import is_gguf
-from strop.files.peft_adapter import read_adapter_config
+from strop.files.peft_adapter import base_digest, read_adapter_config
 from strop.files.receipts import RECEIPT
 from strop.models.sources import find_folder, is_adapter
-from strop.recipes.manifest import load_manifest
+from strop.recipes.manifest import adapter_digest, load_manifest
 from strop.recipes.rows import row_digest
 
 MERGE: Final = "merge.json"
@@ -118,15 +118,25 @@ def provenance(model: str | os.PathLike[str]) -> Provenance:
     return result
 
 
+def merged_adapter(folder: Path) -> Path | None:
+    """The adapter that a merged model was made of, where it lies where it was and is still the same."""
+    try:
+        record = read_json(folder / MERGE)
+    except (MissingInputError, FileFormatError):
+        return None
+    source = record.get("source")
+    if not isinstance(source, str) or not is_adapter(Path(source)):
+        return None
+    return Path(source) if record.get("source_sha256") == adapter_digest(Path(source)) else None
+
+
 def _look(place: str, result: Provenance) -> list[str]:
     """Note what lies beside one model; returns the models that it was made of."""
     if is_gguf(place):
         file = Path(place)
         if not file.is_file():
             raise MissingInputError(f"{file}: no such file; name a GGUF file, a model's folder or a hub id")
-        receipt = _read(file.with_name(f"{file.name}.json"), result)
-        result.choosers += _of_calibration(place, receipt.get("importance"))
-        return _names(receipt.get("model"))
+        return _of_export(file, _read(file.with_name(f"{file.name}.json"), result), result)
     folder = find_folder(place)
     before = _names(read_adapter_config(folder).base) if is_adapter(folder) else []
     for home in (folder, folder.parent):
@@ -142,6 +152,26 @@ def _look(place: str, result: Provenance) -> list[str]:
         if isinstance(settings, Mapping):
             result.choosers += _of_calibration(place, settings.get("calibration"))
         before += _names(receipt.get("source"))
+    return before
+
+
+def _of_export(file: Path, receipt: Mapping[str, Any], result: Provenance) -> list[str]:
+    """What an export's receipt says, where it is this file's."""
+    if receipt.get("sha256", "") not in ("", sha256_file(file)):
+        result.notes.append(f"{file.name}.json is the receipt of another file (SHA-256 differs); it was not looked at")
+        return []
+    result.choosers += _of_calibration(str(file), receipt.get("importance"))
+    before, lay = _names(receipt.get("model")), _names(receipt.get("model_path"))
+    if lay and Path(lay[0]).exists() and not any(Path(name).exists() for name in before):
+        before = lay  # as it was named, it is not found from this folder
+    for name in before:
+        try:
+            folder = find_folder(name)
+        except StropError:
+            continue  # said where it is looked at
+        digest = receipt.get("base_sha256")
+        if digest is not None and not is_adapter(folder) and base_digest(folder) != digest:
+            result.notes.append(f"{name} holds other weights than those that {file} was made of (SHA-256 differs)")
     return before
 
 

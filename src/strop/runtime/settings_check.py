@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Final
 
-from strop.errors import FileFormatError
+from strop.errors import FileFormatError, UsageError
 from strop.files.gguf.reader import GgufFile
 
 MOST_BLOCKS: Final = 512
@@ -25,8 +25,14 @@ def check_settings(file: GgufFile) -> None:
     """Refuse what would make llama.cpp abort.
 
     Raises:
+        UsageError: it holds an adapter alone.
         FileFormatError: everything that is wrong, with its key or its tensor.
     """
+    if file.metadata.get("general.type") == "adapter":
+        raise UsageError(
+            f"{file.path}: is an adapter alone, which llama.cpp takes with --lora beside its base's file; name the "
+            "folder that it was made of, or export that without --adapter-only"
+        )
     problems = [*_of_settings(file), *_of_tensors(file)]
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""

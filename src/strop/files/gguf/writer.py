@@ -136,7 +136,7 @@ def check_file_target(path: str | os.PathLike[str], *, overwrite: bool = False) 
     if target.is_dir():
         raise UsageError(f"{path}: is a folder; name a file in it")
     if target.exists() and not overwrite:
-        raise UsageError(f"{path}: stands there already; choose another output, or say that it may be overwritten")
+        raise UsageError(f"{path}: stands there already; choose another output, or replace it (--overwrite)")
     if target.parent.exists() and not target.parent.is_dir():
         raise UsageError(f"{target.parent}: is a file, and the output needs a folder there")
     return target
