@@ -240,7 +240,7 @@ REFUSED = {
     "another architecture": ({"general.architecture": "llamb"}, {}, FormatError, r"'llamb' \(did you mean 'llama'\?\)"),
     "a setting that is not known": ({"llama.logit_scale": 0.5}, {}, FormatError, r"llama\.logit_scale = 0\.5, which"),
     "another scaling": ({"llama.rope.scaling.type": "dynamic"}, {}, FormatError, r"rope\.scaling\.type = 'dynamic'"),
-    "a part of several": ({"split.count": 3}, {}, ModelError, "one of 3 parts of a model; join them"),
+    "a part of several": ({"split.count": 3}, {}, FileFormatError, "one of 3 parts of a model; join them"),
     "an adapter": ({"general.type": "adapter"}, {}, ModelError, "is of the type 'adapter', and a model"),
     "no block count": ({"llama.block_count": None}, {}, ModelError, r"llama\.block_count is None"),
     "a width that is a text": ({"llama.embedding_length": "x"}, {}, ModelError, "embedding_length is 'x'; a number"),

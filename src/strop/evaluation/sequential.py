@@ -60,6 +60,9 @@ class Evidence:
     Args:
         limits: The drops that are tested [n], each in (-1, 1).
         scale: The difference from a limit that is worth telling, as a drop in (0, 1): one number, or one for each.
+        anchor: Which of the limits lends its stakes: for Pass to those above it, for Fail to those below. A stake that
+            is fair against a limit is fair against a further one too and wins more there, so that what is refuted at
+            the anchor is refuted beyond it. None: every limit has its own stakes.
 
     Attributes:
         log_pass: Logarithm of the wealth that refutes "the drop is the limit or more" [n].
@@ -67,12 +70,13 @@ class Evidence:
         rows: Rows seen.
     """
 
-    def __init__(self, limits: ArrayLike, scale: ArrayLike) -> None:
+    def __init__(self, limits: ArrayLike, scale: ArrayLike, *, anchor: int | None = None) -> None:
         self.limits = np.atleast_1d(np.asarray(limits, dtype=np.float64))
         self.scale = np.asarray(scale, dtype=np.float64)
         if not ((np.abs(self.limits) < 1).all() and (self.scale > 0).all() and (self.scale < 1).all()):
             raise ValueError(f"limits {self.limits} and scale {scale}: needed limits in (-1, 1) and a scale in (0, 1)")
         self.rows = 0
+        self._anchor = anchor
         shape = self.limits.shape
         self._drops, self._squares = np.zeros(shape), np.zeros(shape)
         self.log_pass = np.zeros(shape)
@@ -100,7 +104,12 @@ class Evidence:
         )
         failing = np.vstack([adaptive[None], _kelly(spread[None], self._far, self.limits[None], sign=1)])
         most_pass, most_fail = _CAUTION / (1 - self.limits), _CAUTION / (1 + self.limits)
-        return np.minimum(passing, most_pass), np.minimum(failing, most_fail)
+        passing, failing = np.minimum(passing, most_pass), np.minimum(failing, most_fail)
+        if self._anchor is not None:
+            passing = np.where(self.limits > self.limits[self._anchor], passing[self._anchor], passing)
+            lent = failing[:, self._anchor, None]
+            failing = np.where(self.limits < self.limits[self._anchor], lent, failing)
+        return passing, failing
 
     def add(self, drops: ArrayLike) -> None:
         """Take the next row's drop: one number, or one for each of the n.
@@ -223,8 +232,9 @@ def drop_interval(drops: ArrayLike, scale: float) -> tuple[float, float]:
     """The drops that the rows do not refute, at 95% on either side, however the number of rows came about.
 
     A confidence sequence: every limit is tested as `DropTest` would (those below the scale in size at that scale), and
-    one that was refuted once stays so. The ends are taken from a grid that is finest (a tenth of the scale) around the
-    mean, and rounded outwards.
+    one that was refuted once stays so. Beyond the verdict's limit the stakes are the verdict's own, so that the
+    interval lies on the side that the verdict says. The ends are taken from a grid that is finest (a tenth of the
+    scale) around the mean, and rounded outwards.
 
     Args:
         drops: Per row [rows].
@@ -239,7 +249,8 @@ def drop_interval(drops: ArrayLike, scale: float) -> tuple[float, float]:
     around = np.concatenate([scale * np.arange(0, 30) / 10, 3 * scale * 1.15 ** np.arange(0, 45)])
     offsets = np.unique(np.concatenate([-around, around]))
     grid = np.unique(np.clip(np.append(offsets + rows.mean(), scale), -1 + 1e-9, 1 - 1e-9))
-    evidence = Evidence(grid, np.clip(np.abs(grid), scale, 0.999))
+    anchor = int(np.searchsorted(grid, scale))
+    evidence = Evidence(grid, np.clip(np.abs(grid), scale, 0.999), anchor=anchor)
     too_high, too_low = np.zeros(len(grid), dtype=bool), np.zeros(len(grid), dtype=bool)
     for row in rows:
         evidence.add(row)

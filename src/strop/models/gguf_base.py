@@ -176,14 +176,9 @@ def open_gguf(path: Path) -> GgufBase:
     Raises:
         MissingInputError, FileFormatError: as `GgufFile.open`.
         FormatError: an architecture, a setting or a tensor type that strop does not know.
-        ModelError: one part of several, or tensors that the architecture does not have.
+        ModelError: an adapter, or tensors that the architecture does not have.
     """
     file = GgufFile.open(path)
-    parts = file.metadata.get("split.count")
-    if isinstance(parts, int) and parts > 1:
-        raise ModelError(
-            f"{path}: is one of {parts} parts of a model; join them first (llama.cpp: llama-gguf-split --merge)"
-        )
     kind = file.metadata.get("general.type", "model")
     if kind != "model":
         raise ModelError(f"{path}: is of the type {kind!r}, and a model is needed (an adapter goes with its base)")
