@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -78,21 +79,24 @@ def tiny_tokenizer(*, chat_template: bool = True) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+COMMON: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.1,
+}
+"""What tiny models of most families have alike; the vocabulary is the tokenizer's."""
+
+
 def tiny_config(family: str, *, tied: bool | None = None, **changes: object) -> PreTrainedConfig:
     """The family's configuration in its tiny size; `tied`: is the head the embedding; `changes`: any other field."""
-    common: dict = {
-        "vocab_size": len(tiny_tokenizer()),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "initializer_range": 0.1,
-    }
+    common = COMMON | {"vocab_size": len(tiny_tokenizer())}
     if family == "llama":
         known = LlamaConfig
     elif family == "qwen3":

@@ -23,21 +23,9 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.tiny import tiny_tokenizer
+from tests.tiny import COMMON, tiny_tokenizer
 
-_COMMON = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
-}
+_COMMON = COMMON | {"vocab_size": 320}
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 _GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 8}
 _LLAMA3 = {

@@ -34,23 +34,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from tests.tiny import tiny_tokenizer
+from tests.tiny import COMMON, tiny_tokenizer
 
 ROWS = 320  # some more than tokens, as published models have
 
-_COMMON: dict[str, Any] = {
-    "vocab_size": ROWS,
-    "hidden_size": 256,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "initializer_range": 0.1,
-}
+_COMMON = COMMON | {"vocab_size": ROWS, "hidden_size": 256, "intermediate_size": 256}
 _EXPERTS: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 _GEMMA: dict[str, Any] = {"head_dim": 64, "query_pre_attn_scalar": 64, "sliding_window": 8}
 

@@ -40,8 +40,8 @@ from strop.files.shards import tensor_files
 from strop.layers.quant_experts import QuantExperts
 from strop.layers.quantized import QUANTIZED
 from strop.models.adapter_base import precision_notes
-from strop.models.containers import container_for
-from strop.models.gguf_base import gguf_tokenizer, open_gguf
+from strop.models.containers import Container, container_for
+from strop.models.gguf_base import GgufBase, gguf_tokenizer, open_gguf
 from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
@@ -202,13 +202,8 @@ def _open_model(
         return _open_gguf(folder, scheme, dtype, device, rounding, keep)
     config, quantization = read_config(folder)
     tensor_files(folder)  # every header is checked before transformers opens a file
-    plan: Plan | None = None
-    if quantization is not None:
-        container = container_for(folder, quantization)
-        _check_not_twice(folder, scheme, container.scheme)
-        plan = ReadingPlan(container, device)
-    elif scheme is not None:
-        plan = _rounding_plan(folder, scheme, device, rounding, keep)
+    container = None if quantization is None else container_for(folder, quantization)
+    plan = _plan(folder, container, scheme, device, rounding, keep)
     model = _through_transformers(folder, config, plan, dtype)
     return OpenedModel(model.to(device), None, str(folder), _true_scheme(model), None)  # type: ignore[arg-type]
 
@@ -222,16 +217,26 @@ def _open_gguf(
     keep: Collection[str],
 ) -> OpenedModel:
     base = open_gguf(path)
-    plan: Plan | None = None
-    if base.is_quantized:
-        _check_not_twice(path, scheme, base.scheme)
-        plan = ReadingPlan(base, device)
-    elif scheme is not None:
-        plan = _rounding_plan(path, scheme, device, rounding, keep)
+    plan = _plan(path, base if base.is_quantized else None, scheme, device, rounding, keep)
     held = dtype if isinstance(dtype, torch.dtype) else base.dtype
     base.config.dtype = held
     model = _through_transformers(path, base.config, plan, held, state=base.state(held, codes=base.is_quantized))
     return OpenedModel(model.to(device), None, str(path), _true_scheme(model), None, base.notes())  # type: ignore[arg-type]
+
+
+def _plan(
+    where: Path,
+    held: Container | GgufBase | None,
+    scheme: Scheme | Mapping[str, Scheme] | None,
+    device: torch.device,
+    rounding: Rounding | None,
+    keep: Collection[str],
+) -> Plan | None:
+    """What becomes of the weights while they are read: codes that are held are taken over, others may be rounded."""
+    if held is not None:
+        _check_not_twice(where, scheme, held.scheme)
+        return ReadingPlan(held, device)
+    return None if scheme is None else _rounding_plan(where, scheme, device, rounding, keep)
 
 
 def _check_not_twice(folder: Path, scheme: Scheme | Mapping[str, Scheme] | None, held: Scheme | None) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,7 +54,6 @@ class Calibrated:
     """What became of a model's blocks.
 
     Attributes:
-        taken: What layers became.
         reports: How far each block's output is from full precision, and what is to be known.
         receipts: What each layer lost, by name.
         rows: The rows that calibrated and those that judged.
@@ -61,7 +61,6 @@ class Calibrated:
         folders: The blocks on the disk; before their scales were trained, and, where that was asked for, after.
     """
 
-    taken: Taken
     reports: list[BlockReport]
     receipts: Mapping[str, TensorReceipt]
     rows: CalibrationRows
@@ -72,6 +71,11 @@ class Calibrated:
     def results(self) -> Results:
         """The blocks as they are now."""
         return self.folders[-1]
+
+    @cached_property
+    def taken(self) -> Taken:
+        """What layers became."""
+        return Taken(self.results, [report.name for report in self.reports])
 
     def remove(self) -> None:
         """Give the disk back, that of an earlier run which trained scales included."""
@@ -237,8 +241,7 @@ def calibrate_model(
         count = sum(int(batch.lengths.sum()) for batch in stream.batches[: stream.calibrating])
     for name, tokens in [item for report in reports for item in report.tokens.items()]:
         receipts[name] = replace(receipts[name], calibration_tokens=tokens, calibration_share=tokens / count)
-    taken = Taken(folders[-1], [report.name for report in reports])
-    return Calibrated(taken, reports, receipts, bench.rows, held_out, folders)
+    return Calibrated(reports, receipts, bench.rows, held_out, folders)
 
 
 def _of_scales(folder: Path) -> Path:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ def measure_importance(
     reporter.start("weigh the columns", len(bench.model.blocks), "blocks")
     try:
         with Scratch(DISK_BYTES) as scratch:
-            stream = bench.stream(scratch)
+            stream = replace(bench, rows=replace(bench.rows, held_out=())).stream(scratch)  # those are left out
             for done, name in enumerate(bench.model.blocks, start=1):
                 stream.through(name, [layer for layer in layers if layer.startswith(f"{name}.")], take)
                 reporter.advance(done)

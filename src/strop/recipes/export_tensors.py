@@ -10,7 +10,7 @@ The loss of a tensor is sum (source - stored)^2 / sum source^2, the source being
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
@@ -164,8 +164,8 @@ def gguf_tensors(
         lines = tuple(piece.line for piece in planned.pieces)
         record = TensorRecord(planned.name, chosen.type, shape, names, lines, reason=chosen.reason)
         records[planned.name] = record
-        make = partial(_made, source, architecture, planned, chosen, record, importance or {})
-        made.append(TensorToWrite(planned.name, chosen.type, shape, make))
+        pieces = partial(_pieces, source, architecture, planned, chosen, record, importance or {})
+        made.append(TensorToWrite(planned.name, chosen.type, shape, partial(_made, record, pieces)))
     return Tensors(made, records)
 
 
@@ -184,16 +184,9 @@ def _extra(tensor: Tensor, record: TensorRecord) -> Iterator[Bytes]:
     yield from record.watching(iter([Made(encode(tensor, "f32", where=record.name), tensor)]))
 
 
-def _made(
-    source: Source,
-    architecture: Architecture,
-    planned: Planned,
-    chosen: Chosen,
-    record: TensorRecord,
-    importance: Mapping[str, Tensor],
-) -> Iterator[Bytes]:
+def _made(record: TensorRecord, pieces: Callable[[], Iterator[Made]]) -> Iterator[Bytes]:
     """The bytes of a tensor, piece by piece; its record is filled as they pass."""
-    yield from record.watching(_pieces(source, architecture, planned, chosen, record, importance))
+    yield from record.watching(pieces())
 
 
 def _pieces(

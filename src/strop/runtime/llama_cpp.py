@@ -339,10 +339,11 @@ class GgufModel:
             self._forget()
             for start in range(0, len(ids), self._at_once):
                 self._decode(ids[start : start + self._at_once], start, {len(ids) - 1})
-            for place in range(len(ids), min(len(ids) + max_tokens, self.context)):
+            end = min(len(ids) + max_tokens, self.context)
+            for place in range(len(ids), end):
                 token = chosen.take(self._context, self._last_logits())
                 yield token
-                if token in stops or place + 1 == min(len(ids) + max_tokens, self.context):
+                if token in stops or place + 1 == end:
                     return
                 self._decode([token], place, {place})
         finally:

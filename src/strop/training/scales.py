@@ -18,6 +18,7 @@ its blocks dense at a time: activations are made again in the backward pass.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def train_scales(
 
         try:
             before = best = measured()
-            if not torch.isfinite(torch.tensor(before)):
+            if not math.isfinite(before):
                 raise TrainingError("scale_steps: the divergence from full precision is not finite; check the weights")
             kept: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
             optimizer = torch.optim.Adam(groups, betas=BETAS, eps=_EPS)
