@@ -215,10 +215,23 @@ def test_the_weighted_error_is_never_more_than_that_of_plain_rounding(
         with pytest.raises(FormatError, match="overflow"):
             encode(weight, name, importance)
         return
-    square = (plainly(weight, name) - weight).double().square()
-    plain = (square if importance is None else square * importance).sum().item()
     assert torch.isfinite(decode(found, name, weight.shape)).all()
+    plainly_rounded = plainly(weight, name)
+    if not torch.isfinite(plainly_rounded).all():  # its d overflowed over a column that does not count
+        assert importance is not None
+        return
+    square = (plainly_rounded - weight).double().square()
+    plain = (square if importance is None else square * importance).sum().item()
     assert error(weight, found, name, importance) <= plain * (1 + 1e-5) + 1e-30
+
+
+def test_a_value_that_no_scale_reaches_spoils_nothing_where_its_column_is_never_used() -> None:
+    weight, importance = random_weight(), torch.ones(512)
+    expected = error(weight, encode(weight, "q6_k", importance), "q6_k", importance)
+    weight[0, 0], importance[0] = 1e10, 0.0
+    found = encode(weight, "q6_k", importance)
+    assert torch.isfinite(decode(found, "q6_k", weight.shape)).all()
+    assert error(weight, found, "q6_k", importance) < 1.1 * expected
 
 
 @pytest.mark.parametrize("name", SEARCHED)
