@@ -231,10 +231,11 @@ def decide(drops: ArrayLike, limit: float) -> Verdict:
 def drop_interval(drops: ArrayLike, scale: float) -> tuple[float, float]:
     """The drops that the rows do not refute, at 95% on either side, however the number of rows came about.
 
-    A confidence sequence: every limit is tested as `DropTest` would (those below the scale in size at that scale), and
-    one that was refuted once stays so. Beyond the verdict's limit the stakes are the verdict's own, so that the
-    interval lies on the side that the verdict says. The ends are taken from a grid that is finest (a tenth of the
-    scale) around the mean, and rounded outwards.
+    A confidence sequence: every limit is tested as `DropTest` would (those below the scale in size at that scale), by
+    the wealth after the last row. Limits that only earlier rows refuted count again: leaving them out would be as valid
+    and a little narrower, but the interval could then miss the mean of the rows. Beyond the verdict's limit the stakes
+    are the verdict's own, so that the interval lies on the side that the verdict says. The ends are taken from a grid
+    that is finest (a tenth of the scale) around the mean, and rounded outwards.
 
     Args:
         drops: Per row [rows].
@@ -251,12 +252,9 @@ def drop_interval(drops: ArrayLike, scale: float) -> tuple[float, float]:
     grid = np.unique(np.clip(np.append(offsets + rows.mean(), scale), -1 + 1e-9, 1 - 1e-9))
     anchor = int(np.searchsorted(grid, scale))
     evidence = Evidence(grid, np.clip(np.abs(grid), scale, 0.999), anchor=anchor)
-    too_high, too_low = np.zeros(len(grid), dtype=bool), np.zeros(len(grid), dtype=bool)
     for row in rows:
         evidence.add(row)
-        too_high |= evidence.log_pass >= LOG_GOAL
-        too_low |= evidence.log_fail >= LOG_GOAL
-    kept_above, kept_below = np.flatnonzero(~too_high), np.flatnonzero(~too_low)
+    kept_above, kept_below = (np.flatnonzero(log < LOG_GOAL) for log in (evidence.log_pass, evidence.log_fail))
     high = grid[kept_above[-1] + 1] if len(kept_above) and kept_above[-1] + 1 < len(grid) else 1.0
     low = grid[kept_below[0] - 1] if len(kept_below) and kept_below[0] > 0 else -1.0
     return float(low), float(high)
