@@ -1,4 +1,4 @@
-"""Delayed starts and frozen scales: phases of the step alone, gone on with bit for bit, evaluated as they are stored."""
+"""Delayed starts and frozen scales: phases of the step alone, gone on with bit for bit, evaluated as stored."""
 
 from __future__ import annotations
 
