@@ -180,7 +180,13 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
     elif isinstance(method, Qat | QatLora):
         scheme = parse_format(method.format).scheme
         shapes = {name: linear_shape(model.get_submodule(name)) for name in select(model, _targets(method))}
-        check_expressible(scheme, shapes, model)
+        if scheme.super_size is None:
+            check_expressible(scheme, shapes, model)
+        elif method.targets != (ALL_LINEAR,):
+            raise UsageError(
+                f"targets: {method.format} is written as a GGUF file, where other layers would be rounded untrained; "
+                "leave targets out"
+            )
         if isinstance(method, Qat):
             names = put_qat(model, scheme, method, _targets(method))
         else:
