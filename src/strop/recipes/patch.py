@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from strop import __version__
-from strop.errors import DiskFullError, FileFormatError
+from strop.errors import DiskFullError, FileFormatError, UsageError
 from strop.files.folders import sha256_file
 from strop.files.gguf.patch import PatchFile, Stamp, Summary, check_same_tensors, write_patch
 from strop.files.gguf.reader import GgufFile
@@ -63,6 +63,7 @@ class PatchResult:
                 for role, count in sorted(moves.numbers.items())
             ]
             lines.append(f"{name}: {', '.join(parts)}, in {moves.tensors_moved:,} of {moves.tensors:,} tensors")
+        lines.append(f"outside the tensors: {self.summary.new_bytes:,} new bytes")
         lines += [f"base   {self.base}", f"tuned  {self.tuned}"]
         size = f"{self.patch_bytes:,} bytes, {self.share:.2%} of the tuned file"
         if self.verb == "diff":
@@ -77,6 +78,7 @@ class PatchResult:
             "share": self.share,
             "base": {"bytes": self.base.nbytes, "sha256": self.base.sha256},
             "tuned": {"bytes": self.tuned.nbytes, "sha256": self.tuned.sha256},
+            "new_bytes": self.summary.new_bytes,
             "types": {
                 name: {
                     "tensors": moves.tensors,
@@ -110,7 +112,7 @@ def diff(
         FileFormatError: one is not a GGUF file, or the patch did not give the tuned file again (nothing is kept).
         DiskFullError: the disk has no room for the patch.
     """
-    check_file_target(output, overwrite=overwrite)
+    _check_output(output, base, tuned, overwrite=overwrite)
     old, new = GgufFile.open(base), GgufFile.open(tuned)
     check_same_tensors(old, new)
     with _room(Path(output), new.nbytes), atomic_file(output, overwrite=overwrite) as temporary:
@@ -149,7 +151,7 @@ def apply(
         FileFormatError: the patch is damaged, truncated, of a newer version, or makes another file than it says.
         DiskFullError: the disk has no room for the file.
     """
-    check_file_target(output, overwrite=overwrite)
+    _check_output(output, base, patch, overwrite=overwrite)
     opened = PatchFile.open(patch)
     old, summary = GgufFile.open(base), Summary()
     opened.check_base(old)
@@ -165,6 +167,14 @@ def apply(
                 "kept; fetch the patch again from who made it"
             )
     return PatchResult(Path(output), opened.nbytes, opened.base, opened.tuned, summary, "apply")
+
+
+def _check_output(output: str | os.PathLike[str], *inputs: str | os.PathLike[str], overwrite: bool) -> None:
+    """Refuse an output that cannot be written, or that would replace what it is made from."""
+    target = check_file_target(output, overwrite=overwrite)
+    for path in inputs:
+        if target.exists() and os.path.exists(path) and os.path.samefile(target, path):
+            raise UsageError(f"{output}: is read to make the output; choose another name for that")
 
 
 @contextlib.contextmanager

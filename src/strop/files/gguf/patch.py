@@ -7,23 +7,25 @@
     ...      layout: a byte 0 where the tensors lie in the order of the base and with its gaps between them; else 1, and
              two streams: u32 for each tensor, its number in the base's order; u64 for each tensor, the bytes between it
              and what lies before it, and one more, the bytes after the last
-    ...      rest: all bytes outside the tensors, as pieces of the base's (`patch_rest`)
-    ...      tensors, in the order in which they lie in the tuned file, in pieces of 2^22 numbers' worth of blocks; of
+    ...      rest: all bytes outside the tensors, as copies of the base's: their count, of each its place there, its
+             length, and the length of new bytes after it; the length of all new bytes, and a stream of them
+    ...      tensors, in the order in which they lie in the tuned file, in pieces of 2^20 numbers' worth of blocks; of
              each piece its fields in the order of `block_fields`: a byte, and streams (`patch_streams`)
     -32      SHA-256 of all that stands before
 
-    stream   kind (0 as it is, 1 deflate, 2 LZMA2), length, bytes
+    stream   kind (0 as it is, 1 deflate, 2 LZMA2, 3 zeros), length, bytes
     field    0                                                          nothing moved
-             1, m, length of the gaps, three streams: gaps, signs, sizes  m numbers moved
-             2, a stream                                                all its numbers anew
+             1, m, k, length of the first stream, four streams          m numbers moved: gaps (two), signs, sizes
+             2, m, length of the first stream, three streams            m numbers moved: gaps, signs, sizes
+             3, a stream                                                all its numbers anew
     lengths  7 bits a byte, lowest first, 128 set where another follows
 
 "In the order of the base" is the order of the tensors' places in the file. Tensors are equal when names, types and
 shapes are: their order, their places, the metadata and the padding may differ. Memory holds a piece of a tensor and the
 bytes outside the tensors (96 MiB at the most, or the file is refused).
 
-A patch is trusted in nothing: its digest is checked before anything else is read, each length against the numbers that
-the base's own tensors have before anything is made, and the restored file against the tuned file's SHA-256.
+A patch is trusted in nothing: its digest is checked before anything but the version is read, each length against the
+numbers that the base's own tensors have before anything is made, and the restored file against the tuned SHA-256.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ from strop.files.gguf.types import TYPES
 
 MAGIC: Final = b"STRPATCH"
 VERSION: Final = 1
-PIECE_NUMBERS: Final = 1 << 22
+PIECE_NUMBERS: Final = 1 << 20
 """Codes or values of a piece of a tensor."""
 
 _MAX_HEADER_BYTES: Final = 1 << 16
@@ -94,16 +96,22 @@ class Moves:
 
 @dataclass
 class Summary:
-    """What a patch changes: by type, and how many bytes outside the tensors are no copies of the base's."""
+    """What a patch changes.
+
+    Attributes:
+        types: what moved, by the type of the tensors.
+        new_bytes: outside the tensors (metadata, padding), those that are not copied from the base.
+    """
 
     types: dict[str, Moves] = field(default_factory=dict)
+    new_bytes: int = 0
 
     def add(self, info: TensorInfo, moved: Counter[str]) -> None:
         """Count a tensor in."""
         moves = self.types.setdefault(info.type, Moves())
         blocks = info.nbytes // TYPES[info.type].block_bytes
         moves.tensors += 1
-        moves.tensors_moved += bool(moved)
+        moves.tensors_moved += moved.total() > 0
         for one in FIELDS[info.type]:
             moves.numbers[one.role] += one.count * blocks
         moves.moved.update(moved)
@@ -167,13 +175,14 @@ def _parts(base: GgufFile, tuned: GgufFile, made_by: str, summary: Summary) -> I
         numbers = {info.name: number for number, info in enumerate(before)}
         order = np.array([numbers[info.name] for info in after], "<u4")
         yield b"\1" + stream(order.tobytes()) + stream(np.array(gaps, "<u8").tobytes())
-    yield pack_rest(_rest(base, before), _rest(tuned, after))
+    packed, summary.new_bytes = pack_rest(_rest(base, before), _rest(tuned, after))
+    yield packed
     for info in after:
         moved: Counter[str] = Counter()
         for one, other in zip(_pieces(base, base.tensors[info.name]), _pieces(tuned, info), strict=True):
             for kind in FIELDS[info.type]:
                 packed, count = pack_field(kind.read(one), kind.read(other), kind)
-                moved.update({kind.role: count} if count else {})
+                moved[kind.role] += count
                 yield packed
         summary.add(info, moved)
 
@@ -231,9 +240,15 @@ class PatchFile:
 
         Raises:
             UsageError: it is another one; both are named.
+            FileFormatError: it is that one, and no file with its tensors has as many bytes as the patch promises.
         """
         found = Stamp.of(base)
         if found == self.base:
+            if not 0 <= self._rest_bytes(base) <= MAX_REST_BYTES:
+                raise FileFormatError(
+                    f"{self.path}: promises a file of {self.tuned.nbytes:,} bytes, which no file with the tensors of "
+                    f"{base.path} has; it is damaged"
+                )
             return
         if found == self.tuned:
             raise UsageError(
@@ -248,17 +263,15 @@ class PatchFile:
     def restored(self, base: GgufFile, summary: Summary) -> Iterator[bytes]:
         """The tuned file's bytes in order, piece by piece, and what moved counted into `summary`.
 
-        They are checked for their number alone: who keeps them compares their SHA-256 with `tuned`.
+        `base` has passed `check_base`. Who keeps the bytes compares their SHA-256 with `tuned` first.
 
         Raises:
-            UsageError: as `check_base`.
             FileFormatError: the patch holds something else than what makes a file of the base's tensors.
         """
-        self.check_base(base)
         cursor = Cursor(memoryview(self._data), self._place, self.nbytes - _DIGEST_BYTES, str(self.path))
         before = _in_order(base)
         after, gaps = self._layout(cursor, base, before)
-        rest = unpack_rest(cursor, _rest(base, before), sum(gaps))
+        rest, summary.new_bytes = unpack_rest(cursor, _rest(base, before), sum(gaps))
         place = 0
         for info, gap in zip(after, gaps, strict=False):
             yield rest[place : place + gap]
@@ -267,13 +280,11 @@ class PatchFile:
             for piece in _pieces(base, info):
                 blocks = piece
                 for number, kind in enumerate(FIELDS[info.type]):
-                    numbers = kind.read(piece)
-                    where = f"{info.name}, field {number}"
-                    changed, count = unpack_field(cursor, numbers, kind, where)
-                    moved.update({kind.role: count} if count else {})
-                    if changed is not None:
+                    numbers, count = unpack_field(cursor, piece, kind, f"{info.name}, field {number}")
+                    moved[kind.role] += count
+                    if numbers is not None:
                         blocks = blocks.copy() if blocks is piece else blocks
-                        kind.write(changed, blocks)
+                        kind.write(numbers, blocks)
                 yield blocks.tobytes()
             summary.add(info, moved)
         yield rest[place:]
@@ -282,11 +293,7 @@ class PatchFile:
 
     def _layout(self, cursor: Cursor, base: GgufFile, before: list[TensorInfo]) -> tuple[list[TensorInfo], list[int]]:
         """The tensors in the tuned file's order, and the bytes before each and after the last."""
-        rest = self.tuned.nbytes - sum(info.nbytes for info in before)
-        if not 0 <= rest <= MAX_REST_BYTES:
-            raise cursor.error(
-                f"the tuned file is said to have {self.tuned.nbytes:,} bytes, which its tensors do not leave"
-            )
+        rest = self._rest_bytes(base)
         if cursor.number("the layout", 1) == 0:
             inner = _gaps(base, before)[1:]
             if sum(inner) > rest:
@@ -297,6 +304,10 @@ class PatchFile:
         if sorted(order) != list(range(len(before))) or sum(gaps) != rest:
             raise cursor.error("the layout is not one of the base's tensors; it is damaged")
         return [before[number] for number in order], gaps
+
+    def _rest_bytes(self, base: GgufFile) -> int:
+        """Bytes of the tuned file outside its tensors."""
+        return self.tuned.nbytes - sum(info.nbytes for info in base.tensors.values())
 
 
 def _mapped(path: str | os.PathLike[str]) -> Any:

@@ -1,7 +1,8 @@
 """What a file holds outside its tensors (header, padding, what follows), kept as pieces of another file's.
 
-    copies   three u64 each: bytes taken over from place `start` of the other's, how many, and new bytes after them
-    texts    all new bytes, one after the other
+    copies   their count (at most 256), and of each: a place in the other's, how many bytes are taken over from there,
+             and how many new ones follow them
+    texts    the length of all new bytes, and a stream of them
 
 Metadata changes in a few texts, and a vocabulary of megabytes stays: so it is taken over from both sides of them. No
 promise is made to find the fewest pieces, only that they give the same bytes.
@@ -18,35 +19,35 @@ MAX_REST_BYTES = 96 << 20
 
 _PROBE_BYTES = 48
 _MAX_COPIES = 256
-_COPY_BYTES = 24
 
 
-def pack_rest(before: bytes, after: bytes) -> bytes:
-    """What makes `after` of `before`."""
+def pack_rest(before: bytes, after: bytes) -> tuple[bytes, int]:
+    """What makes `after` of `before`, and how many bytes are new."""
     copies, texts = _pieces(before, after)
-    table = np.array(copies, "<u8").reshape(-1, 3).tobytes()
-    return number(len(copies)) + stream(table) + number(len(texts)) + stream(texts)
+    table = b"".join(number(value) for copy in copies for value in copy)
+    return number(len(copies)) + table + number(len(texts)) + stream(texts), len(texts)
 
 
-def unpack_rest(cursor: Cursor, before: bytes, nbytes: int) -> bytes:
-    """Undo `pack_rest`.
+def unpack_rest(cursor: Cursor, before: bytes, nbytes: int) -> tuple[bytes, int]:
+    """Undo `pack_rest`; `nbytes` is the length that is needed.
 
     Raises:
         FileFormatError: the pieces lie outside `before`, or do not make `nbytes`.
     """
     count = cursor.number("the number of copies", _MAX_COPIES)
-    table = np.frombuffer(cursor.stream(count * _COPY_BYTES, "the copies"), "<u8").reshape(-1, 3)
+    most = len(before), len(before), nbytes
+    copies = [[cursor.number("a copy", one) for one in most] for _ in range(count)]
     texts = cursor.stream(cursor.number("the length of the texts", nbytes), "the texts")
     parts: list[bytes] = []
     made = used = 0
-    for start, length, fresh in table.tolist():
+    for start, length, fresh in copies:
         if start + length > len(before) or used + fresh > len(texts) or made + length + fresh > nbytes:
             raise cursor.error("a copy reaches past what there is to copy; it is damaged")
         parts += [before[start : start + length], texts[used : used + fresh]]
         made, used = made + length + fresh, used + fresh
     if made != nbytes or used != len(texts):
         raise cursor.error(f"the copies make {made:,} bytes, {nbytes:,} are needed; it is damaged")
-    return b"".join(parts)
+    return b"".join(parts), used
 
 
 def _pieces(before: bytes, after: bytes) -> tuple[list[tuple[int, int, int]], bytes]:
