@@ -162,7 +162,7 @@ def unpack_field(cursor: Cursor, blocks: Bytes, field: Field, where: str) -> tup
     read = _read_rice if how == MOVED_RICE else _read_bytes
     gaps = read(cursor, count, before.size, f"{where}: the gaps")
     places = np.cumsum(gaps) + np.arange(len(gaps))
-    if len(gaps) != count or (count and places[-1] >= before.size):
+    if not 0 < count == len(gaps) or places[-1] >= before.size:
         raise cursor.error(f"{where}: the gaps are not those of {count:,} of {before.size:,} numbers; it is damaged")
     signs = np.frombuffer(cursor.stream(-(-count // 8), f"{where}: the signs"), np.uint8)
     falls = np.unpackbits(signs, count=count).astype(bool)
