@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -64,14 +65,14 @@ def raw_of(kind: str, blocks: int, seed: int) -> bytes:
     return np.random.default_rng(seed).bytes(blocks * TYPES[kind].block_bytes)
 
 
-def sealed(*, base: bytes, tuned: bytes, body: bytes, made_by: str = "test", **changed: object) -> bytes:
-    """A patch of version 1 with this body, and a digest that fits."""
+def sealed(*, base: bytes, tuned: bytes, body: bytes, changed: Mapping[str, object] = MappingProxyType({})) -> bytes:
+    """A patch of version 1 with this body, fields of its header `changed`, and a digest that fits."""
     stamps = {
         "base": {"bytes": len(base), "sha256": hashlib.sha256(base).hexdigest()},
-        "made_by": made_by,
+        "made_by": "test",
         "tuned": {"bytes": len(tuned), "sha256": hashlib.sha256(tuned).hexdigest()},
     }
-    header = json.dumps(stamps | changed, separators=(",", ":")).encode()
+    header = json.dumps({**stamps, **changed}, separators=(",", ":")).encode()
     whole = b"STRPATCH" + struct.pack("<II", 1, len(header)) + header + body
     return whole + hashlib.sha256(whole).digest()
 

@@ -118,11 +118,12 @@ def stream(raw: bytes) -> bytes:
     kinds = [(_AS_IT_IS, raw)]
     if raw.count(0) == len(raw):
         kinds = [(_ZEROS, b"")]
-    elif len(raw) > 8:
+    elif len(raw) > 16:
         for strategy in (zlib.Z_HUFFMAN_ONLY, zlib.Z_DEFAULT_STRATEGY):
             deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS, 9, strategy)
             kinds.append((_DEFLATE, deflate.compress(raw) + deflate.flush()))
-        kinds.append((_LZMA2, lzma.compress(raw, lzma.FORMAT_RAW, filters=_LZMA)))
+        if min(len(packed) for _, packed in kinds) < 0.98 * len(raw):  # slow, and of no use where deflate is none
+            kinds.append((_LZMA2, lzma.compress(raw, lzma.FORMAT_RAW, filters=_LZMA)))
     kind, packed = min(kinds, key=lambda one: len(one[1]))
     return bytes([kind]) + number(len(packed)) + packed
 
