@@ -20,6 +20,7 @@ from strop.files.gguf.types import TYPES
 from strop.memory import PeakMemory
 from tests.fresh import in_fresh_process
 
+from . import patch_oracle
 from .patching import Part, gguf_bytes, patch_bytes, raw_of, restored, sealed
 
 ANY_FOLDER = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -104,6 +105,23 @@ def test_any_two_files_with_the_same_tensors_come_back(
     parts = [Part(name, kind, raw.tobytes()) for name, raw in zip("xyz", raws, strict=True)]
     tuned = gguf_bytes(parts, keys, order=order, filler=filler, extra=extra, tail=tail)
     assert restored(tmp_path, base, patch_bytes(tmp_path, base, tuned)) == tuned
+
+
+@pytest.mark.parametrize("kind", patch_oracle.FIELDS)
+@pytest.mark.parametrize("share", [0.002, 0.02, 0.3, 1.0])
+def test_a_reader_written_from_the_description_gives_the_same_file(kind: str, share: float, tmp_path: Path) -> None:
+    rng = np.random.default_rng(8)
+    raws = [np.frombuffer(raw_of(kind, blocks, blocks), np.uint8).copy() for blocks in (30, 7)]
+    base = gguf_bytes([Part(name, kind, raw.tobytes()) for name, raw in zip("vw", raws, strict=True)], [("k", "v")])
+    for raw in raws:
+        raw += ((rng.random(raw.size) < share) * rng.choice([1, 16, 255], raw.size)).astype(np.uint8)
+    parts = [Part(name, kind, raw.tobytes()) for name, raw in zip("vw", raws, strict=True)]
+    for order, keys in (([0, 1], [("k", "v")]), ([1, 0], [("k", "another value"), ("l", "")])):
+        tuned = gguf_bytes(parts, keys, order=order, extra=order[0])
+        made = patch_bytes(tmp_path, base, tuned)
+        tensors = sorted(GgufFile.open(tmp_path / "base.gguf").tensors.values(), key=lambda one: one.start)
+        places = [patch_oracle.Tensor(one.type, one.start, one.nbytes) for one in tensors]
+        assert patch_oracle.restore(base, places, made) == tuned
 
 
 def test_what_moved_is_counted_by_type_and_role_when_written_and_when_applied(tmp_path: Path) -> None:
