@@ -18,6 +18,7 @@ from strop.config.schema import json_schema
 from strop.config.settings import (
     ALL_LINEAR,
     DataPart,
+    Distillation,
     Epochs,
     Full,
     Length,
@@ -42,6 +43,7 @@ __all__ = [
     "DEFAULT_METHOD",
     "KEYS",
     "DataPart",
+    "Distillation",
     "Epochs",
     "Full",
     "Length",

@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from strop.config.settings import (
+    Distillation,
     Epochs,
     Full,
     Lora,
@@ -27,7 +28,7 @@ TOP: Final = ("model", "data", "output", "seed", "resume")
 METHODS: Final[Mapping[str, type[Settings]]] = {"full": Full, "lora": Lora, "qlora": QLora, "qat": Qat}
 LENGTHS: Final[Mapping[str, type[Settings]]] = {"max_steps": Steps, "epochs": Epochs, "minutes": Minutes}
 GROUPS: Final[Mapping[str, type[Settings]]] = dict(
-    samples=Samples, optimization=Optimization, watch=Watch, machine=Machine
+    samples=Samples, optimization=Optimization, distillation=Distillation, watch=Watch, machine=Machine
 )
 DEFAULT_METHOD: Final = "lora"
 
@@ -54,6 +55,7 @@ OTHER_NAMES: Final[Mapping[str, str]] = {
     "clip_norm": "max_grad_norm",
     "batch_size": "per_device_train_batch_size micro_batch_size",
     "accumulation": "gradient_accumulation_steps grad_accumulation_steps",
+    "teacher": "teacher_model teacher_model_name_or_path",
     "eval_steps": "steps_per_eval",
     "save_steps": "save_every",
     "patience": "early_stopping_patience",

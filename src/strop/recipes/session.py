@@ -28,19 +28,19 @@ from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
 from strop.precision import choose_device, compute_dtype
 from strop.progress import SILENT, Reporter
+from strop.recipes.teacher import TeacherSource, find_teacher, row_length
 from strop.training.events import require_tensorboard
+from strop.training.objective import Objective
 from strop.training.optimizers import default_learning_rate
 from strop.training.preparing import Base, Trained, open_base, put_layers
 from strop.training.settings import TrainSettings, count_steps
 from strop.training.shapes import common_width, positions_of
 
-DEFAULT_MAX_LENGTH: Final = 1024
-
 EAGER_LENGTH: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 512, torch.float32: 128}
 """On a CPU, rows up to so many tokens train faster with plain attention than with torch's fused one."""
 
-MAY_DIFFER: Final = ("model", "data", "output", "resume", "save_steps", "device", "tensorboard")
-"""Settings that a resumed run may have otherwise; the rows and the base's weights are compared by digest."""
+MAY_DIFFER: Final = ("model", "data", "teacher", "output", "resume", "save_steps", "device", "tensorboard")
+"""Settings that a resumed run may have otherwise; rows, and the weights of base and teacher, are compared by digest."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class Session:
         train_set: the rows to train on, rendered.
         valid_set: the rows to choose by; None where there are none.
         stream: the training data, at their beginning.
+        objective: what is minimised, the teacher in it.
+        teacher: where the teacher comes from; None without one.
         attention: the model's attention implementation.
         device: where it runs.
         dtype: of the products.
@@ -67,6 +69,8 @@ class Session:
     train_set: SampleSet
     valid_set: SampleSet | None
     stream: BatchStream
+    objective: Objective
+    teacher: TeacherSource | None
     attention: str
     device: torch.device
     dtype: torch.dtype
@@ -87,6 +91,7 @@ class Session:
         return {
             **{key: value for key, value in self.config.flat().items() if key not in MAY_DIFFER},
             "base": self.base.record.digest,
+            **({"teacher": self.teacher.digest} if self.teacher is not None else {}),
             "attention": self.attention,
             "valid_samples": _digest(self.valid_set.samples if self.valid_set is not None else []),
         }
@@ -139,6 +144,7 @@ class Session:
                 "train": self.train_set.report.to_dict(),
                 "valid": valid_set.report.to_dict() if valid_set is not None else None,
             },
+            **({"teacher": self.teacher.report()} if self.teacher is not None else {}),
             "compute_dtype": str(self.dtype).removeprefix("torch."),
             "stored_dtype": str(base.stored_dtype).removeprefix("torch."),
             "attention": self.attention,
@@ -169,6 +175,7 @@ def open_session(config: TuneConfig, *, reporter: Reporter = SILENT, cache: Path
     device = choose_device(config.machine.device)
     dtype = compute_dtype(config.machine.dtype, device)
     data = _read(config, reporter)
+    source = find_teacher(config)
     base = open_base(config.model, config.method, device=device, dtype=dtype, reporter=reporter)
     model, tokenizer = base.model, base.tokenizer
     if config.samples.chat_template is not None:
@@ -178,8 +185,22 @@ def open_session(config: TuneConfig, *, reporter: Reporter = SILENT, cache: Path
     train_set, valid_set = _prepare(config, data, tokenizer, reporter, cache)
     attention = _choose_attention(config, model, train_set, device, dtype)
     stream = _stream(config, model, tokenizer, data.draw(train_set.samples))
+    objective = _objective(config, source, model, dtype)
     _tell_length(config, stream, positions_of(model), reporter)
-    return Session(config, base, trained, data, train_set, valid_set, stream, attention, device, dtype)
+    return Session(
+        config, base, trained, data, train_set, valid_set, stream, objective, source, attention, device, dtype
+    )
+
+
+def _objective(
+    config: TuneConfig, source: TeacherSource | None, model: PreTrainedModel, dtype: torch.dtype
+) -> Objective:
+    """What is minimised, with the teacher opened beside the student."""
+    samples = config.samples
+    if source is None:
+        return Objective()
+    teacher = source.beside(model, packed_length=samples.max_length if samples.packing else None, dtype=dtype)
+    return Objective(teacher, config.distillation.distill or 0.0)
 
 
 def _read(config: TuneConfig, reporter: Reporter) -> Mixture:
@@ -199,7 +220,7 @@ def _resolved(config: TuneConfig, model: PreTrainedModel, reporter: Reporter) ->
         raise ConfigError(f"max_length: got {length}; {config.model} has {limit} positions; set {limit} or less")
     changes: dict[str, Any] = {}
     if length is None:
-        changes["max_length"] = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+        changes["max_length"] = row_length(config, limit)
     if config.optimization.learning_rate is None:
         width = _width(model)
         adapters = isinstance(config.method, Lora | QLora)

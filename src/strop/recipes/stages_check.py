@@ -31,7 +31,7 @@ from strop.planner.parameters import open_shape
 from strop.progress import SILENT, Reporter
 from strop.recipes.forgetting import HeldOut
 from strop.recipes.rank import LEAST_ROWS, too_few_rows
-from strop.recipes.session import DEFAULT_MAX_LENGTH
+from strop.recipes.teacher import row_length
 from strop.training.shapes import positions_of
 
 
@@ -184,7 +184,7 @@ def _length(settings: TuneConfig, skeleton: Any) -> int:
     limit, length = positions_of(skeleton), settings.samples.max_length
     if length is not None and limit is not None and length > limit:
         raise ConfigError(f"max_length: got {length}; the model has {limit} positions; set {limit} or less")
-    return length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    return row_length(settings, limit)
 
 
 def _render(settings: TuneConfig, splits: Mixture, tokenizer: Any, length: int) -> HeldOut:

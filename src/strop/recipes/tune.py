@@ -132,6 +132,12 @@ class Run:
                 f"validation loss {result['best_valid_loss']:.4f} at step {result['best_step']:,} (the best), "
                 f"{result['valid_loss']:.4f} at the last"
             )
+        if self.metrics and "valid_divergence" in self.metrics[-1]:
+            last, share = self.metrics[-1], self.config.distillation.distill or 0.0
+            lines.append(
+                f"that loss is {1 - share:.0%} of the labels' and {share:.0%} of the divergence from the teacher; at "
+                f"the last the labels' is {last['valid_label_loss']:.4f}, the divergence {last['valid_divergence']:.4f}"
+            )
         lines.append(f"the model: {self.best_path}")
         return lines
 
@@ -301,7 +307,9 @@ def _run(
         settings = session.train_settings()
         if settings.checkpointing == "auto":
             with steady_allocation():
-                blocks = blocks_to_recompute(session.model, session.stream, settings, memory, reporter)
+                blocks = blocks_to_recompute(
+                    session.model, session.stream, settings, memory, reporter, session.objective
+                )
             settings = replace(settings, checkpointing=blocks)
         tried = next((check["figures"]["shapes"] for check in checks if check["name"] == "accumulation"), 0)
         save_manifest(run_dir, run_manifest(session, run_dir, settings, tried=tried))
@@ -312,6 +320,7 @@ def _run(
             settings,
             run_dir,
             export=session.base.exporter(config.method),
+            objective=session.objective,
             resume=config.resume,
             memory=memory,
             reporter=reporter,
