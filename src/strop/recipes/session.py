@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,15 +26,18 @@ from strop.data.samples import SampleSet
 from strop.data.store import rendered, sample_lengths, samples_digest
 from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
+from strop.models.opening import open_tokenizer
+from strop.models.sources import read_config
 from strop.precision import choose_device, compute_dtype
 from strop.progress import SILENT, Reporter
-from strop.recipes.teacher import TeacherSource, find_teacher, row_length
+from strop.recipes.teacher import TeacherSource, cached_teacher, find_teacher, row_length, student_folder
 from strop.training.events import require_tensorboard
 from strop.training.objective import Objective
 from strop.training.optimizers import default_learning_rate
 from strop.training.preparing import Base, Trained, open_base, put_layers
 from strop.training.settings import TrainSettings, count_steps
 from strop.training.shapes import common_width, positions_of
+from strop.training.teachers import Teacher
 
 EAGER_LENGTH: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 512, torch.float32: 128}
 """On a CPU, rows up to so many tokens train faster with plain attention than with torch's fused one."""
@@ -159,33 +162,44 @@ class Session:
         }
 
 
-def open_session(config: TuneConfig, *, reporter: Reporter = SILENT, cache: Path | None = None) -> Session:
+def open_session(
+    config: TuneConfig,
+    *,
+    reporter: Reporter = SILENT,
+    cache: Path | None = None,
+    teacher_cache: Path | None = None,
+) -> Session:
     """Open, read, render and attach, as `config` says.
 
     Args:
         config: the settings; those that only the model can tell are filled in.
         reporter: told of findings.
         cache: a folder in which rendered rows are kept, and found again; None leaves nothing on the disk.
+        teacher_cache: a folder in which a teacher's top logits are kept; None runs a teacher beside the student.
 
     Raises:
-        ConfigError, MissingInputError, DataError, ModelError, FormatError, TargetError: as the steps raise them.
+        ConfigError, UsageError, MissingInputError, DataError, ModelError, FormatError, TargetError: as the steps raise
+            them.
     """
     if config.watch.tensorboard:
         require_tensorboard()
     device = choose_device(config.machine.device)
     dtype = compute_dtype(config.machine.dtype, device)
     data = _read(config, reporter)
-    source = find_teacher(config)
+    source, rows, teacher = find_teacher(config, disk=teacher_cache is not None), None, None
+    if source is not None and source.way == "disk" and teacher_cache is not None:
+        rows, teacher = _read_by_teacher(config, source, data, device, dtype, reporter, cache, teacher_cache)
+        source = source if teacher is not None else replace(source, way="memory")
     base = open_base(config.model, config.method, device=device, dtype=dtype, reporter=reporter)
     model, tokenizer = base.model, base.tokenizer
     if config.samples.chat_template is not None:
         set_chat_template(tokenizer, config.samples.chat_template)
-    config = _resolved(config, model, reporter)
+    config = _resolved(config, model, source, reporter)
     trained = put_layers(base, config.method, seed=config.seed, reporter=reporter)
-    train_set, valid_set = _prepare(config, data, tokenizer, reporter, cache)
+    train_set, valid_set = rows or _prepare(config, data, tokenizer, reporter, cache)
     attention = _choose_attention(config, model, train_set, device, dtype)
     stream = _stream(config, model, tokenizer, data.draw(train_set.samples))
-    objective = _objective(config, source, model, dtype)
+    objective = _objective(config, source, teacher, model, dtype)
     _tell_length(config, stream, positions_of(model), reporter)
     return Session(
         config, base, trained, data, train_set, valid_set, stream, objective, source, attention, device, dtype
@@ -193,14 +207,49 @@ def open_session(config: TuneConfig, *, reporter: Reporter = SILENT, cache: Path
 
 
 def _objective(
-    config: TuneConfig, source: TeacherSource | None, model: PreTrainedModel, dtype: torch.dtype
+    config: TuneConfig,
+    source: TeacherSource | None,
+    teacher: Teacher | None,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
 ) -> Objective:
-    """What is minimised, with the teacher opened beside the student."""
+    """What is minimised, with a teacher that has not spoken yet opened beside the student."""
     samples = config.samples
-    if source is None:
-        return Objective()
-    teacher = source.beside(model, packed_length=samples.max_length if samples.packing else None, dtype=dtype)
+    if source is not None and teacher is None:
+        teacher = source.beside(model, packed_length=samples.max_length if samples.packing else None, dtype=dtype)
     return Objective(teacher, config.distillation.distill or 0.0)
+
+
+def _read_by_teacher(
+    config: TuneConfig,
+    source: TeacherSource,
+    data: Mixture,
+    device: torch.device,
+    dtype: torch.dtype,
+    reporter: Reporter,
+    cache: Path | None,
+    teacher_cache: Path,
+) -> tuple[tuple[SampleSet, SampleSet | None], Teacher | None]:
+    """The rows, and what the teacher says of them, before the student is opened; None where the disk has no room."""
+    student, _ = student_folder(config)
+    tokenizer = open_tokenizer(student)
+    if config.samples.chat_template is not None:
+        set_chat_template(tokenizer, config.samples.chat_template)
+    config = config.replace(max_length=row_length(config, positions_of(read_config(student)[0])))
+    train_set, valid_set = _prepare(config, data, tokenizer, reporter, cache)
+    teacher = cached_teacher(
+        source,
+        teacher_cache,
+        [train_set.samples, *([valid_set.samples] if valid_set is not None else [])],
+        tokenizer,
+        may_refuse=config.distillation.teacher_logits == "disk",
+        again=config.resume,
+        batch_size=max(8, config.optimization.batch_size),
+        device=device,
+        dtype=dtype,
+        reporter=reporter,
+    )
+    return (train_set, valid_set), teacher
 
 
 def _read(config: TuneConfig, reporter: Reporter) -> Mixture:
@@ -213,14 +262,18 @@ def _read(config: TuneConfig, reporter: Reporter) -> Mixture:
     return data
 
 
-def _resolved(config: TuneConfig, model: PreTrainedModel, reporter: Reporter) -> TuneConfig:
-    """The settings with those filled in that only the model can tell."""
+def _resolved(
+    config: TuneConfig, model: PreTrainedModel, source: TeacherSource | None, reporter: Reporter
+) -> TuneConfig:
+    """The settings with those filled in that only the model, or the disk, can tell."""
     limit, length = positions_of(model), config.samples.max_length
     if length is not None and limit is not None and length > limit:
         raise ConfigError(f"max_length: got {length}; {config.model} has {limit} positions; set {limit} or less")
     changes: dict[str, Any] = {}
     if length is None:
         changes["max_length"] = row_length(config, limit)
+    if source is not None:  # a resumed run asks in the same way
+        changes["teacher_logits"] = "disk" if source.way == "disk" else "memory"
     if config.optimization.learning_rate is None:
         width = _width(model)
         adapters = isinstance(config.method, Lora | QLora)

@@ -6,11 +6,16 @@ What cannot teach is refused before any weight is read: another vocabulary or to
     shared   `base` under lora: the student itself with its adapters switched off, nothing is held besides
     memory   a second model beside the student
     disk     its top logits for every row, written before the student is opened (`training.teacher_cache`)
+
+`auto` takes what needs less memory: shared where there is nothing to hold, else the disk, whose teacher is gone before
+the student comes; memory where the disk has no room, or nothing may be written (`doctor`).
 """
 
 from __future__ import annotations
 
 import hashlib
+import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -19,15 +24,25 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from strop.config import Lora, TuneConfig
+from strop.data.batches import Batch, padded_batch
 from strop.data.packing import packed_attention
+from strop.data.store import samples_digest, tokenizer_digest
+from strop.data.templates import Sample
 from strop.errors import ModelError, UsageError
 from strop.files.folders import sha256_file
 from strop.files.peft_adapter import base_digest, read_adapter_config
+from strop.memory import release_unused_memory
 from strop.models import load
 from strop.models.opening import open_tokenizer
 from strop.models.sources import find_folder, has_tokenizer, is_adapter, read_config
+from strop.precision import empty_cache
+from strop.progress import Reporter
+from strop.recipes.checks.words import size
 from strop.training.shapes import positions_of
-from strop.training.teachers import ModelTeacher, SwitchedOffTeacher, Teacher
+from strop.training.teacher_cache import CachedTeacher, cache_bytes, kept_tokens, write_cache
+from strop.training.teachers import HiddenWanted, ModelTeacher, SwitchedOffTeacher, Teacher
+
+_TIGHT: Final = 1.25
 
 DEFAULT_MAX_LENGTH: Final = 1024
 
@@ -70,6 +85,88 @@ class TeacherSource:
         return {"name": self.name, "folder": str(self.folder), "sha256": self.digest, "logits": self.way}
 
 
+def cached_teacher(
+    source: TeacherSource,
+    folder: Path,
+    sets: Sequence[Sequence[Sample]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    may_refuse: bool,
+    again: bool,
+    batch_size: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    reporter: Reporter,
+) -> CachedTeacher | None:
+    """What the teacher says of all rows, from the disk; written there first if it is not there yet.
+
+    Args:
+        source: the teacher.
+        folder: where its words are kept.
+        sets: the rows, rendered.
+        tokenizer: the student's.
+        may_refuse: refuse where the disk has no room, in place of giving None.
+        again: whether a run is resumed, so that what is there has to fit.
+        batch_size: rows that the teacher reads at once.
+        device: where it runs.
+        dtype: of its weights and products.
+        reporter: told what it takes, and of progress.
+
+    Raises:
+        UsageError: the disk has no room.
+        TrainingError, FileFormatError: as `write_cache`.
+    """
+    config = read_config(_home(source.folder))[0]
+    vocabulary, tokens = _vocabulary(_home(source.folder)), sum(sample.supervised for one in sets for sample in one)
+    needed, there = cache_bytes(tokens, vocabulary), _bytes_in(folder)
+    free = shutil.disk_usage(next(one for one in (folder, *folder.absolute().parents) if one.is_dir())).free
+    said = (
+        f"the teacher's {kept_tokens(vocabulary)} likeliest tokens for {tokens:,} supervised tokens take "
+        f"{size(needed)} in {folder} until the run is finished; {size(free)} are free"
+    )
+    if _TIGHT * (needed - there) > free:
+        if may_refuse:
+            raise UsageError(
+                f"teacher_logits: {said}; free some, choose an output on another disk, or set teacher_logits: memory"
+            )
+        reporter.note(f"{said}: too few, so that the teacher runs beside the student")
+        return None
+    reporter.note(said)
+
+    def opened() -> tuple[torch.device, Callable[[Batch], HiddenWanted]]:
+        model = load(source.folder, dtype=dtype, device=device, tokenizer=False).model
+        teacher = ModelTeacher(model)
+        teacher.check(padded_batch([sets[0][0]], [0], pad_id=0))
+        return device, teacher.wanted
+
+    left_out = write_cache(
+        folder,
+        {
+            "teacher": source.digest,
+            "tokenizer": tokenizer_digest(tokenizer),
+            "rows": [samples_digest(one) for one in sets],
+            "kept": kept_tokens(vocabulary),
+            "dtype": str(dtype).removeprefix("torch."),
+        },
+        sets,
+        opened,
+        batch_size=batch_size,
+        pad_id=tokenizer.pad_token_id if isinstance(tokenizer.pad_token_id, int) else 0,
+        compute_dtype=dtype,
+        limit=positions_of(config),
+        replace=not again,
+        reporter=reporter,
+    )
+    reporter.note(f"they hold {1 - left_out:.2%} of its probability; the rest counts as one more outcome")
+    release_unused_memory()
+    empty_cache(device)
+    return CachedTeacher(folder)
+
+
+def _bytes_in(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+
+
 def row_length(config: TuneConfig, limit: int | None) -> int:
     """Tokens of a row at the most, where the student has `limit` positions."""
     return config.samples.max_length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
@@ -83,8 +180,12 @@ def student_folder(config: TuneConfig) -> tuple[Path, bool]:
     return folder, getattr(config.method, "adapter", None) is not None
 
 
-def find_teacher(config: TuneConfig) -> TeacherSource | None:
+def find_teacher(config: TuneConfig, *, disk: bool) -> TeacherSource | None:
     """The run's teacher, compared with its student by their configurations and tokenizers; None where there is none.
+
+    Args:
+        config: the run's settings.
+        disk: whether anything may be written.
 
     Raises:
         UsageError: it reads other tokens, or too few of them; or `base` stands for no model in full precision.
@@ -103,7 +204,7 @@ def find_teacher(config: TuneConfig) -> TeacherSource | None:
     _check_positions(config, folder, student)
     way = config.distillation.teacher_logits
     shared = name == BASE and isinstance(config.method, Lora)
-    chosen = "shared" if shared else "memory" if way == "memory" else "disk"
+    chosen = "shared" if shared else "memory" if way == "memory" or not disk else "disk"
     return TeacherSource(name, folder, teacher_digest(folder), chosen)
 
 
