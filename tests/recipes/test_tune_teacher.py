@@ -139,6 +139,7 @@ def test_what_another_teacher_said_is_not_taken(base, data, tmp_path, teacher):
     shutil.rmtree(tmp_path / "run" / "teacher")
     with pytest.raises(TrainingError, match="teacher was"):
         short(base, data, tmp_path / "run", teacher=other, save_steps=1, resume=True)
+    shutil.rmtree(tmp_path / "run" / "teacher")
     moved = shutil.copytree(teacher, tmp_path / "moved")
     assert short(base, data, tmp_path / "run", teacher=moved, save_steps=1, resume=True).report["finished"]
 

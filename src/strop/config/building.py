@@ -21,6 +21,7 @@ from strop.config.settings import (
     Method,
     Optimization,
     Samples,
+    Serving,
     Top,
     Watch,
 )
@@ -35,6 +36,7 @@ class TuneConfig(Top):
     samples: Samples
     optimization: Optimization
     distillation: Distillation
+    serving: Serving
     watch: Watch
     machine: Machine
 
@@ -62,7 +64,7 @@ class TuneConfig(Top):
         if not isinstance(self.data, str):
             result["data"] = [part.model_dump() for part in self.data]
         result["method"] = self.method.name
-        shared = (self.samples, self.optimization, self.distillation, self.watch, self.machine)
+        shared = (self.samples, self.optimization, self.distillation, self.serving, self.watch, self.machine)
         for group in (self.method, self.length, *shared):
             brought = SHAPE if isinstance(group, LowRank) and group.adapter is not None else ()
             for key, value in group.model_dump(exclude={"name", *brought}).items():
@@ -159,6 +161,8 @@ def _build(layers: Iterable[Layer]) -> TuneConfig:
     if group is not None:
         if issubclass(group, LowRank):
             _complete_low_rank(values, origins, problems)
+        if values.get("rank") == "auto" and "kv_cache" in values:
+            problems.append(f"{origins['kv_cache']}: kv_cache: rank auto races without it; name the rank")
         _complete_teacher(values, cast("str", method), origins, problems)
         take("method", group, fields_of(group))
     length = next((kind for key, kind in LENGTHS.items() if key in values), Epochs)

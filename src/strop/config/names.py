@@ -18,6 +18,7 @@ from strop.config.settings import (
     Qat,
     QLora,
     Samples,
+    Serving,
     Settings,
     Steps,
     Watch,
@@ -28,7 +29,12 @@ TOP: Final = ("model", "data", "output", "seed", "resume")
 METHODS: Final[Mapping[str, type[Settings]]] = {"full": Full, "lora": Lora, "qlora": QLora, "qat": Qat}
 LENGTHS: Final[Mapping[str, type[Settings]]] = {"max_steps": Steps, "epochs": Epochs, "minutes": Minutes}
 GROUPS: Final[Mapping[str, type[Settings]]] = dict(
-    samples=Samples, optimization=Optimization, distillation=Distillation, watch=Watch, machine=Machine
+    samples=Samples,
+    optimization=Optimization,
+    distillation=Distillation,
+    serving=Serving,
+    watch=Watch,
+    machine=Machine,
 )
 DEFAULT_METHOD: Final = "lora"
 

@@ -227,6 +227,14 @@ class Distillation(Settings):
     )
 
 
+class Serving(Settings):
+    """How the model will be served, computed so in training already."""
+
+    kv_cache: Literal["int8", "int4"] | None = Field(
+        None, description="Round keys and values in training as --kv-cache of chat and compare does: int8 or int4."
+    )
+
+
 class Watch(Settings):
     """When the run is evaluated, saved and stopped early."""
 

@@ -26,6 +26,8 @@ from strop.data.samples import SampleSet
 from strop.data.store import rendered, sample_lengths, samples_digest
 from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
+from strop.evaluation.kv_cache import KVFormat
+from strop.evaluation.kv_rounding import KVRounding
 from strop.models.opening import open_tokenizer
 from strop.models.sources import read_config
 from strop.precision import choose_device, compute_dtype
@@ -213,11 +215,18 @@ def _objective(
     model: PreTrainedModel,
     dtype: torch.dtype,
 ) -> Objective:
-    """What is minimised, with a teacher that has not spoken yet opened beside the student."""
-    samples = config.samples
+    """What is minimised, with a teacher that has not spoken yet opened beside the student.
+
+    Raises:
+        ModelError, TrainingError: the model's keys and values cannot be rounded.
+    """
+    samples, rounding = config.samples, None
+    assert samples.max_length is not None
+    if config.serving.kv_cache is not None:
+        rounding = KVRounding(model, KVFormat(config.serving.kv_cache), samples.max_length)
     if source is not None and teacher is None:
         teacher = source.beside(model, packed_length=samples.max_length if samples.packing else None, dtype=dtype)
-    return Objective(teacher, config.distillation.distill or 0.0)
+    return Objective(teacher, config.distillation.distill or 0.0, rounding)
 
 
 def _read_by_teacher(

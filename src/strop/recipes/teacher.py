@@ -77,7 +77,7 @@ class TeacherSource:
         if self.way == "shared":
             return SwitchedOffTeacher(student)
         model = load(self.folder, dtype=dtype, device=student.device, tokenizer=False).model
-        model.set_attn_implementation(student.config._attn_implementation)
+        model.set_attn_implementation(student.config._attn_implementation or "sdpa")
         return ModelTeacher(model, None if packed_length is None else packed_attention(model, packed_length))
 
     def report(self) -> dict[str, Any]:
@@ -281,7 +281,8 @@ def _first_difference(
     theirs, ours = ({number: token for token, number in one.get_vocab().items()} for one in (teacher, student))
     for number in sorted(theirs.keys() | ours.keys()):
         if theirs.get(number) != ours.get(number):
-            return number, *(repr(one[number]) if number in one else "missing" for one in (theirs, ours))
+            known = [repr(one[number]) if number in one else "missing" for one in (theirs, ours)]
+            return number, known[0], known[1]
     return None
 
 

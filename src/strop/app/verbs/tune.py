@@ -76,6 +76,9 @@ def tune(
     teacher_logits: Annotated[
         str | None, typer.Option(help="memory: the teacher runs beside; disk: its top logits; or auto, the less.")
     ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option("--kv-cache", help="Round keys and values as chat --kv-cache does: int8 or int4.")
+    ] = None,
     optimizer: Annotated[
         str | None, typer.Option("--optimizer", "--optim", help="adamw, or adamw-8bit: moments in 8 bits.")
     ] = None,
