@@ -1,4 +1,4 @@
-"""Keys and values rounded in training as the served cache rounds them token by token, packed or not, with a gradient."""
+"""Keys and values rounded in training as the served cache rounds them token by token, packed or not."""
 
 from __future__ import annotations
 

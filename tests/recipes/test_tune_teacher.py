@@ -16,8 +16,10 @@ from strop.config import TuneConfig
 from strop.errors import ConfigError, StropError, TrainingError, UsageError
 from strop.recipes import session as session_recipe
 from strop.recipes.doctor import doctor
+from strop.recipes.manifest import load_manifest
+from strop.recipes.stages import tune_stages
 from tests.recipes.helpers import Killed, Notes, same, short, tensors
-from tests.tiny import tiny_folder, tiny_tokenizer
+from tests.tiny import tiny_folder, tiny_model, tiny_tokenizer
 
 TAUGHT: dict[str, dict[str, Any]] = {
     "full": {"teacher": "base", "distill": 0.5},
@@ -144,6 +146,21 @@ def test_what_another_teacher_said_is_not_taken(base, data, tmp_path, teacher):
     assert short(base, data, tmp_path / "run", teacher=moved, save_steps=1, resume=True).report["finished"]
 
 
+def test_verify_knows_the_teacher_and_the_plan_weighs_it(base, data, tmp_path, teacher):
+    copied = shutil.copytree(teacher, tmp_path / "copied")
+    plain = short(base, data, tmp_path / "plain", max_steps=1)
+    taught = short(base, data, tmp_path / "taught", max_steps=1, teacher=copied, teacher_logits="memory")
+    assert taught.verify().ok
+    assert plain.verify().ok
+    predicted = [load_manifest(run.path)["memory"]["predicted_bytes"] for run in (plain, taught)]
+    assert predicted[1] - predicted[0] == 4 * tiny_model("llama").num_parameters()
+    weights = copied / "model.safetensors"
+    data_bytes = bytearray(weights.read_bytes())
+    data_bytes[-1] ^= 1
+    weights.write_bytes(data_bytes)
+    assert any("teacher" in finding.name for finding in taught.verify().input_findings)
+
+
 @pytest.mark.parametrize("asked", ["auto", "disk"])
 def test_a_disk_without_room_is_refused_or_passed_by(base, data, tmp_path, teacher, monkeypatch, asked):
     monkeypatch.setattr("strop.recipes.teacher.cache_bytes", lambda tokens, vocabulary: 2**60)
@@ -253,3 +270,19 @@ def test_a_teacher_is_taken_from_yaml_flags_and_python_alike(tmp_path):
     assert TuneConfig.from_flat(config.flat()) == config
     assert "distill" not in TuneConfig.from_flat({"model": "m", "data": "d"}).flat()
     assert TuneConfig.from_flat({"model": "m", "data": "d", "teacher_model": "t"}) == config
+
+
+def test_stages_refuse_a_teacher_before_the_first_of_them_begins(base, data, tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<|more|>"])
+    other = tiny_folder(tmp_path, "llama", tokenizer=tokenizer, vocab_size=305)
+    common = {"data": str(data), "max_steps": 1, "valid_fraction": 0.3}
+    stages = [
+        {"name": "first", "method": "lora", "teacher": str(other), **common},
+        {"name": "second", "method": "lora", "teacher": "base", "distill": 0.5, **common},
+    ]
+    with pytest.raises(ConfigError) as raised:
+        tune_stages({"model": str(base), "output": str(tmp_path / "run"), "stages": stages})
+    assert "stage 1 (first): teacher: " in str(raised.value)
+    assert "stage 2 (second): teacher: base is a model in full precision" in str(raised.value)
+    assert not (tmp_path / "run").exists()

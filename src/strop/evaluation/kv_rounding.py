@@ -216,7 +216,7 @@ class KVRounding:
         max_length: tokens of a row, at the most.
 
     Raises:
-        ModelError: it keeps another kind of state, which cannot be rounded, or takes no explicit mask, which int4 needs.
+        ModelError: it keeps a state of another kind, which cannot be rounded; or takes no explicit mask (int4).
     """
 
     def __init__(self, model: PreTrainedModel, form: KVFormat, max_length: int) -> None:
