@@ -14,7 +14,13 @@ from tests.recipes.helpers import Killed, Notes, same, short, tensors
 @pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("settings", [{"method": "lora"}, {"method": "qat", "format": "int4-g32"}], ids=["lora", "qat"])
 def test_killed_and_resumed_runs_end_in_the_same_files(base, data, tmp_path, settings, packing):
-    asked = settings | {"kv_cache": "int4", "packing": packing, "max_length": 128, "dtype": "auto", "save_steps": 1}
+    asked = settings | {
+        "kv_cache": "int4",
+        "packing": packing,
+        "max_length": 128,
+        "dtype": "bfloat16" if packing else "float32",
+        "save_steps": 1,
+    }
 
     def kill(step: int) -> None:
         if step == 2:

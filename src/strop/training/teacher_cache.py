@@ -387,8 +387,8 @@ class CachedTeacher:
         columns = list(zip(*self._spans(batch), strict=True))
         if not columns:
             return TopWanted(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1), torch.empty(0))
-        device = batch.input_ids.device
-        return TopWanted.stored(*(torch.cat(column).to(device) for column in columns))
+        with torch.autocast("cpu", enabled=False):  # it would join neither fp16 nor fp64
+            return TopWanted.stored(*(torch.cat(column) for column in columns))
 
     def _spans(self, batch: Batch) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         counted = 0
