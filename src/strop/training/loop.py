@@ -34,7 +34,6 @@ from strop.data.batches import Batch, BatchStream
 from strop.data.packing import check_isolation
 from strop.data.templates import Sample
 from strop.errors import DiskFullError, TrainingError
-from strop.layers.grids import FACTORS
 from strop.memory import PeakMemory, steady_allocation
 from strop.precision import autocast, empty_cache
 from strop.progress import SILENT, Reporter
@@ -50,7 +49,7 @@ from strop.training.optimizers import gradient_norm, make_optimizer, trained_par
 from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.rounding_schedule import RoundingSchedule
 from strop.training.schedules import rate_share
-from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
+from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps, steps_in
 from strop.training.shapes import at_common_width, positions_of
 from strop.training.states import TrainState
 from strop.training.watchdog import ROLLED_BACK, SKIPPED, NotFiniteError, UpdateProbe
@@ -146,7 +145,7 @@ class Loop:
             rates=self.rounding.rates(),
         )
         self.positions = positions_of(model)
-        self.first_step_done = self.scales_told = False
+        self.first_step_done = False
         self.state = TrainState(
             self.parameters, self.optimizer, self.rounding, stream, settings, run_dir / "checkpoints", reporter
         )
@@ -231,9 +230,7 @@ class Loop:
         self.rounding.before_step(self.step, total)
         batches, loss, supervised = self._gradient()
         if not self.first_step_done:
-            unused = self.rounding.rates() if self.step < self.rounding.first_rounded(total) else {}
-            expected = {name: value for name, value in self.parameters.items() if name not in unused}
-            watchdog.check_every_gradient(expected, self.step + 1)
+            watchdog.check_every_gradient(self.rounding.used(self.parameters, self.step, total), self.step + 1)
             self.first_step_done = True
         norm = gradient_norm(self.parameters)
         norm_value = float(norm)
@@ -294,13 +291,7 @@ class Loop:
                 "and some weights may have moved, so nothing of it is kept; the checkpoints before it stand. Start "
                 "again with the optimizer adamw-8bit, a smaller method (lora, qlora), or a lower rank."
             ) from error
-        stopped = self.rounding.after_update()
-        if stopped and not self.scales_told:
-            self.scales_told = True
-            self.reporter.note(
-                f"step {self.step + 1}: {stopped:,} learned scales went below {FACTORS[0]:g} or above {FACTORS[1]:g} "
-                "times their start and are stopped there; a lower scale_rate keeps them away from it"
-            )
+        self.rounding.after_update(self.step, self.reporter)
 
     def _gradient(self) -> tuple[list[Batch], float, int]:
         """The next step's batches with their gradient, in smaller parts where memory runs out."""
@@ -489,28 +480,17 @@ class Loop:
     # --- how long -----------------------------------------------------------------------------------------------------
 
     def _count_steps(self) -> int:
-        steps = count_steps(self.settings.length, self.stream.steps_per_epoch)
-        if steps is not None:
-            return steps
-        assert isinstance(self.settings.length, Minutes)
-        return self._estimate_steps(60 * self.settings.length.minutes)
-
-    def _estimate_steps(self, seconds: float) -> int:
-        """Steps that fit into nine tenths of `seconds`, from up to three timed ones; the rest is for evaluations.
-
-        The timed steps change nothing: their gradients are dropped, and data and generators are set back.
-        """
-        times: list[float] = []
+        length = self.settings.length
+        if not isinstance(length, Minutes):
+            return count_steps(length, self.stream.steps_per_epoch) or 1
         self.model.train()
-        while len(times) < 3 and sum(times) < 0.05 * seconds:
-            start = time.perf_counter()
-            self._gradient()
-            self.optimizer.zero_grad(set_to_none=True)
-            times.append(time.perf_counter() - start)
+        steps = steps_in(60 * length.minutes, self._step_undone, self.reporter)
         self.state.return_to_boundary()
-        steps = max(1, int(0.9 * (seconds - sum(times)) / statistics.median(times)))
-        self.reporter.note(f"{seconds / 60:g} minutes are about {steps} steps of {min(times):.2g} s")
         return steps
+
+    def _step_undone(self) -> None:
+        self._gradient()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _overtime(self, length: Minutes) -> bool:
         return self.progress.train_seconds > 1.25 * 60 * length.minutes

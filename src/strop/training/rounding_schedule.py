@@ -18,9 +18,10 @@ from typing import Final
 from torch import Tensor, nn
 
 from strop.layers.fake_quant_linear import FakeQuantLinear
-from strop.layers.grids import CodeMoves, LearnedGrid, RangeGrid, ZeroMoves
+from strop.layers.grids import FACTORS, CodeMoves, LearnedGrid, RangeGrid, ZeroMoves
 from strop.layers.qat_lora_linear import QatLoraLinear
 from strop.layers.scale_linear import ScaleLinear
+from strop.progress import Reporter
 
 ZERO_RATE: Final = 1e-2
 """Of learned zero points, in steps of the grid."""
@@ -38,6 +39,7 @@ class RoundingSchedule:
 
     def __init__(self, model: nn.Module, *, delay: float = 0.0, freeze: float = 0.0, scale_rate: float = 1e-3) -> None:
         self.delay, self.freeze, self.scale_rate = delay, freeze, scale_rate
+        self._told = False
         modules = dict(model.named_modules())
         self._rounding = [module for module in modules.values() if isinstance(module, FakeQuantLinear | QatLoraLinear)]
         self._holding = [*self._rounding, *(module for module in modules.values() if isinstance(module, ScaleLinear))]
@@ -75,12 +77,21 @@ class RoundingSchedule:
         for grid in self._moving:
             grid.progress = min(1.0, (step + 1) / total)
 
-    def after_update(self) -> int:
-        """Keep learned scales from vanishing and turning; returns how many had to be stopped."""
-        return sum(
-            module.grid.keep_in_bounds() if not isinstance(module, ScaleLinear) else module.keep_in_bounds()
-            for module in self._holding
-        )
+    def after_update(self, step: int, reporter: Reporter) -> None:
+        """Keep learned scales from vanishing and turning after a step's update; that it was needed is told once."""
+        grids = [module if isinstance(module, ScaleLinear) else module.grid for module in self._holding]
+        stopped = sum(grid.keep_in_bounds() for grid in grids)
+        if stopped and not self._told:
+            self._told = True
+            reporter.note(
+                f"step {step + 1}: {stopped:,} learned scales went below {FACTORS[0]:g} or above {FACTORS[1]:g} times "
+                "their start and are stopped there; a lower scale_rate keeps them away from it"
+            )
+
+    def used(self, parameters: Mapping[str, nn.Parameter], step: int, total: int) -> dict[str, nn.Parameter]:
+        """The parameters that a step must give a gradient: scales get none before the rounding begins."""
+        idle = self.rates() if step < self.first_rounded(total) else {}
+        return {name: value for name, value in parameters.items() if name not in idle}
 
     def restored(self, steps: int, total: int) -> None:
         """Be as after so many completed steps, parameters and buffers restored."""

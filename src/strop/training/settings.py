@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 
 from strop.config import Epochs, Minutes, Steps
+from strop.progress import Reporter
 from strop.training.optimizers import OptimizerName
 from strop.training.schedules import Schedule
 
@@ -126,3 +129,21 @@ def count_steps(length: Steps | Epochs | Minutes, steps_per_epoch: int) -> int |
     if isinstance(length, Epochs):
         return max(1, math.ceil(length.epochs * steps_per_epoch - 1e-9))
     return None
+
+
+def steps_in(seconds: float, once: Callable[[], None], reporter: Reporter) -> int:
+    """Steps that fit into nine tenths of `seconds`, from up to three timed ones; the rest is for evaluations.
+
+    Args:
+        seconds: the time there is.
+        once: a step that changes nothing.
+        reporter: told of the figure.
+    """
+    times: list[float] = []
+    while len(times) < 3 and sum(times) < 0.05 * seconds:
+        start = time.perf_counter()
+        once()
+        times.append(time.perf_counter() - start)
+    steps = max(1, int(0.9 * (seconds - sum(times)) / statistics.median(times)))
+    reporter.note(f"{seconds / 60:g} minutes are about {steps} steps of {min(times):.2g} s")
+    return steps
