@@ -65,9 +65,7 @@ def test_scales_of_a_superblock_cannot_be_held_or_learned_or_counted():
     with pytest.raises(FormatError, match="superblock"):
         RangeGrid(_scheme("gguf:q4_k"), (16, 256), holds=True)
     start = quantize_tensor(_weight(), _scheme("gguf:q4_k"))
-    with pytest.raises(FormatError, match="codes themselves"):
-        LearnedGrid(start)
-    for make in (lambda: MovesGrid(start, 0.1), lambda: CodeMoves(start, 0.1)):
+    for make in (lambda: LearnedGrid(start), lambda: MovesGrid(start, 0.1), lambda: CodeMoves(start, 0.1)):
         with pytest.raises(FormatError, match="plain scales"):
             make()
 
@@ -216,5 +214,15 @@ def test_zero_moves_want_zero_points():
 def test_groups_in_activation_order_are_refused():
     start = quantize_tensor(_weight(), parse_scheme("int4-g32"))
     ordered = dataclasses.replace(start, group_index=torch.arange(256, dtype=torch.int32) % 8)
-    with pytest.raises(FormatError, match="plain scales"):
-        CodeMoves(ordered, 0.1)
+    for make in (LearnedGrid, lambda start: MovesGrid(start, 0.1), lambda start: CodeMoves(start, 0.1)):
+        with pytest.raises(FormatError, match="plain scales"):
+            make(ordered)
+
+
+def test_a_change_of_far_more_steps_than_there_are_codes_goes_the_way_it_points():
+    scheme = parse_scheme("int4-g32")
+    start = quantize_tensor(torch.full((1, 32), 1e-7), scheme)
+    stored = CodeMoves(start, 1.0).settled(start.dequantize() + 1e-2)
+    assert (stored.stored_codes() == 15).all()
+    with pytest.raises(FormatError, match="grids of integers"):
+        CodeMoves(quantize_tensor(_weight(), parse_scheme("nf4")), 0.1)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import strop
-from strop.errors import ConfigError, FormatError, ModelError, UsageError
+from strop.errors import ConfigError, FormatError, ModelError, TrainingError, UsageError
 from strop.files.gguf.reader import GgufFile
 from strop.files.gguf.transcoding import from_raw
 from strop.files.peft_adapter import read_adapter_config
@@ -18,6 +19,7 @@ from strop.layers.surgery import lora_modules
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import parse_format
 from strop.recipes.merge import merge
+from strop.recipes.probing import rounded_method
 from strop.recipes.quantize import quantize
 from strop.training.checkpoints import newest_checkpoint
 from tests.recipes.helpers import Notes, short, tensors
@@ -102,9 +104,21 @@ def test_the_adapter_alone_is_marked_and_merges_to_the_very_codes(base, data, tm
     assert read_adapter_config(adapter).merge_only
     with pytest.raises(ModelError, match="merge"):
         strop.load(adapter)
-    merge(adapter, tmp_path / "merged", format="int4-g32", force=True)
+    for format in (None, "int3-g32"):
+        with pytest.raises(UsageError, match="merge it with --format int4-g32"):
+            merge(adapter, tmp_path / "merged", format=format)
+    merge(adapter, tmp_path / "merged", format="int4-g32")
     merged, trained = _quantized(tmp_path / "merged"), _quantized(run.last_path)
     assert all(_equal(merged[name], trained[name]) for name in trained)
+
+
+@pytest.mark.parametrize("settings", [{"max_moved": 0.01}, {"hold": "codes"}, {"freeze": 0.5}])
+def test_an_adapter_whose_rounding_is_not_made_again_points_to_the_model_that_was_trained(
+    base, data, tmp_path, settings
+):
+    run = short(base, data, tmp_path / "run", method="qat-lora", format="int4-g32", **settings)
+    with pytest.raises(UsageError, match=rf"cannot make them again; .* {run.last_path}"):
+        merge(run.last_path / "adapter", tmp_path / "merged", format="int4-g32", force=True)
 
 
 def test_the_merged_model_scores_what_training_measured(base, data, tmp_path):
@@ -169,10 +183,12 @@ def start(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("scales", ["learned", "fixed"])
 def test_training_begins_at_the_start_that_is_named(base, data, tmp_path, start, scales):
     settings = {"method": "qat", "format": "int3-g32", "start": str(start), "scales": scales}
-    still = short(base, data, tmp_path / "still", max_steps=1, learning_rate=1e-12, scale_rate=1e-12, **settings)
+    rate = {"scale_rate": 1e-12} if scales == "learned" else {}
+    still = short(base, data, tmp_path / "still", max_steps=1, learning_rate=1e-12, **rate, **settings)
     begun, wanted = _quantized(still.last_path), _quantized(start)
     assert all(_equal(begun[name], wanted[name]) for name in wanted)
-    run = short(base, data, tmp_path / "run", max_steps=8, learning_rate=1e-2, scale_rate=1e-2, **settings)
+    rate = {"scale_rate": 1e-2} if scales == "learned" else {}
+    run = short(base, data, tmp_path / "run", max_steps=8, learning_rate=1e-2, **rate, **settings)
     after = _quantized(run.last_path)
     assert max(_moved(wanted, after).values()) > 0
     kept = [torch.equal(after[name].scales(), wanted[name].scales()) for name in wanted]
@@ -250,6 +266,14 @@ def test_a_delayed_start_trains_unrounded_first(base, data, tmp_path):
         ({"scales": "learned", "max_moved": 0.1}, ConfigError, "max_moved keeps"),
         ({"train": "scales", "delay": 0.5, "scales": "fixed"}, ConfigError, "delay means nothing"),
         ({"delay": 0.7, "freeze": 0.7}, ConfigError, "more than the run"),
+        ({"start": "anywhere"}, ConfigError, "scales: learned"),
+        ({"freeze": 0.2, "scales": "fixed"}, ConfigError, "freeze: the scales stay"),
+        ({"scale_rate": 1e-2}, ConfigError, "no scale is learned"),
+        ({"start": "anywhere", "scales": "fixed", "format": "mxfp4"}, FormatError, "leave start out"),
+        ({"format": "gguf:q4_0", "targets": "up_proj"}, UsageError, "rounded untrained"),
+        ({"method": "qat-lora", "hold": "int8", "targets": "up_proj"}, ConfigError, "every layer of the base"),
+        ({"method": "qat-lora", "hold": "codes", "freeze": 0.2}, ConfigError, "freeze"),
+        ({"method": "qat-lora", "hold": "codes", "format": "nf4"}, FormatError, "grids of integers"),
         ({"max_moved": "200%"}, ConfigError, "max_moved"),
         ({"activations": "int4"}, ConfigError, "activations"),
         ({"format": "int8-a8"}, FormatError, "activations"),
@@ -266,10 +290,48 @@ def test_what_cannot_be_is_refused_before_training(base, data, tmp_path, setting
 
 
 def test_a_start_of_another_format_or_model_is_refused(base, data, tmp_path, start):
+    settings = {"method": "qat", "scales": "learned"}
     with pytest.raises(UsageError, match="as int3-g32, and the format is int4-g32"):
-        short(base, data, tmp_path / "run", method="qat", format="int4-g32", start=str(start))
+        short(base, data, tmp_path / "run", format="int4-g32", start=str(start), **settings)
     with pytest.raises(UsageError, match="holds no quantized layer"):
-        short(base, data, tmp_path / "run", method="qat", format="int3-g32", start=str(base))
+        short(base, data, tmp_path / "run", format="int3-g32", start=str(base), **settings)
+
+
+def test_layers_that_are_not_trained_stand_as_the_starts_codes(base, data, tmp_path, start):
+    run = short(base, data, tmp_path / "run", method="qat", format="int3-g32", start=str(start), train="last:1",
+                scales="learned", max_steps=2)  # fmt: skip
+    wanted, after = _quantized(start), _quantized(run.last_path)
+    assert all(_equal(after[name], wanted[name]) for name in wanted if ".layers.0." in name)
+
+
+def test_a_resumed_run_refuses_another_start(base, data, tmp_path):
+    class Stop(BaseException):
+        pass
+
+    def stop(step: int) -> None:
+        if step == 2:
+            raise Stop
+
+    quantize(base, "int3-g32", output=tmp_path / "start")
+    settings = {"method": "qat", "format": "int3-g32", "start": str(tmp_path / "start"), "scales": "learned",
+                "save_steps": 1, "max_steps": 4}  # fmt: skip
+    with pytest.raises(Stop):
+        short(base, data, tmp_path / "run", reporter=Notes(stop), **settings)
+    quantize(base, "int3-g32", output=tmp_path / "start", method="search", overwrite=True)
+    with pytest.raises(TrainingError, match="start_sha256"):
+        short(base, data, tmp_path / "run", resume=True, **settings)
+
+
+def test_the_template_that_was_trained_through_lies_in_the_file(wide, data, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(wide, bare)
+    (bare / "chat_template.jinja").unlink(missing_ok=True)
+    run = short(bare, data, tmp_path / "run", method="qat", format="gguf:q4_k", chat_template="chatml", max_steps=1)
+    assert "im_start" in str(GgufFile.open(run.last_path / "model.gguf").metadata["tokenizer.chat_template"])
+    assert rounded_method(run.last_path / "model.gguf") is not None
+    for option in ({"embeddings": "q8_0"}, {"modelfile": True}, {"data": data}):
+        with pytest.raises(UsageError, match="leave out --"):
+            run.export(tmp_path / "model.gguf", verify=False, **option)
 
 
 def test_an_adapter_as_the_base_is_refused(base, data, tmp_path):

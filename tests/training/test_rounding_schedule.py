@@ -13,6 +13,8 @@ from strop.methods import search
 from strop.numerics.qtensor import quantize_tensor
 from strop.numerics.scheme import parse_scheme
 from strop.training.rounding_schedule import RoundingSchedule
+from strop.training.settings import Progress
+from strop.training.watchdog import forget
 from tests.tiny import tiny_model
 from tests.training.helpers import Killed, Notes, assert_equal, exported, run_loop, trained_tensors
 
@@ -123,3 +125,12 @@ def test_a_learned_scale_that_is_driven_out_of_its_bounds_is_told_once(tmp_path)
     told = [note for note in notes.notes if "learned scales" in note]
     assert len(told) == 1
     assert "lower scale_rate" in told[0]
+
+
+def test_the_loss_before_the_rounding_is_no_measure_for_what_comes_after():
+    progress = Progress(losses=[0.1] * 8, high=4, worse_evaluations=2)
+    schedule = RoundingSchedule(_model("range"), delay=0.5)
+    assert [schedule.before_step(step, 4) for step in range(4)] == [False, False, True, False]
+    forget(progress)
+    assert (progress.losses, progress.high, progress.worse_evaluations) == ([], 0, 0)
+    assert not any(RoundingSchedule(_model("range")).before_step(step, 4) for step in range(4))

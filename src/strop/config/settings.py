@@ -191,6 +191,13 @@ class Qat(Rounded):
                     problems.append(f"train: scales moves no code, so {name} means nothing; leave it out")
             if self.scales != "range":
                 problems.append(f"train: scales learns them in any case; leave out scales: {self.scales}")
+        elif self.start is not None and self.scales == "range" and self.max_moved is None:
+            problems.append("start: its scales are to be learned or kept; add scales: learned, or fixed")
+        if self.freeze and (self.scales == "fixed" or self.max_moved is not None):
+            problems.append("freeze: the scales stay from the start in any case; leave it out")
+        learns = self.scales == "learned" or self.train == "scales"
+        if "scale_rate" in self.model_fields_set and not learns:
+            problems.append("scale_rate: no scale is learned; add scales: learned, or leave it out")
         if problems:
             raise ValueError("; ".join(problems))
         return self
@@ -216,6 +223,17 @@ class QatLora(Rounded):
         le=1,
         description="Share of a layer's codes that may differ from the base's. Default: all; 5% where codes are held.",
     )
+
+    @model_validator(mode="after")
+    def _together(self) -> QatLora:
+        problems: list[str] = []
+        if self.hold != "bf16" and self.targets != (ALL_LINEAR,):
+            problems.append(f"hold: {self.hold} holds every layer of the base so; leave targets out, or hold: bf16")
+        if self.freeze and (self.max_moved is not None or self.hold in ("codes", "zero-points")):
+            problems.append("freeze: the scales stay from the start in any case; leave it out")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
 Method: TypeAlias = Full | Lora | QLora | Qat | QatLora

@@ -60,12 +60,16 @@ class BaseRecord:
         digest: `base_digest` of the base's folder; None where it is not known.
         precision: what its layers were held in, however that came about: the format, that of a folder which is stored
             quantized, or "full precision"; None where it is not known.
+        rounded_to: the scheme that the sum of base and adapter was rounded to in training; None where it was not.
+        remade: rounding the sum again, by its own range, gives the very codes that were trained.
     """
 
     base: str
     format: str | None = None
     digest: str | None = None
     precision: str | None = None
+    rounded_to: str | None = None
+    remade: bool = True
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,8 @@ def write_adapter(model: nn.Module, folder: Path, *, base: BaseRecord, merge_onl
     write_json(folder / CONFIG, _config(model, adapters, base) | mark)
     record = {"base": _absolute(base.base), "format": base.format, "digest": base.digest, "precision": base.precision}
     record["merge_only"] = merge_only
+    if base.rounded_to is not None:
+        record |= {"rounded_to": base.rounded_to, "remade": base.remade}
     write_json(folder / RECORD, record)
 
 
@@ -388,16 +394,23 @@ def _read_record(folder: Path) -> tuple[BaseRecord | None, bool]:
     if not path.is_file():
         return None, False
     fields = read_json(path)
-    texts = {name: fields.get(name) for name in ("base", "format", "digest", "precision")}
+    texts = {name: fields.get(name) for name in ("base", "format", "digest", "precision", "rounded_to")}
     wrong = [
         name for name, value in texts.items() if not isinstance(value, str) and (name == "base" or value is not None)
     ]
-    if wrong or not isinstance(fields.get("merge_only") or False, bool):
+    wrong += [name for name in ("merge_only", "remade") if not isinstance(fields.get(name) or False, bool)]
+    if wrong:
         raise FileFormatError(
-            f"{path}: {', '.join(wrong or ['merge_only'])} is not what the file must hold (texts; merge_only: true or "
-            "false)"
+            f"{path}: {', '.join(wrong)} is not what the file must hold (texts; merge_only and remade: true or false)"
         )
-    record = BaseRecord(str(texts["base"]), texts["format"], texts["digest"], texts["precision"])
+    record = BaseRecord(
+        str(texts["base"]),
+        texts["format"],
+        texts["digest"],
+        texts["precision"],
+        texts["rounded_to"],
+        remade=bool(fields.get("remade", True)),
+    )
     return record, bool(fields.get("merge_only") or False)
 
 

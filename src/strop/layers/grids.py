@@ -66,12 +66,20 @@ class RangeGrid(nn.Module):
         scheme: the grid.
         shape: (out, in).
         holds: whether `hold` will be called: the held scales travel in a checkpoint.
+        device: where they are held.
 
     Raises:
         FormatError: the shape does not fit, or scales that are codes themselves are to be held.
     """
 
-    def __init__(self, scheme: Scheme, shape: tuple[int, int], *, holds: bool = False) -> None:
+    def __init__(
+        self,
+        scheme: Scheme,
+        shape: tuple[int, int],
+        *,
+        holds: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
         super().__init__()
         size = plan_shape(shape, scheme)
         self.scheme, self.held = scheme, False
@@ -79,9 +87,11 @@ class RangeGrid(nn.Module):
         self.zero_point: Tensor | None
         if holds and scheme.super_size is not None:
             raise FormatError(f"{scheme}: its scales are codes of a superblock and cannot be frozen; leave freeze out")
-        self.register_buffer("scale", torch.zeros(size) if holds else None, persistent=False)
+        self.register_buffer("scale", torch.zeros(size, device=device) if holds else None, persistent=False)
         self.register_buffer(
-            "zero_point", torch.zeros(size) if holds and scheme.has_zero_point else None, persistent=False
+            "zero_point",
+            torch.zeros(size, device=device) if holds and scheme.has_zero_point else None,
+            persistent=False,
         )
 
     def rounded(self, weight: Tensor) -> Tensor:
@@ -135,11 +145,8 @@ class LearnedGrid(nn.Module):
 
     def __init__(self, start: QuantizedTensor) -> None:
         super().__init__()
-        scheme = start.scheme
-        if not scheme.has_real_scales or start.scale is None:
-            raise FormatError(
-                f"{scheme}: its scales are codes themselves and cannot be learned; train with scales: range"
-            )
+        scheme, start = start.scheme, _with_real_scales(start, "scales are learned")
+        assert start.scale is not None
         self.scheme = scheme
         self.begun: Tensor
         self.register_buffer("begun", start.scale.float().clone(), persistent=False)
@@ -256,6 +263,8 @@ class CodeMoves(nn.Module):
 
     def __init__(self, start: QuantizedTensor, share: float) -> None:
         super().__init__()
+        if not isinstance(start.scheme.format, IntFormat):
+            raise FormatError(f"{start.scheme}: codes are moved by steps on grids of integers, such as int4-g32")
         self.scheme, self.start = start.scheme, _with_real_scales(start, "codes are moved")
         self.share, self.progress = share, 1.0
 
@@ -272,7 +281,7 @@ class CodeMoves(nn.Module):
         places = _largest_places(steps, self.share * self.progress)
         codes = self.start.stored_codes().flatten().to(torch.int16)
         change = steps.flatten()[places]
-        codes[places] += (change.abs().round_().clamp_(min=1).copysign_(change)).to(torch.int16)
+        codes[places] += (change.abs().round_().clamp_(1, form.steps).copysign_(change)).to(torch.int16)
         return self.start.with_codes(codes.clamp_(0, form.steps).to(torch.uint8).view(self.start.shape))
 
     def hold(self, weight: Tensor) -> None:
@@ -325,7 +334,7 @@ class ZeroMoves(nn.Module):
         change = split(_in_steps(weight, start), self.scheme).mean(dim=-1).flatten()
         places = _largest_places(change, self.share * self.progress)
         zeros = start.zero_point.flatten().to(torch.int16)
-        zeros[places] -= (change[places].abs().round_().clamp_(min=1).copysign_(change[places])).to(torch.int16)
+        zeros[places] -= (change[places].abs().round_().clamp_(1, form.steps).copysign_(change[places])).to(torch.int16)
         zeros = zeros.clamp_(0, form.steps).to(torch.uint8).view(start.zero_point.shape)
         return dataclasses.replace(start, zero_point=zeros)
 

@@ -141,6 +141,14 @@ def export(
     if max_kl is not None and not verify:
         raise UsageError("--max-kl is judged by the proof; leave --no-verify out")
     if folder.name == TRAINED_FILE and folder.is_file():
+        ignored = {"--data": data, "--chat-template": chat_template, "--embeddings": embeddings}
+        given = [name for name, value in ignored.items() if value is not None]
+        given += ["--adapter-only"] if adapter_only else []
+        given += ["--modelfile"] if modelfile else []
+        if given:
+            raise UsageError(
+                f"{folder}: is the very file that was trained, and is exported as it is; leave out {', '.join(given)}"
+            )
         return _export_trained(
             folder, Path(output), beside, str(model), name, verify=verify, max_kl=max_kl, overwrite=overwrite,
             reporter=reporter,
@@ -263,8 +271,8 @@ def _export_trained(
         UsageError: another format is asked for, or options that only another writing could meet.
         GateError: the proof failed.
     """
-    method = rounded_method(file.parent)
-    if method is None or method.format != f"gguf:{name}" or len(beside) > 2:
+    method = rounded_method(file)
+    if method is None or method.format != f"gguf:{name}":
         trained = "no format that is recorded" if method is None else method.format
         raise UsageError(f"{file}: is a file already, trained as {trained}; it is exported in that format, as it is")
     read = GgufFile.open(file)

@@ -32,7 +32,13 @@ def only_gguf_holds(method: object) -> bool:
 
 
 def gguf_exporter(
-    model: PreTrainedModel, method: Rounded, *, source: str, base: BaseRecord, dtype: torch.dtype
+    model: PreTrainedModel,
+    method: Rounded,
+    *,
+    source: str,
+    chat_template: str | None,
+    base: BaseRecord,
+    dtype: torch.dtype,
 ) -> Callable[[Path], None]:
     """Writes the model as it stands to a folder, as a GGUF file.
 
@@ -40,6 +46,7 @@ def gguf_exporter(
         model: with layers that train through the rounding.
         method: how it trains; its format is one of GGUF's.
         source: the model that it was, whose tokenizer goes into the file.
+        chat_template: the one that was trained through, for models that have none.
         base: what adapters were trained on.
         dtype: of everything that is not quantized.
 
@@ -52,7 +59,7 @@ def gguf_exporter(
     architecture = architecture_of(model.config)
     metadata = architecture.metadata(model.config)
     with as_stored(model, dtype=dtype):
-        words, _ = vocabulary_of(_weights(model, folder), None)
+        words, _ = vocabulary_of(_weights(model, folder), chat_template)
 
     def export(target: Path) -> None:
         with atomic_folder(target, overwrite=True) as temporary:

@@ -49,6 +49,7 @@ from strop.progress import SILENT, Reporter
 from strop.recipes.manifest import adapter_digest
 from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, rows_of_run
 from strop.recipes.rows import Rows, held_out_records
+from strop.training.exporting import ADAPTER
 
 EFFECT_GATES: Final = {"quantized": 0.95, "bfloat16": 0.99, "float16": 0.99, "float32": 0.999}
 """Least share of the adapter's effect that a merged model keeps, by how its weights are stored."""
@@ -143,6 +144,7 @@ def merge(
     opened = load(run, to_merge=True)
     if opened.adapter is None:
         raise UsageError(f"{run}: holds a whole model, and a merge takes an adapter; there is nothing to merge")
+    trained = _check_rounding(Path(opened.source), opened.adapter, scheme)
     warnings = (*_warnings(opened.adapter), *opened.warnings)
     for warning in warnings:
         reporter.note(f"warning: {warning}")
@@ -169,7 +171,7 @@ def merge(
             saved = probe.logits(load(temporary, tokenizer=False).model)
             effect = _effect(pair - unmerged, saved - rounded)
             gate = EFFECT_GATES["quantized" if scheme is not None else stored]
-            lost = effect is not None and not effect >= gate
+            lost = effect is not None and not effect >= gate and not trained  # what was trained loses nothing
             if lost and not force:
                 raise GateError(_lost(output, scheme, stored, effect or 0.0, gate))
             result = MergeResult(
@@ -208,6 +210,29 @@ def _scheme(format: str) -> Scheme:
             f"quantize --format {spec} --data FILE, or merge as int8-a8, which needs none"
         )
     return spec.scheme
+
+
+def _check_rounding(folder: Path, adapter: AdapterConfig, scheme: Scheme | None) -> bool:
+    """Whether an adapter is merged in the very rounding that it was trained through.
+
+    Raises:
+        UsageError: it was trained through another one, or one that is not made again from the sum alone.
+    """
+    record = adapter.record
+    if record is None or record.rounded_to is None:
+        return False
+    beside = f"; the merged model that was trained lies in {folder.parent}" if folder.name == ADAPTER else ""
+    if not record.remade:
+        raise UsageError(
+            f"{folder}: was rounded to {record.rounded_to} in training by codes or scales that the adapter does not "
+            f"hold, and a merge cannot make them again{beside}"
+        )
+    if scheme is None or scheme.name != record.rounded_to:
+        raise UsageError(
+            f"{folder}: its sum with the base was rounded to {record.rounded_to} in training, and answers otherwise "
+            f"when it is not; merge it with --format {record.rounded_to}{beside}"
+        )
+    return True
 
 
 def _warnings(adapter: AdapterConfig) -> Iterator[str]:

@@ -31,9 +31,15 @@ PROMPTS: Final = (
 """What is asked where neither `data` nor the run name rows."""
 
 
+def homes(place: Path) -> tuple[Path, Path]:
+    """Where a model's run may be: its folder, or a file's, and the one above."""
+    folder = place if place.is_dir() else place.parent
+    return folder, folder.parent
+
+
 def rows_of_run(run: Path, most: int) -> list[Record]:
     """Rows that a run was validated on, if its settings and its data are still there; `most` of them."""
-    for folder in (run, run.parent):
+    for folder in homes(run):
         if (folder / "config.yaml").is_file():
             try:
                 splits = open_mixture(load_config(folder / "config.yaml").data)
@@ -45,8 +51,8 @@ def rows_of_run(run: Path, most: int) -> list[Record]:
 
 def rounded_method(folder: Path) -> Rounded | None:
     """How the model in a run's folder trained through its rounding; None where it did not, or nothing records it."""
-    for home in (folder, folder.parent):
-        if (home / "config.yaml").is_file():
+    for home in homes(folder):
+        if (home / "config.yaml").is_file() and (home / "run.json").is_file():
             try:
                 method = load_config(home / "config.yaml").method
             except StropError:

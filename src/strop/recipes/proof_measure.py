@@ -27,7 +27,7 @@ from strop.layers.surgery import detach_lora
 from strop.memory import PeakMemory, release_unused_memory, steady_allocation
 from strop.models import OpenedModel, load
 from strop.models.sources import find_folder, is_adapter, read_config
-from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, rounded_method, rows_of_run
+from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, homes, rounded_method, rows_of_run
 from strop.recipes.proof_logits import Effect, Gap, decoded_bytes, free_disk, free_memory, set_aside, write_codes
 from strop.recipes.proof_result import Agreement, Answer, ExportProof
 from strop.recipes.proof_tokens import check_tokens
@@ -329,7 +329,7 @@ def _recorded_base(folder: Path) -> str | None:
     """The model that a run, or what was merged of it, was tuned from, where that is recorded and it is another one."""
     if (merged := merged_adapter(folder)) is not None:
         return read_adapter_config(merged).base
-    for home in (folder, folder.parent):
+    for home in homes(folder):
         if (home / "config.yaml").is_file():
             try:
                 model = load_config(home / "config.yaml").model

@@ -120,6 +120,8 @@ def provenance(model: str | os.PathLike[str]) -> Provenance:
 
 def merged_adapter(folder: Path) -> Path | None:
     """The adapter that a merged model was made of, where it lies where it was and is still the same."""
+    if not folder.is_dir():
+        return None
     try:
         record = read_json(folder / MERGE)
     except (MissingInputError, FileFormatError):

@@ -28,8 +28,9 @@ from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
 from strop.evaluation.kv_cache import KVFormat
 from strop.evaluation.kv_rounding import KVRounding
+from strop.files.peft_adapter import base_digest
 from strop.models.opening import open_tokenizer
-from strop.models.sources import read_config
+from strop.models.sources import find_folder, read_config
 from strop.precision import choose_device, compute_dtype
 from strop.progress import SILENT, Reporter
 from strop.recipes.teacher import TeacherSource, cached_teacher, find_teacher, row_length, student_folder
@@ -96,10 +97,18 @@ class Session:
         return {
             **{key: value for key, value in self.config.flat().items() if key not in MAY_DIFFER},
             "base": self.base.record.digest,
+            **self._start(),
             **({"teacher": self.teacher.digest} if self.teacher is not None else {}),
             "attention": self.attention,
             "valid_samples": _digest(self.valid_set.samples if self.valid_set is not None else []),
         }
+
+    def _start(self) -> dict[str, str]:
+        """The digest of the quantized model that training begins from, where there is one."""
+        method = self.config.method
+        if not isinstance(method, Qat) or method.start is None:
+            return {}
+        return {"start_sha256": base_digest(find_folder(method.start))}
 
     def rows_digest(self) -> str:
         """SHA-256 over the rendered rows, those to train on and those to choose by."""

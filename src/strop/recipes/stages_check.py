@@ -14,7 +14,19 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
-from strop.config import ALL_LINEAR, Full, Lora, LowRank, QLora, Rounded, Stage, StagesConfig, TuneConfig, data_name
+from strop.config import (
+    ALL_LINEAR,
+    Full,
+    Lora,
+    LowRank,
+    QatLora,
+    QLora,
+    Rounded,
+    Stage,
+    StagesConfig,
+    TuneConfig,
+    data_name,
+)
 from strop.data.mixing import Mixture, open_mixture
 from strop.data.records import Record
 from strop.data.samples import prepare
@@ -138,7 +150,8 @@ def _start(stage: Stage, settings: TuneConfig, state: _State, problems: list[str
             f"{where}: teacher: base is a model in full precision before training, and {whose} ends in {lies}; name "
             "the teacher's folder"
         )
-    if state.quantized and not state.adapter and not isinstance(method, QLora) and not plan.startswith("merged"):
+    over_codes = isinstance(method, QLora) or (isinstance(method, QatLora) and method.hold in ("codes", "zero-points"))
+    if state.quantized and not state.adapter and not over_codes and not plan.startswith("merged"):
         problems.append(
             f"{where}: {method.name} needs dense weights, and {whose} ends in quantized ones ({state.quantized}); use "
             "qlora, or put the stage that quantizes last"
@@ -170,7 +183,8 @@ def _check_layers(settings: TuneConfig, skeleton: nn.Module) -> None:
     names = list(select(skeleton, ALL_LINEAR if method.targets == (ALL_LINEAR,) else method.targets))
     if isinstance(method, Rounded):
         shapes = {name: linear_shape(skeleton.get_submodule(name)) for name in names}
-        check_expressible(parse_format(method.format).scheme, shapes, skeleton)
+        if parse_format(method.format).scheme.super_size is None:
+            check_expressible(parse_format(method.format).scheme, shapes, skeleton)
         plan_linears(skeleton, parse_format(method.format).scheme, names)
     elif isinstance(method, QLora) and method.format is not None:
         plan_linears(skeleton, parse_scheme(method.format), list(select(skeleton, ALL_LINEAR)))

@@ -346,7 +346,14 @@ def _exporter(session: Session) -> Callable[[Path], None]:
     """Writes the model as it stands, in the form that the method ends in."""
     base, method = session.base, session.config.method
     if isinstance(method, Rounded) and only_gguf_holds(method):
-        return gguf_exporter(base.model, method, source=session.config.model, base=base.record, dtype=base.stored_dtype)
+        return gguf_exporter(
+            base.model,
+            method,
+            source=session.config.model,
+            chat_template=session.config.samples.chat_template,
+            base=base.record,
+            dtype=base.stored_dtype,
+        )
     return base.exporter(method)
 
 

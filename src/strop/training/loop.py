@@ -164,7 +164,7 @@ class Loop:
 
     @property
     def progress(self) -> Progress:
-        """The loop's counters, as the state holds them."""
+        """The loop's counters."""
         return self.state.progress
 
     def close(self) -> None:
@@ -227,7 +227,8 @@ class Loop:
         """
         settings, start = self.settings, time.perf_counter()
         total = self.progress.total_steps
-        self.rounding.before_step(self.step, total)
+        if self.rounding.before_step(self.step, total):
+            watchdog.forget(self.progress)
         batches, loss, supervised = self._gradient()
         if not self.first_step_done:
             watchdog.check_every_gradient(self.rounding.used(self.parameters, self.step, total), self.step + 1)

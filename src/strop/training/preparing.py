@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from strop.config import ALL_LINEAR, Full, Lora, Method, Qat, QatLora, QLora
 from strop.errors import ConfigError, UsageError
 from strop.files.peft_adapter import AdapterConfig, BaseRecord, base_digest, load_adapter, read_adapter_config
-from strop.files.saving import check_expressible
+from strop.files.saving import check_expressible, skeleton
 from strop.layers.base import linear_shape
 from strop.layers.grids import LearnedGrid
 from strop.layers.quant_experts import quant_experts
@@ -38,7 +38,7 @@ from strop.numerics.scheme import Scheme, parse_format, parse_scheme
 from strop.progress import SILENT, Reporter
 from strop.training.exporting import export_adapter, export_merged, export_model
 from strop.training.optimizers import trained_parameters, widen_trained
-from strop.training.preparing_qat import HELD_IN_8_BITS, put_qat, put_qat_lora
+from strop.training.preparing_qat import HELD_AS_CODES, HELD_IN_8_BITS, put_qat, put_qat_lora
 
 DEFAULT_QLORA_FORMAT: Final = "nf4-dq"
 
@@ -144,9 +144,13 @@ def open_base(
         for note in precision_notes(opened.model, adapter, adapter_folder, folder):
             reporter.note(f"warning: {note}")
     record = BaseRecord(
+        rounded_to=parse_format(method.format).scheme.name if isinstance(method, QatLora) else None,
+        remade=not (
+            isinstance(method, QatLora) and (method.max_moved or method.freeze or method.hold in HELD_AS_CODES)
+        ),
         base=str(folder) if os.path.exists(name) else name,
         format=scheme.name if scheme is not None and quantization is None else None,
-        digest=None if masters else base_digest(folder),  # a checkpoint holds every weight of a whole model
+        digest=None if isinstance(method, Full) else base_digest(folder),  # of `full` a checkpoint holds every weight
         precision=None if masters else base_precision(opened.model),
     )
     if adapter is not None and adapter.record is not None:
@@ -183,12 +187,9 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
         scheme = parse_format(method.format).scheme
         shapes = {name: linear_shape(model.get_submodule(name)) for name in select(model, _targets(method))}
         if scheme.super_size is None:
-            check_expressible(scheme, shapes, model)
-        elif method.targets != (ALL_LINEAR,):
-            raise UsageError(
-                f"targets: {method.format} is written as a GGUF file, where other layers would be rounded untrained; "
-                "leave targets out"
-            )
+            check_expressible(scheme, shapes, skeleton(model))
+        if method.format.startswith("gguf:"):
+            _check_whole(model, method)
         if isinstance(method, Qat):
             names = put_qat(model, scheme, method, _targets(method))
         else:
@@ -206,6 +207,21 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
         if left:
             reporter.note(f"{len(left)} tensors of experts are no linear layers and stay as they are ({left[0]}, ...)")
     return trained
+
+
+def _check_whole(model: PreTrainedModel, method: Qat | QatLora) -> None:
+    """Refuse to train some layers for a GGUF file, where the others would be rounded untrained."""
+    if method.targets != (ALL_LINEAR,):
+        raise UsageError(
+            f"targets: {method.format} is written as a GGUF file, where other layers would be rounded untrained; "
+            "leave targets out"
+        )
+    left = [*experts(model), *quant_experts(model)]
+    if left:
+        raise UsageError(
+            f"{method.format} is written as a GGUF file, where the experts ({left[0]}, ...) would be rounded "
+            "untrained; train a format of folders, such as int4-g32"
+        )
 
 
 def _rounding(folder: Path, method: Method, adapter: AdapterConfig | None, *, quantized: bool) -> Scheme | None:
@@ -229,7 +245,7 @@ def _rounding(folder: Path, method: Method, adapter: AdapterConfig | None, *, qu
 
 def _held(folder: Path, method: QatLora, *, quantized: bool) -> Scheme | None:
     """What the base of an adapter that is rounded with it is held in."""
-    if method.hold in ("codes", "zero-points"):
+    if method.hold in HELD_AS_CODES:
         return None if quantized else parse_format(method.format).scheme
     if quantized:
         raise UsageError(

@@ -38,6 +38,9 @@ from strop.numerics.scheme import Scheme
 HELD_IN_8_BITS: Final = "int8-g32"
 """What `hold: int8` rounds a base to: 8.5 bits a weight."""
 
+HELD_AS_CODES: Final = ("codes", "zero-points")
+"""Ways of holding a base as the destination's own codes."""
+
 MOVED_OF_CODES: Final = 0.05
 """Share of the codes of a base held as codes that move, where nothing else is said."""
 
@@ -65,7 +68,7 @@ def put_qat(model: PreTrainedModel, scheme: Scheme, method: Qat, targets: str | 
             return MovesGrid(start(name, weight), 1.0 if method.max_moved is None else method.max_moved)
         if method.scales == "learned" or method.train == "scales":
             return LearnedGrid(start(name, weight))
-        return RangeGrid(scheme, (weight.shape[0], weight.shape[1]), holds=method.freeze > 0)
+        return RangeGrid(scheme, (weight.shape[0], weight.shape[1]), holds=method.freeze > 0, device=weight.device)
 
     model.requires_grad_(requires_grad=True)
     inputs = input_rounding(method.activations)
@@ -79,7 +82,7 @@ def put_qat(model: PreTrainedModel, scheme: Scheme, method: Qat, targets: str | 
             replace(model, name, ScaleLinear(fake.to_quant_linear(), inputs=inputs))
         _train_scales(model)
     elif method.train != "all":
-        _train_last(model, int(method.train.removeprefix("last:")), fakes)
+        _train_last(model, int(method.train.removeprefix("last:")), fakes, start)
     elif method.max_moved is not None:
         _keep_ends(model)
     return names
@@ -110,13 +113,14 @@ def put_qat_lora(
     )
 
     def grid(name: str, adapter: LoraLinear) -> Grid:
-        if method.hold in ("codes", "zero-points"):
+        if method.hold in HELD_AS_CODES:
             held = _codes(adapter.base, scheme, name)
             share = MOVED_OF_CODES if method.max_moved is None else method.max_moved
             return CodeMoves(held, share) if method.hold == "codes" else ZeroMoves(held, share)
         if method.max_moved is not None:
             return MovesGrid(_nearest(name, dense_weight(adapter.base).float(), scheme), method.max_moved)
-        return RangeGrid(scheme, (adapter.out_features, adapter.in_features), holds=method.freeze > 0)
+        size, device = (adapter.out_features, adapter.in_features), adapter.lora_A.device
+        return RangeGrid(scheme, size, holds=method.freeze > 0, device=device)
 
     return attach_rounding(model, grid, input_rounding(method.activations))
 
@@ -125,8 +129,10 @@ def _start(model: PreTrainedModel, scheme: Scheme, method: Qat) -> Start:
     """Where the scales of each layer begin."""
     if method.start is None:
         return lambda name, weight: _nearest(name, weight, scheme)
+    if not scheme.has_real_scales:
+        raise FormatError(f"start: the scales of {scheme} are codes themselves, and found anew; leave start out")
     folder = find_folder(method.start)
-    begun = load(folder, tokenizer=False).model
+    begun = load(folder, tokenizer=False, device=model.device).model
     found = {name: module for name, module in begun.named_modules() if isinstance(module, QuantLinear)}
 
     def taken(name: str, weight: Tensor) -> QuantizedTensor:
@@ -154,8 +160,7 @@ def _nearest(name: str, weight: Tensor, scheme: Scheme) -> QuantizedTensor:
 
 def _begin_at(fake: FakeQuantLinear, start: QuantizedTensor, *, where: str) -> None:
     """Move the weight no further than it takes to round to the start's codes, on the start's scales."""
-    if start.scale is None or not start.scheme.has_real_scales:
-        return
+    assert start.scale is not None
     zero = None if start.zero_point is None else start.zero_point.float()
     with torch.no_grad():
         fake.weight.copy_(beside(fake.weight.float(), start, start.scale.float(), zero, where=where))
@@ -178,8 +183,8 @@ def _train_scales(model: nn.Module) -> None:
         parameter.requires_grad = own and parameter.is_floating_point()
 
 
-def _train_last(model: nn.Module, count: int, fakes: dict[str, FakeQuantLinear]) -> None:
-    """The last blocks, and what comes after them; layers of the others stand as their codes.
+def _train_last(model: nn.Module, count: int, fakes: dict[str, FakeQuantLinear], start: Start) -> None:
+    """The last blocks; layers of the others stand as the start's codes.
 
     Raises:
         UsageError: there are not so many.
@@ -192,7 +197,7 @@ def _train_last(model: nn.Module, count: int, fakes: dict[str, FakeQuantLinear])
         parameter.requires_grad = name.startswith(trained)
     for name, fake in fakes.items():
         if not name.startswith(trained):
-            replace(model, name, fake.to_quant_linear())
+            replace(model, name, QuantLinear(start(name, fake.weight.detach()), fake.bias))
 
 
 def _keep_ends(model: nn.Module) -> None:

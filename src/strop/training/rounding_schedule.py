@@ -39,7 +39,7 @@ class RoundingSchedule:
 
     def __init__(self, model: nn.Module, *, delay: float = 0.0, freeze: float = 0.0, scale_rate: float = 1e-3) -> None:
         self.delay, self.freeze, self.scale_rate = delay, freeze, scale_rate
-        self._told = False
+        self._told = self._held = False
         modules = dict(model.named_modules())
         self._rounding = [module for module in modules.values() if isinstance(module, FakeQuantLinear | QatLoraLinear)]
         self._holding = [*self._rounding, *(module for module in modules.values() if isinstance(module, ScaleLinear))]
@@ -67,15 +67,17 @@ class RoundingSchedule:
             if tensor is not None
         }
 
-    def before_step(self, step: int, total: int) -> None:
-        """Enter the phase of a step, counted from 0."""
+    def before_step(self, step: int, total: int) -> bool:
+        """Enter the phase of a step, counted from 0; returns whether a delayed rounding begins with it."""
         for module in self._rounding:
             module.rounds = step >= self.first_rounded(total)
-        if step >= self._first_held(total):
+        if step >= self._first_held(total) and not self._held:
+            self._held = True
             for module in self._holding:
                 module.hold()
         for grid in self._moving:
             grid.progress = min(1.0, (step + 1) / total)
+        return step == self.first_rounded(total) > 0
 
     def after_update(self, step: int, reporter: Reporter) -> None:
         """Keep learned scales from vanishing and turning after a step's update; that it was needed is told once."""
@@ -95,7 +97,7 @@ class RoundingSchedule:
 
     def restored(self, steps: int, total: int) -> None:
         """Be as after so many completed steps, parameters and buffers restored."""
-        held = steps > self._first_held(total)
+        held = self._held = steps > self._first_held(total)
         for grid in self._ranges.values():
             grid.held = held and grid.scale is not None
         for module in self._learned.values():

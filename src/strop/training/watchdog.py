@@ -78,6 +78,12 @@ def check_every_gradient(parameters: Mapping[str, nn.Parameter], step: int) -> N
         )
 
 
+def forget(progress: Progress) -> None:
+    """Take what comes as new: the rounding begins, and the loss of what came before is no measure for it."""
+    progress.losses.clear()
+    progress.high = progress.worse_evaluations = 0
+
+
 def may_try_again(progress: Progress, step: int) -> bool:
     """Whether another remedy is allowed at `step`."""
     remedies = [event for event in progress.events if event["kind"] in (SKIPPED, ROLLED_BACK)]
