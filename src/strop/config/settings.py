@@ -169,7 +169,9 @@ class Qat(Rounded):
         "range",
         description="Scales cover the weights on every step, learn with them (LSQ), or stay at the start's.",
     )
-    scale_rate: Real = Field(1e-3, gt=0, description="Peak rate of learned scales, as a share of where they start.")
+    scale_rate: Annotated[Real, Field(gt=0)] | None = Field(
+        None, description="Peak rate of learned scales, as a share of where they start. Default: 0.001."
+    )
     start: str | None = Field(
         None, description="Where codes and scales start: a folder of this model quantized to the format."
     )
@@ -196,7 +198,7 @@ class Qat(Rounded):
         if self.freeze and (self.scales == "fixed" or self.max_moved is not None):
             problems.append("freeze: the scales stay from the start in any case; leave it out")
         learns = self.scales == "learned" or self.train == "scales"
-        if "scale_rate" in self.model_fields_set and not learns:
+        if self.scale_rate is not None and not learns:
             problems.append("scale_rate: no scale is learned; add scales: learned, or leave it out")
         if problems:
             raise ValueError("; ".join(problems))

@@ -179,7 +179,9 @@ def _phases(method: Method) -> dict[str, float]:
     if not isinstance(method, Rounded):
         return {}
     found = {"delay": method.delay, "freeze": method.freeze}
-    return found | ({"scale_rate": method.scale_rate} if isinstance(method, Qat) else {})
+    if isinstance(method, Qat) and method.scale_rate is not None:
+        found["scale_rate"] = method.scale_rate
+    return found
 
 
 def open_session(

@@ -205,7 +205,7 @@ def trial(
             blocks = blocks_to_recompute(model, stream, settings, memory, SILENT, objective)
             stack.enter_context(recomputed(model, blocks))
             stack.callback(model.train, model.training)
-            bare = replace(settings, schedule="constant", warmup_ratio=0.0)
+            bare = replace(settings, schedule="constant", warmup_ratio=0.0, delay=0.0, freeze=0.0)  # holds no scales
             one = Trial(model, stream, [], bare, Path("trial"), _export_nothing, objective, memory, guard, SILENT)
             one.kept = kept
             stack.callback(one.close)
