@@ -188,10 +188,10 @@ class CalibrationBlock:
             DataError: the inputs are not finite.
         """
         leaders = {group[0]: group for group in self.shared if any(layer in layers for layer in group)}
-        sums: dict[str, _Sums] = {}
+        sums: dict[str, InputSums] = {}
 
         def see(layer: str, x: Tensor) -> None:
-            sums.setdefault(layer, _Sums(x.shape[-1], hessian=hessian)).add(x)
+            sums.setdefault(layer, InputSums(x.shape[-1], hessian=hessian)).add(x)
 
         usable = self.usable(changed)
         for number in range(self.batches):
@@ -266,7 +266,7 @@ class CalibrationBlock:
         if not self.batches:
             raise DataError("calibration: there are no rows to run the model over")
         with (
-            _listening(self._linears, see),
+            listening(self._linears, see),
             self._watching(self._experts, enter),
             seeing_endings(self._module, self._linears) as endings,
             torch.no_grad(),
@@ -331,13 +331,13 @@ class CalibrationBlock:
 
         try:
             linears = {layer: self._linears[layer] for layer in layers if layer in self._linears}
-            with _listening(linears, hook), self._watching(layers, expert_hook):
+            with listening(linears, hook), self._watching(layers, expert_hook):
                 self.again(self._feed.numbers[batch], changed, self._replay.showing(usable, layers))
         except _Reached:
             pass
 
 
-class _Sums:
+class InputSums:
     """Running sums over a layer's inputs: float64 for each feature, float32 for the second moments and within a batch.
 
     Of the second moments, a symmetric matrix, only the part above the diagonal is summed, in stripes.
@@ -351,6 +351,7 @@ class _Sums:
         self.hessian = torch.zeros(width, width) if hessian else None
 
     def add(self, x: Tensor) -> None:
+        """Take rows [tokens, in] in."""
         magnitude = x.abs()
         self.square += x.square().sum(dim=0).cpu()
         self.magnitude += magnitude.sum(dim=0).cpu()
@@ -363,6 +364,11 @@ class _Sums:
         self.rows += x.shape[0]
 
     def statistics(self, layer: str) -> Statistics:
+        """What was seen; `layer` is for messages.
+
+        Raises:
+            DataError: the inputs are not finite.
+        """
         if not torch.isfinite(self.square).all():
             raise DataError(
                 f"calibration: the inputs of {layer} are not finite: the model overflows on these rows; check its "
@@ -389,7 +395,7 @@ def hidden_states(output: Any) -> Tensor:
 
 
 @contextmanager
-def _listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show `see` the name and the detached input of each module whenever it is called."""
 
     def listener(layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ class BlockStream:
         memory_bytes: Of hidden states kept in memory, and of inputs that shorten a block's later passes; the rest goes
             to `scratch`. None: all in memory.
         scratch: Where they go.
+        ends: The embedding's and the head's weights in the quantized model, by full name, where they differ; what is
+            put there later counts from then on.
     """
 
     def __init__(
@@ -57,7 +60,9 @@ class BlockStream:
         *,
         memory_bytes: int | None = None,
         scratch: Scratch | None = None,
+        ends: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
+        self.ends = dict(ends)
         self.model, self.batches, self.calibrating = model, batches, calibrating
         half, self._replay_bytes = None, REPLAY_BYTES
         if memory_bytes is not None:
@@ -71,6 +76,9 @@ class BlockStream:
         for number, batch in enumerate(self.batches):
             hidden = self.model.embedded(batch.inputs())
             self._full.put(number, hidden)
+            if self.ends:
+                with self.model.holding(self.ends):
+                    hidden = self.model.embedded(batch.inputs())
             self._quantized.put(number, hidden)
 
     def through(
@@ -94,7 +102,7 @@ class BlockStream:
             with torch.no_grad():
                 for number in range(len(self.batches)):
                     made = block.again(number, changed, usable)
-                    mask = self._tokens(number)
+                    mask = self.tokens(number)
                     wanted = self._full.get(number)[mask].double()
                     sums = errors[number >= self.calibrating]
                     sums[0] += float((made[mask].double() - wanted).square_().sum())
@@ -106,7 +114,12 @@ class BlockStream:
     def after(self, number: int, *, quantized: bool) -> Callable[..., Any]:
         """The model's call for a batch that has gone through every block: same arguments, same output."""
         hidden = self.given(number, quantized=quantized)
-        return lambda **inputs: self.model.after_blocks(inputs, hidden)
+
+        def call(**inputs: Any) -> Any:
+            with self.model.holding(self.ends if quantized else {}):
+                return self.model.after_blocks(inputs, hidden)
+
+        return call
 
     def given(self, number: int, *, quantized: bool) -> Tensor:
         """Hidden states [rows, length, hidden] of a batch, as far as it has gone."""
@@ -118,10 +131,11 @@ class BlockStream:
             returned=lambda returned: self.model.returns_tuple(name, returned),
             hidden=self._quantized.get,
             target=self._full.get,
-            tokens=self._tokens,
+            tokens=self.tokens,
             numbers=range(self.calibrating),
         )
 
-    def _tokens(self, number: int) -> Tensor:
+    def tokens(self, number: int) -> Tensor:
+        """Where a batch has real tokens, bool [rows, length]."""
         batch = self.batches[number]
         return torch.arange(batch.input_ids.shape[1])[None, :] < batch.lengths[:, None]

@@ -37,17 +37,19 @@ from strop.errors import ConfigError, FormatError, ModelError, StropError, neare
 from strop.files.gguf import is_gguf
 from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_config
 from strop.files.shards import tensor_files
+from strop.layers.quant_embedding import QuantEmbedding
 from strop.layers.quant_experts import QuantExperts
 from strop.layers.quantized import QUANTIZED
 from strop.models.adapter_base import precision_notes
 from strop.models.containers import Container, container_for
 from strop.models.gguf_base import GgufBase, gguf_tokenizer, open_gguf
-from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
+from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan
+from strop.models.quantizer import StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
 
-_QUANTIZED = (*QUANTIZED, QuantExperts)
+_QUANTIZED = (*QUANTIZED, QuantExperts, QuantEmbedding)
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
