@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from strop.calibrate.activations import Activations
 from strop.calibrate.replay import REPLAY_BYTES, Replay, seeing_endings
 from strop.errors import DataError, ModelError
 from strop.layers.base import dense_weight
@@ -94,6 +95,8 @@ class CalibrationBlock:
         }
         self._reached: dict[str, int] = {}
         self._replay = Replay(replay_bytes)
+        self._exact: Activations | None = None
+        self._exact_slots: dict[str, int] = {}
         order, unreached = self._order()
         self.shared: Sequence[tuple[str, ...]] = (*order, *((layer,) for layer in unreached))
         self.weights: Mapping[str, Tensor] = {
@@ -173,6 +176,31 @@ class CalibrationBlock:
             )
         return output
 
+    @torch.no_grad()
+    def exact(self, number: int, hidden: Tensor, kept: Activations | None) -> Tensor:
+        """`forward` in full precision, of hidden states of the full-precision model.
+
+        Args:
+            number: The batch.
+            hidden: Its hidden states.
+            kept: Where what the layers are given is kept, for their drift; None: nowhere.
+        """
+        if kept is None:
+            return self.forward(number, hidden, {})
+        mask, seen = self._feed.tokens(number), set[str]()
+        slots = {group[0]: slot for slot, group in enumerate(self.shared) if group[0] in self._linears}
+
+        def see(layer: str, x: Tensor) -> None:
+            if layer not in seen:  # of a layer that is called again, the first call is what statistics are of
+                seen.add(layer)
+                kept.put(number * len(self.shared) + slots[layer], _rows(x, mask).clone())
+
+        with listening({layer: self._linears[layer] for layer in slots}, see):
+            after = self.forward(number, hidden, {})
+        self._exact = kept
+        self._exact_slots = slots
+        return after
+
     def round_inputs(self, rounding: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         """From now on layers compute with rounded inputs: layer to what its inputs [..., in] become."""
         self._rounding = dict(rounding)
@@ -180,7 +208,7 @@ class CalibrationBlock:
             self._replay = Replay(0)  # what was kept came through layers that did not round
 
     def statistics(
-        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
+        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False, drift: bool = False
     ) -> dict[str, Statistics]:
         """Statistics of the inputs of `layers` over all batches, with `changed` in place; unreached layers are out.
 
@@ -190,11 +218,14 @@ class CalibrationBlock:
         leaders = {group[0]: group for group in self.shared if any(layer in layers for layer in group)}
         sums: dict[str, InputSums] = {}
 
-        def see(layer: str, x: Tensor) -> None:
-            sums.setdefault(layer, InputSums(x.shape[-1], hessian=hessian)).add(x)
-
         usable = self.usable(changed)
         for number in range(self.batches):
+
+            def see(layer: str, x: Tensor, number: int = number) -> None:
+                exact = self._exact_inputs(layer, number) if drift else None
+                own = sums.setdefault(layer, InputSums(x.shape[-1], hessian=hessian, drift=exact is not None))
+                own.add(x, exact)
+
             self.observe(number, leaders, changed, see, usable)
         found: dict[str, Statistics] = {}
         for leader, group in leaders.items():
@@ -216,6 +247,12 @@ class CalibrationBlock:
         if not parts:
             return torch.empty(0, self.weights[layer].shape[1])
         return _evenly(torch.cat(parts), most)
+
+    def _exact_inputs(self, layer: str, batch: int) -> Tensor | None:
+        """The inputs [tokens, in] of a layer in full precision, where they were kept."""
+        if self._exact is None or layer not in self._exact_slots:
+            return None
+        return self._exact.get(self._feed.numbers[batch] * len(self.shared) + self._exact_slots[layer])
 
     def _tokens(self, batch: int) -> Tensor:
         return self._feed.tokens(self._feed.numbers[batch])
@@ -307,7 +344,6 @@ class CalibrationBlock:
     ) -> None:
         """Run one batch and show `see` the inputs [tokens, in] of each layer; the pass ends with the last of them."""
         mask = self._tokens(batch)
-        every = bool(mask.all())
         left = set(layers)
 
         def done(layer: str) -> None:
@@ -317,9 +353,7 @@ class CalibrationBlock:
 
         def hook(layer: str, x: Tensor) -> None:
             self._replay.keep(layer, self._feed.numbers[batch], x, changed, self.weights)
-            if x.shape[:-1] == mask.shape and not every:
-                x = x[mask]  # [rows, length, in] -> [tokens, in]
-            see(layer, x.reshape(-1, x.shape[-1]).float())
+            see(layer, _rows(x, mask))
             done(layer)
 
         def expert_hook(layer: str, token: Tensor, count: int, x: Tensor) -> None:
@@ -343,15 +377,16 @@ class InputSums:
     Of the second moments, a symmetric matrix, only the part above the diagonal is summed, in stripes.
     """
 
-    def __init__(self, width: int, *, hessian: bool) -> None:
+    def __init__(self, width: int, *, hessian: bool, drift: bool = False) -> None:
         self.rows = 0
         self.square = torch.zeros(width, dtype=torch.float64)
         self.magnitude = torch.zeros(width, dtype=torch.float64)
         self.largest = torch.zeros(width)
         self.hessian = torch.zeros(width, width) if hessian else None
+        self.drift = torch.zeros(width, width) if drift else None
 
-    def add(self, x: Tensor) -> None:
-        """Take rows [tokens, in] in."""
+    def add(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Take rows [tokens, in] in; `exact` are those of the full-precision model, where the drift is gathered."""
         magnitude = x.abs()
         self.square += x.square().sum(dim=0).cpu()
         self.magnitude += magnitude.sum(dim=0).cpu()
@@ -361,6 +396,9 @@ class InputSums:
             for start in range(0, x.shape[1], _STRIPE):
                 stripe = slice(start, start + _STRIPE)
                 self.hessian[stripe, start:].addmm_(x[:, stripe].t(), x[:, start:])
+        if self.drift is not None and exact is not None:
+            x = x.cpu()
+            self.drift.addmm_((exact - x).t(), x)
         self.rows += x.shape[0]
 
     def statistics(self, layer: str) -> Statistics:
@@ -377,9 +415,9 @@ class InputSums:
         hessian = None if self.hessian is None else self.hessian.triu() / self.rows
         if hessian is not None:
             hessian += hessian.triu(1).t()
-        return Statistics(
-            (self.square / self.rows).float(), self.rows, (self.magnitude / self.rows).float(), self.largest, hessian
-        )
+        drift = None if self.drift is None else self.drift / self.rows
+        mean_abs = (self.magnitude / self.rows).float()
+        return Statistics((self.square / self.rows).float(), self.rows, mean_abs, self.largest, hessian, drift)
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -422,6 +460,13 @@ def _rounding_inputs(layers: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _rows(x: Tensor, mask: Tensor) -> Tensor:
+    """What a layer is given, as float32 [tokens, in], padding left out where it has [rows, length, in]."""
+    if x.shape[:-1] == mask.shape and not bool(mask.all()):
+        x = x[mask]
+    return x.reshape(-1, x.shape[-1]).float()
 
 
 def _evenly(x: Tensor, most: int) -> Tensor:

@@ -10,9 +10,10 @@ them are there at the end without either model ever being whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -23,6 +24,10 @@ from strop.calibrate.replay import REPLAY_BYTES
 from strop.data.batches import Batch
 from strop.models.blocks import BlockwiseModel
 from strop.scratch import Scratch
+
+KEPT_BYTES: Final = 256 << 20
+"""Of what layers are given in full precision, kept in memory; none of it under a budget. The rest is on the disk."""
+KEPT_DISK_BYTES: Final = 64 << 30
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,7 @@ class BlockStream:
         scratch: Where they go.
         ends: The embedding's and the head's weights in the quantized model, by full name, where they differ; what is
             put there later counts from then on.
+        drift: Whether what layers are given in full precision is kept while a block is worked on.
     """
 
     def __init__(
@@ -61,11 +67,13 @@ class BlockStream:
         memory_bytes: int | None = None,
         scratch: Scratch | None = None,
         ends: Mapping[str, Tensor] = MappingProxyType({}),
+        drift: bool = False,
     ) -> None:
-        self.ends = dict(ends)
+        self.ends, self._drift = dict(ends), drift
         self.model, self.batches, self.calibrating = model, batches, calibrating
-        half, self._replay_bytes = None, REPLAY_BYTES
+        half, self._replay_bytes, self._kept_bytes = None, REPLAY_BYTES, KEPT_BYTES
         if memory_bytes is not None:
+            self._kept_bytes = 0
             self._replay_bytes = min(REPLAY_BYTES, memory_bytes // 4)
             half = memory_bytes // 2 - self._replay_bytes  # twice what is kept, since the allocator leaves gaps
         self._full, self._quantized = Activations(half, scratch), Activations(half, scratch)
@@ -91,11 +99,15 @@ class BlockStream:
             layers: The layers in it that are to be quantized.
             work: Given the block, returns what takes the place of its weights and other parameters from now on.
         """
-        with self.model.brought(name) as module:
+        with self.model.brought(name) as module, ExitStack() as stack:
             block = CalibrationBlock(name, module, self._feed(name), layers, replay_bytes=self._replay_bytes)
+            kept = None
+            if self._drift and layers:
+                kept = Activations(self._kept_bytes, stack.enter_context(Scratch(KEPT_DISK_BYTES)))
             with torch.no_grad():
                 for number in range(len(self.batches)):
-                    self._full.put(number, block.forward(number, self._full.get(number), {}))
+                    inputs = kept if number < self.calibrating else None
+                    self._full.put(number, block.exact(number, self._full.get(number), inputs))
             changed = work(block)
             usable = block.usable(changed)
             errors = [[0.0, 0.0], [0.0, 0.0]]

@@ -32,7 +32,7 @@ from strop.files.shards import tensor_files
 from strop.layers.quant_embedding import find_ends
 from strop.layers.quant_experts import quant_experts
 from strop.memory import steady_allocation
-from strop.methods import HESSIAN, Method, search
+from strop.methods import DRIFT, HESSIAN, Method, search
 from strop.methods.reconstruction import LEAST_BATCHES
 from strop.models.blocks import BlockwiseModel
 from strop.models.opening import load, open_tokenizer
@@ -112,8 +112,10 @@ class Bench:
         """The same with a part of the calibrating rows in place of the held-out ones: to choose by, not to judge."""
         return replace(self, rows=self.rows.choosing())
 
-    def stream(self, scratch: Scratch, ends: Mapping[str, Tensor] = MappingProxyType({})) -> BlockStream:
-        """All rows at the first block; `ends` as `BlockStream` has them."""
+    def stream(
+        self, scratch: Scratch, ends: Mapping[str, Tensor] = MappingProxyType({}), *, drift: bool = False
+    ) -> BlockStream:
+        """All rows at the first block; `ends` and `drift` as `BlockStream` has them."""
         size = self.memory.batch_size
         calibrating, held = (list(eval_batches(part, size)) for part in (self.rows.calibrating, self.rows.held_out))
         return BlockStream(
@@ -123,6 +125,7 @@ class Bench:
             memory_bytes=self.memory.hidden_bytes,
             scratch=scratch,
             ends=ends,
+            drift=drift,
         )
 
 
@@ -246,7 +249,7 @@ def calibrate_model(
             table = end_weight(bench.model.model, around.embedding)
             found = search(table, schemes[around.embedding], where=around.embedding)
             ends = put_outside(around.embedding, found)
-        stream = bench.stream(scratch, ends)
+        stream = bench.stream(scratch, ends, drift=plan["method"] in DRIFT)
         head = _head(bench.model, stream.batches[0]) if scale_steps else None
         reports = through(stream, results, "calibrate and quantize")
         if around.head is not None and around.head in schemes:

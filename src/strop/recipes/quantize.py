@@ -39,7 +39,7 @@ from strop.files.shards import weight_bytes
 from strop.layers.base import dense_weight, linear_shape, weight_shape
 from strop.layers.quant_experts import ExpertWeights, expert_weights
 from strop.layers.surgery import blocks, experts, linear_modules
-from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
+from strop.methods import BLOCK_METHODS, DRIFT, HESSIAN, METHODS, Method, rtn
 from strop.methods.sequential import layer_by_layer
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
@@ -310,7 +310,8 @@ def _block_work(method: str, observer: str, seed: int) -> BlockWork:
         chosen = BLOCK_METHODS[method]
         return lambda block, schemes, step: chosen(block, schemes, seed=seed, step=step)
     each = _layer_method(method, observer)
-    return lambda block, schemes, step: layer_by_layer(block, schemes, each, hessian=method in HESSIAN)
+    drift = method in DRIFT
+    return lambda block, schemes, step: layer_by_layer(block, schemes, each, hessian=method in HESSIAN, drift=drift)
 
 
 def _layer_method(method: str, observer: str) -> Method:
