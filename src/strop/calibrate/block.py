@@ -145,12 +145,12 @@ class CalibrationBlock:
 
     def target(self, batch: int) -> Tensor:
         """What the block gave in full precision for the inputs of the full-precision model."""
-        return self._feed.target(self._feed.numbers[batch])[self._tokens(batch)]
+        return _real(self._feed.target(self._feed.numbers[batch]), self._tokens(batch))
 
     def run(self, batch: int, changed: Mapping[str, Tensor]) -> Tensor:
         """The block's output for this batch with `changed` in place of its own; gradients reach `changed`."""
         number = self._feed.numbers[batch]
-        return self.forward(number, self._feed.hidden(number), changed)[self._tokens(batch)]
+        return _real(self.forward(number, self._feed.hidden(number), changed), self._tokens(batch))
 
     def usable(self, changed: Mapping[str, Tensor]) -> list[str]:
         """Layers whose inputs, kept when they were measured, are what they would be with `changed` in place."""
@@ -464,9 +464,12 @@ def _rounding_inputs(layers: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor
 
 def _rows(x: Tensor, mask: Tensor) -> Tensor:
     """What a layer is given, as float32 [tokens, in], padding left out where it has [rows, length, in]."""
-    if x.shape[:-1] == mask.shape and not bool(mask.all()):
-        x = x[mask]
-    return x.reshape(-1, x.shape[-1]).float()
+    return (_real(x, mask) if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])).float()
+
+
+def _real(x: Tensor, mask: Tensor) -> Tensor:
+    """[rows, length, width] to [tokens, width] without padding; no copy where there is none, nor its gradient's."""
+    return x.reshape(-1, x.shape[-1]) if bool(mask.all()) else x[mask]
 
 
 def _evenly(x: Tensor, most: int) -> Tensor:
