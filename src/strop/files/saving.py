@@ -242,9 +242,11 @@ def skeleton(model: PreTrainedModel) -> nn.Module:
 
 
 def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
-    """The quantized layers, but for a head that is one weight with the embedding."""
-    tied = _tied_head(model)
-    return {n: module for n, module in model.named_modules() if isinstance(module, QUANTIZED) and n != tied}
+    """The quantized layers, but for the embedding and a head that is one weight with it."""
+    apart = {_tied_head(model), *_embeddings(model)}
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED) and name not in apart
+    }
 
 
 def _embeddings(model: nn.Module) -> dict[str, QuantEmbedding]:

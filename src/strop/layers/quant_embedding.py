@@ -34,6 +34,7 @@ class QuantEmbedding(nn.Module):
         FormatError: Rows share scales.
     """
 
+    bias: None = None  # as quantized layers without one have it
     _given: Tensor  # empty, of the dtype that rows are given out in
 
     def __init__(self, qtensor: QuantizedTensor, dtype: torch.dtype) -> None:
@@ -44,6 +45,7 @@ class QuantEmbedding(nn.Module):
                 "use a format by channel or by group (int8, int8-g32)"
             )
         self.num_embeddings, self.embedding_dim = qtensor.shape
+        self.out_features, self.in_features = qtensor.shape  # as quantized layers have them
         self.scheme = qtensor.scheme
         self._names = tuple(qtensor.tensors())
         for name, tensor in qtensor.tensors().items():

@@ -7,14 +7,15 @@ from typing import Final
 from torch import Tensor
 
 from strop.layers.int8_linear import Int8Linear, OutlierInt8Linear
+from strop.layers.quant_embedding import QuantEmbedding
 from strop.layers.quant_linear import QuantLinear
 from strop.numerics.qtensor import QuantizedTensor
 
 QuantizedLinear = QuantLinear | Int8Linear | OutlierInt8Linear
 """A linear layer over a `QuantizedTensor`, which it gives as `qtensor`."""
 
-QUANTIZED: Final = (QuantLinear, Int8Linear, OutlierInt8Linear)
-"""The same, for `isinstance`."""
+QUANTIZED: Final = (QuantLinear, Int8Linear, OutlierInt8Linear, QuantEmbedding)
+"""The same, and the embedding, for `isinstance`: what holds codes and scales that no cast may reach."""
 
 
 def quantized_linear(qtensor: QuantizedTensor, bias: Tensor | None = None) -> QuantizedLinear:

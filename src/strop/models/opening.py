@@ -37,7 +37,6 @@ from strop.errors import ConfigError, FormatError, ModelError, StropError, neare
 from strop.files.gguf import is_gguf
 from strop.files.peft_adapter import AdapterConfig, load_adapter, read_adapter_config
 from strop.files.shards import tensor_files
-from strop.layers.quant_embedding import QuantEmbedding
 from strop.layers.quant_experts import QuantExperts
 from strop.layers.quantized import QUANTIZED
 from strop.models.adapter_base import precision_notes
@@ -49,7 +48,7 @@ from strop.models.sources import find_folder, first_line, has_tokenizer, is_adap
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format
 
-_QUANTIZED = (*QUANTIZED, QuantExperts, QuantEmbedding)
+_QUANTIZED = (*QUANTIZED, QuantExperts)
 
 _DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
