@@ -96,7 +96,9 @@ def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[i
     notes: list[str] = []
     searched: dict[str, QuantizedTensor] = {}
 
-    def both(weight: Tensor, scheme: Scheme, seen: Statistics | None = None, /, *, where: str) -> QuantizedTensor:
+    def both(
+        weight: Tensor, scheme: Scheme, seen: Statistics | None = None, /, *, where: str = "weight"
+    ) -> QuantizedTensor:
         searched[where] = search(weight, scheme, seen, where=where)
         return gptq(weight, scheme, seen, where=where, note=notes.append)
 
