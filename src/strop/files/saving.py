@@ -243,9 +243,9 @@ def skeleton(model: PreTrainedModel) -> nn.Module:
 
 def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
     """The quantized layers, but for the embedding and a head that is one weight with it."""
-    apart = {_tied_head(model), *_embeddings(model)}
+    tied = _tied_head(model)
     return {
-        name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED) and name not in apart
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear) and name != tied
     }
 
 
