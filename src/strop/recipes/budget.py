@@ -243,6 +243,12 @@ def choose_formats(
     if budget.kl is not None:
         return _smallest(budget.kl, sizes, within, measured, made_of)
     limit = _limit(budget, bench, shapes, weights)
+    least = sum(min(options) for options in sizes.values())
+    if budget.total_bytes is not None and least > limit:
+        raise UsageError(
+            f"budget: {budget.total_bytes:,} bytes, and the smallest choice of formats needs "
+            f"{least + budget.total_bytes - limit:,}, what is not quantized among them"
+        )
     mixed = within(limit)
     uniform: list[tuple[int, str, dict[str, Scheme]]] = []
     for scheme in formats.values():
