@@ -192,3 +192,56 @@ def test_inputs_that_overflow_are_an_error_by_name(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"layers\.0\.self_attn\.q_proj are not finite"):
         stream.through("model.layers.0", layers_of(streamed, "model.layers.0"), measure)
+
+
+@pytest.mark.parametrize("in_memory", [True, False], ids=["in memory", "on the disk"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_the_drift_is_that_of_the_same_tokens_in_the_two_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, *, in_memory: bool
+) -> None:
+    monkeypatch.setattr("strop.calibrate.stream.KEPT_BYTES", 1 << 20 if in_memory else 0)
+    folder, rows, scheme = folder_of(tmp_path, family), samples([12, 5, 9, 3]), parse_scheme("int4")
+    seen: list[dict[str, list[Tensor]]] = []
+    for format in (None, scheme):
+        whole = load(folder, format, dtype="float32").model
+        inputs: dict[str, list[Tensor]] = {name: [] for name in linear_modules(whole)}
+        for name, module in linear_modules(whole).items():
+            module.register_forward_pre_hook(
+                lambda _, x, name=name, inputs=inputs: inputs[name].append(x[0].reshape(-1, x[0].shape[-1]))
+            )
+        for row in rows:
+            with torch.no_grad():
+                whole(torch.tensor([row.input_ids]))
+        seen.append(inputs)
+    streamed = BlockwiseModel(folder)
+    stream = BlockStream(streamed, list(eval_batches(rows, 2)), 2, drift=True)
+
+    def check(block: CalibrationBlock) -> dict[str, Tensor]:
+        rounded = {name: quantize_tensor(weight, scheme).dequantize() for name, weight in block.weights.items()}
+        found = block.statistics(list(block.weights), rounded, hessian=True, drift=True)
+        for name, statistics in found.items():
+            exact, x = (torch.cat(inputs[name]).double() for inputs in seen)
+            assert statistics.drift is not None
+            wanted = ((exact - x).t() @ x / len(x)).float()
+            torch.testing.assert_close(statistics.drift, wanted, rtol=1e-3, atol=1e-5)
+        assert block.statistics([next(iter(block.weights))], rounded).popitem()[1].drift is None
+        return rounded
+
+    for name in streamed.blocks:
+        stream.through(name, layers_of(streamed, name), check)
+
+
+def test_experts_and_streams_that_keep_nothing_have_no_drift(tmp_path: Path) -> None:
+    streamed = BlockwiseModel(tiny_folder(tmp_path, "mixtral"))
+    name = next(iter(streamed.blocks))
+    for keeps in (False, True):
+        stream = BlockStream(streamed, list(eval_batches(samples([12, 9]), 2)), 1, drift=keeps)
+
+        def check(block: CalibrationBlock, keeps: bool = keeps) -> dict[str, Tensor]:
+            found = block.statistics(list(block.weights), {}, hessian=True, drift=True)
+            assert {block.is_expert(layer) for layer in found} == {True, False}
+            for layer, statistics in found.items():
+                assert (statistics.drift is not None) == (keeps and not block.is_expert(layer))
+            return {}
+
+        stream.through(name, layers_of(streamed, name), check)

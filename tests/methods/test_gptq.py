@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from strop.errors import DataError, FormatError, UsageError
 from strop.methods import METHODS, Statistics, gptq, rtn, search
 from strop.methods.base import output_error
-from strop.methods.gptq import Order, factor, refit, sweep
+from strop.methods.gptq import Order, factor, refit, sweep, target
 from strop.methods.search import searched_scale
 from strop.numerics import parse_scheme, quantize_tensor
 from strop.numerics.qtensor import QuantizedTensor
@@ -304,3 +305,47 @@ def test_weights_and_options_that_cannot_be_are_refused() -> None:
         gptq(weight(4, 64), scheme, statistics, damping=3)
     with pytest.raises(UsageError, match="at least 1"):
         gptq(weight(4, 64), scheme, statistics, block=0)
+
+
+# --- inputs that have drifted ----------------------------------------------------------------------------------------
+
+
+def drifted(columns: int = 64, tokens: int = 4096, share: float = 0.2) -> tuple[Tensor, Tensor, Statistics]:
+    """Inputs x' of full precision [tokens, columns], what became of them x, and the statistics of x."""
+    exact = correlated(columns, tokens=tokens)
+    generator = torch.Generator().manual_seed(7)
+    mixing = torch.randn(columns, columns, generator=generator) / columns**0.5
+    x = exact + share * (exact @ mixing)  # of errors of layers before, which depend on what they were given
+    plain = statistics_of(x)
+    drift = ((exact - x).double().t() @ x.double() / tokens).float()
+    return exact, x, dataclasses.replace(plain, drift=drift)
+
+
+def test_the_target_is_the_least_squares_weight() -> None:
+    exact, x, statistics = drifted()
+    dense = weight(16, 64)
+    found = target(dense, hessian_of(statistics), statistics.drift, 1e-7)  # type: ignore[arg-type]
+    wanted = torch.linalg.lstsq(x.double(), exact.double() @ dense.double().t()).solution.t()
+    assert (found - wanted).square().mean().sqrt() < 1e-3 * (wanted - dense).square().mean().sqrt()
+    damped = target(dense, hessian_of(statistics), statistics.drift, 0.1)  # type: ignore[arg-type]
+    assert 0 < (damped - dense).square().sum() < (found - dense).square().sum()
+
+
+@pytest.mark.parametrize("text", ["int4-g32", "int3-g32-full", "int2-g32", "int4-g32-asym", "nf4-g32"])
+def test_drift_is_made_up_for(text: str) -> None:
+    exact, x, statistics = drifted()
+    dense, scheme = weight(64, 64), parse_scheme(text)
+
+    def error(quantized: QuantizedTensor) -> float:
+        return float((exact @ dense.t() - x @ quantized.dequantize().t()).square().mean())
+
+    without = gptq(dense, scheme, dataclasses.replace(statistics, drift=None))
+    assert error(gptq(dense, scheme, statistics)) < 0.8 * error(without)
+
+
+def test_inputs_that_have_not_moved_give_the_same_bits() -> None:
+    dense, scheme = weight(32, 64), parse_scheme("int3-g32")
+    plain = statistics_of(correlated(64))
+    found = gptq(dense, scheme, dataclasses.replace(plain, drift=torch.zeros(64, 64)))
+    wanted = gptq(dense, scheme, plain)
+    assert all(torch.equal(part, wanted.tensors()[name]) for name, part in found.tensors().items())

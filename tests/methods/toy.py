@@ -51,11 +51,17 @@ class ToyBlock:
         return self.forward(self.x[batch] + self.noise[batch], changed)
 
     def statistics(
-        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
+        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False, drift: bool = False
     ) -> dict[str, Statistics]:
         seen = {layer: x for layer, x in self._inputs(changed).items() if layer in layers}
+        exact = self._inputs({}) if drift else {}
         return {
-            layer: Statistics(x.square().mean(0), len(x), hessian=x.t() @ x / len(x) if hessian else None)
+            layer: Statistics(
+                x.square().mean(0),
+                len(x),
+                hessian=x.t() @ x / len(x) if hessian else None,
+                drift=(exact[layer] - x).t() @ x / len(x) if drift else None,
+            )
             for layer, x in seen.items()
         }
 

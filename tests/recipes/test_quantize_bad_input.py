@@ -184,7 +184,7 @@ def test_a_layer_that_no_row_reaches_is_rounded_without_data_and_named(tmp_path:
     [
         (["-f", "int4-g96"], 2, ["in_features 64 is not divisible by group size 96"]),
         (["--budget", "0.5bits", "-d", "ROWS"], 2, ["smallest choice of formats needs"]),
-        (["--budget", "1KB", "-d", "ROWS"], 2, ["1,000 bytes, and embeddings"]),
+        (["--budget", "1KB", "-d", "ROWS"], 2, ["1,000 bytes, and the smallest choice of formats needs"]),
         (["-f", "int2-g32", "-d", "ROWS", "--max-kl", "1e-9"], 1, ["past the gate", "To blame most: model.layers.0."]),
         (["-f", "int4-g32", "-d", "EMPTY"], 1, ["EMPTY"]),
         (["-f", "int4-g32", "-m", "gptq", "-d", "SHORT"], 1, ["at least 64 are needed"]),

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
+from strop.calibrate.activations import Activations
 from strop.calibrate.replay import REPLAY_BYTES, Replay, seeing_endings
 from strop.errors import DataError, ModelError
 from strop.layers.base import dense_weight
@@ -94,6 +95,8 @@ class CalibrationBlock:
         }
         self._reached: dict[str, int] = {}
         self._replay = Replay(replay_bytes)
+        self._exact: Activations | None = None
+        self._exact_slots: dict[str, int] = {}
         order, unreached = self._order()
         self.shared: Sequence[tuple[str, ...]] = (*order, *((layer,) for layer in unreached))
         self.weights: Mapping[str, Tensor] = {
@@ -142,12 +145,12 @@ class CalibrationBlock:
 
     def target(self, batch: int) -> Tensor:
         """What the block gave in full precision for the inputs of the full-precision model."""
-        return self._feed.target(self._feed.numbers[batch])[self._tokens(batch)]
+        return _real(self._feed.target(self._feed.numbers[batch]), self._tokens(batch))
 
     def run(self, batch: int, changed: Mapping[str, Tensor]) -> Tensor:
         """The block's output for this batch with `changed` in place of its own; gradients reach `changed`."""
         number = self._feed.numbers[batch]
-        return self.forward(number, self._feed.hidden(number), changed)[self._tokens(batch)]
+        return _real(self.forward(number, self._feed.hidden(number), changed), self._tokens(batch))
 
     def usable(self, changed: Mapping[str, Tensor]) -> list[str]:
         """Layers whose inputs, kept when they were measured, are what they would be with `changed` in place."""
@@ -173,6 +176,31 @@ class CalibrationBlock:
             )
         return output
 
+    @torch.no_grad()
+    def exact(self, number: int, hidden: Tensor, kept: Activations | None) -> Tensor:
+        """`forward` in full precision, of hidden states of the full-precision model.
+
+        Args:
+            number: The batch.
+            hidden: Its hidden states.
+            kept: Where what the layers are given is kept, for their drift; None: nowhere.
+        """
+        if kept is None:
+            return self.forward(number, hidden, {})
+        mask, seen = self._feed.tokens(number), set[str]()
+        slots = {group[0]: slot for slot, group in enumerate(self.shared) if group[0] in self._linears}
+
+        def see(layer: str, x: Tensor) -> None:
+            if layer not in seen:  # of a layer that is called again, the first call is what statistics are of
+                seen.add(layer)
+                kept.put(number * len(self.shared) + slots[layer], _rows(x, mask).clone())
+
+        with listening({layer: self._linears[layer] for layer in slots}, see):
+            after = self.forward(number, hidden, {})
+        self._exact = kept
+        self._exact_slots = slots
+        return after
+
     def round_inputs(self, rounding: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
         """From now on layers compute with rounded inputs: layer to what its inputs [..., in] become."""
         self._rounding = dict(rounding)
@@ -180,7 +208,7 @@ class CalibrationBlock:
             self._replay = Replay(0)  # what was kept came through layers that did not round
 
     def statistics(
-        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
+        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False, drift: bool = False
     ) -> dict[str, Statistics]:
         """Statistics of the inputs of `layers` over all batches, with `changed` in place; unreached layers are out.
 
@@ -188,13 +216,16 @@ class CalibrationBlock:
             DataError: the inputs are not finite.
         """
         leaders = {group[0]: group for group in self.shared if any(layer in layers for layer in group)}
-        sums: dict[str, _Sums] = {}
-
-        def see(layer: str, x: Tensor) -> None:
-            sums.setdefault(layer, _Sums(x.shape[-1], hessian=hessian)).add(x)
+        sums: dict[str, InputSums] = {}
 
         usable = self.usable(changed)
         for number in range(self.batches):
+
+            def see(layer: str, x: Tensor, number: int = number) -> None:
+                exact = self._exact_inputs(layer, number) if drift else None
+                own = sums.setdefault(layer, InputSums(x.shape[-1], hessian=hessian, drift=exact is not None))
+                own.add(x, exact)
+
             self.observe(number, leaders, changed, see, usable)
         found: dict[str, Statistics] = {}
         for leader, group in leaders.items():
@@ -216,6 +247,12 @@ class CalibrationBlock:
         if not parts:
             return torch.empty(0, self.weights[layer].shape[1])
         return _evenly(torch.cat(parts), most)
+
+    def _exact_inputs(self, layer: str, batch: int) -> Tensor | None:
+        """The inputs [tokens, in] of a layer in full precision, where they were kept."""
+        if self._exact is None or layer not in self._exact_slots:
+            return None
+        return self._exact.get(self._feed.numbers[batch] * len(self.shared) + self._exact_slots[layer])
 
     def _tokens(self, batch: int) -> Tensor:
         return self._feed.tokens(self._feed.numbers[batch])
@@ -266,7 +303,7 @@ class CalibrationBlock:
         if not self.batches:
             raise DataError("calibration: there are no rows to run the model over")
         with (
-            _listening(self._linears, see),
+            listening(self._linears, see),
             self._watching(self._experts, enter),
             seeing_endings(self._module, self._linears) as endings,
             torch.no_grad(),
@@ -307,7 +344,6 @@ class CalibrationBlock:
     ) -> None:
         """Run one batch and show `see` the inputs [tokens, in] of each layer; the pass ends with the last of them."""
         mask = self._tokens(batch)
-        every = bool(mask.all())
         left = set(layers)
 
         def done(layer: str) -> None:
@@ -317,9 +353,7 @@ class CalibrationBlock:
 
         def hook(layer: str, x: Tensor) -> None:
             self._replay.keep(layer, self._feed.numbers[batch], x, changed, self.weights)
-            if x.shape[:-1] == mask.shape and not every:
-                x = x[mask]  # [rows, length, in] -> [tokens, in]
-            see(layer, x.reshape(-1, x.shape[-1]).float())
+            see(layer, _rows(x, mask))
             done(layer)
 
         def expert_hook(layer: str, token: Tensor, count: int, x: Tensor) -> None:
@@ -331,26 +365,28 @@ class CalibrationBlock:
 
         try:
             linears = {layer: self._linears[layer] for layer in layers if layer in self._linears}
-            with _listening(linears, hook), self._watching(layers, expert_hook):
+            with listening(linears, hook), self._watching(layers, expert_hook):
                 self.again(self._feed.numbers[batch], changed, self._replay.showing(usable, layers))
         except _Reached:
             pass
 
 
-class _Sums:
+class InputSums:
     """Running sums over a layer's inputs: float64 for each feature, float32 for the second moments and within a batch.
 
     Of the second moments, a symmetric matrix, only the part above the diagonal is summed, in stripes.
     """
 
-    def __init__(self, width: int, *, hessian: bool) -> None:
+    def __init__(self, width: int, *, hessian: bool, drift: bool = False) -> None:
         self.rows = 0
         self.square = torch.zeros(width, dtype=torch.float64)
         self.magnitude = torch.zeros(width, dtype=torch.float64)
         self.largest = torch.zeros(width)
         self.hessian = torch.zeros(width, width) if hessian else None
+        self.drift = torch.zeros(width, width) if drift else None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, exact: Tensor | None = None) -> None:
+        """Take rows [tokens, in] in; `exact` are those of the full-precision model, where the drift is gathered."""
         magnitude = x.abs()
         self.square += x.square().sum(dim=0).cpu()
         self.magnitude += magnitude.sum(dim=0).cpu()
@@ -360,9 +396,17 @@ class _Sums:
             for start in range(0, x.shape[1], _STRIPE):
                 stripe = slice(start, start + _STRIPE)
                 self.hessian[stripe, start:].addmm_(x[:, stripe].t(), x[:, start:])
+        if self.drift is not None and exact is not None:
+            x = x.cpu()
+            self.drift.addmm_((exact - x).t(), x)
         self.rows += x.shape[0]
 
     def statistics(self, layer: str) -> Statistics:
+        """What was seen; `layer` is for messages.
+
+        Raises:
+            DataError: the inputs are not finite.
+        """
         if not torch.isfinite(self.square).all():
             raise DataError(
                 f"calibration: the inputs of {layer} are not finite: the model overflows on these rows; check its "
@@ -371,9 +415,9 @@ class _Sums:
         hessian = None if self.hessian is None else self.hessian.triu() / self.rows
         if hessian is not None:
             hessian += hessian.triu(1).t()
-        return Statistics(
-            (self.square / self.rows).float(), self.rows, (self.magnitude / self.rows).float(), self.largest, hessian
-        )
+        drift = None if self.drift is None else self.drift / self.rows
+        mean_abs = (self.magnitude / self.rows).float()
+        return Statistics((self.square / self.rows).float(), self.rows, mean_abs, self.largest, hessian, drift)
 
 
 def hidden_states(output: Any) -> Tensor:
@@ -389,7 +433,7 @@ def hidden_states(output: Any) -> Tensor:
 
 
 @contextmanager
-def _listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+def listening(modules: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show `see` the name and the detached input of each module whenever it is called."""
 
     def listener(layer: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -416,6 +460,16 @@ def _rounding_inputs(layers: Sequence[tuple[nn.Module, Callable[[Tensor], Tensor
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _rows(x: Tensor, mask: Tensor) -> Tensor:
+    """What a layer is given, as float32 [tokens, in], padding left out where it has [rows, length, in]."""
+    return (_real(x, mask) if x.shape[:-1] == mask.shape else x.reshape(-1, x.shape[-1])).float()
+
+
+def _real(x: Tensor, mask: Tensor) -> Tensor:
+    """[rows, length, width] to [tokens, width] without padding; no copy where there is none, nor its gradient's."""
+    return x.reshape(-1, x.shape[-1]) if bool(mask.all()) else x[mask]
 
 
 def _evenly(x: Tensor, most: int) -> Tensor:

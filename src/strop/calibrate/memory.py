@@ -90,7 +90,7 @@ def plan_memory(
     block = max(model.block_bytes(name) for name in model.blocks)
     longest = max((len(sample) for sample in samples), default=0)
     fixed = OWN_BYTES + model.outside_bytes + block * (8 if trains else 2) + 4 * 4 * largest
-    fixed += 4 * 4 * inputs * inputs if hessian else 0
+    fixed += 4 * 6 * inputs * inputs if hessian else 0  # moments, their drift, factors
     if experts:
         fixed += max(model.block_bytes(name) for name in model.blocks) + (HESSIAN_BYTES if hessian else 0)
     held = 0

@@ -10,8 +10,10 @@ them are there at the end without either model ever being whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +24,10 @@ from strop.calibrate.replay import REPLAY_BYTES
 from strop.data.batches import Batch
 from strop.models.blocks import BlockwiseModel
 from strop.scratch import Scratch
+
+KEPT_BYTES: Final = 256 << 20
+"""Of what layers are given in full precision, kept in memory; none of it under a budget. The rest is on the disk."""
+KEPT_DISK_BYTES: Final = 64 << 30
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,9 @@ class BlockStream:
         memory_bytes: Of hidden states kept in memory, and of inputs that shorten a block's later passes; the rest goes
             to `scratch`. None: all in memory.
         scratch: Where they go.
+        ends: The embedding's and the head's weights in the quantized model, by full name, where they differ; what is
+            put there later counts from then on.
+        drift: Whether what layers are given in full precision is kept while a block is worked on.
     """
 
     def __init__(
@@ -57,10 +66,14 @@ class BlockStream:
         *,
         memory_bytes: int | None = None,
         scratch: Scratch | None = None,
+        ends: Mapping[str, Tensor] = MappingProxyType({}),
+        drift: bool = False,
     ) -> None:
+        self.ends, self._drift = dict(ends), drift
         self.model, self.batches, self.calibrating = model, batches, calibrating
-        half, self._replay_bytes = None, REPLAY_BYTES
+        half, self._replay_bytes, self._kept_bytes = None, REPLAY_BYTES, KEPT_BYTES
         if memory_bytes is not None:
+            self._kept_bytes = 0
             self._replay_bytes = min(REPLAY_BYTES, memory_bytes // 4)
             half = memory_bytes // 2 - self._replay_bytes  # twice what is kept, since the allocator leaves gaps
         self._full, self._quantized = Activations(half, scratch), Activations(half, scratch)
@@ -71,6 +84,9 @@ class BlockStream:
         for number, batch in enumerate(self.batches):
             hidden = self.model.embedded(batch.inputs())
             self._full.put(number, hidden)
+            if self.ends:
+                with self.model.holding(self.ends):
+                    hidden = self.model.embedded(batch.inputs())
             self._quantized.put(number, hidden)
 
     def through(
@@ -83,18 +99,22 @@ class BlockStream:
             layers: The layers in it that are to be quantized.
             work: Given the block, returns what takes the place of its weights and other parameters from now on.
         """
-        with self.model.brought(name) as module:
+        with self.model.brought(name) as module, ExitStack() as stack:
             block = CalibrationBlock(name, module, self._feed(name), layers, replay_bytes=self._replay_bytes)
+            kept = None
+            if self._drift and layers:
+                kept = Activations(self._kept_bytes, stack.enter_context(Scratch(KEPT_DISK_BYTES)))
             with torch.no_grad():
                 for number in range(len(self.batches)):
-                    self._full.put(number, block.forward(number, self._full.get(number), {}))
+                    inputs = kept if number < self.calibrating else None
+                    self._full.put(number, block.exact(number, self._full.get(number), inputs))
             changed = work(block)
             usable = block.usable(changed)
             errors = [[0.0, 0.0], [0.0, 0.0]]
             with torch.no_grad():
                 for number in range(len(self.batches)):
                     made = block.again(number, changed, usable)
-                    mask = self._tokens(number)
+                    mask = self.tokens(number)
                     wanted = self._full.get(number)[mask].double()
                     sums = errors[number >= self.calibrating]
                     sums[0] += float((made[mask].double() - wanted).square_().sum())
@@ -106,7 +126,12 @@ class BlockStream:
     def after(self, number: int, *, quantized: bool) -> Callable[..., Any]:
         """The model's call for a batch that has gone through every block: same arguments, same output."""
         hidden = self.given(number, quantized=quantized)
-        return lambda **inputs: self.model.after_blocks(inputs, hidden)
+
+        def call(**inputs: Any) -> Any:
+            with self.model.holding(self.ends if quantized else {}):
+                return self.model.after_blocks(inputs, hidden)
+
+        return call
 
     def given(self, number: int, *, quantized: bool) -> Tensor:
         """Hidden states [rows, length, hidden] of a batch, as far as it has gone."""
@@ -118,10 +143,11 @@ class BlockStream:
             returned=lambda returned: self.model.returns_tuple(name, returned),
             hidden=self._quantized.get,
             target=self._full.get,
-            tokens=self._tokens,
+            tokens=self.tokens,
             numbers=range(self.calibrating),
         )
 
-    def _tokens(self, number: int) -> Tensor:
+    def tokens(self, number: int) -> Tensor:
+        """Where a batch has real tokens, bool [rows, length]."""
         batch = self.batches[number]
         return torch.arange(batch.input_ids.shape[1])[None, :] < batch.lengths[:, None]

@@ -26,6 +26,7 @@ What transformers 5.23 with compressed-tensors 0.20 does with such a folder (fou
 - asymmetric grids per channel or group open only dequantized while loading (else the library expects zero points that
   are not packed), and are then computed in the scale's dtype. So those folders carry `"dequantize": true` in their
   configuration and scales in float32 (of the same values), and open as plainly and as exactly.
+- embeddings cannot be packed: see `embedding_tensors`.
 - MXFP4 opens packed in a bfloat16 model only (the library's weights are bfloat16 whatever the model is), so it is
   dequantized while loading too, which is exact: its levels have two significant bits.
 
@@ -56,6 +57,9 @@ METHOD = "compressed-tensors"
 
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx", "input_scale")
 """What the tensors of a layer end in, besides `weight` itself where nothing is packed."""
+
+EMBEDDINGS = "@embeddings"
+"""What the name of a group of embeddings ends in, after the scheme's own name."""
 
 _MXFP4 = "mxfp4-pack-quantized"
 _ONE_EACH = {"int-quantized": torch.int8, "naive-quantized": None, "float-quantized": torch.float8_e4m3fn}
@@ -347,7 +351,7 @@ def _scheme(name: str, weights: Mapping[str, Any], activations: Activations | No
         raise FormatError(f"compressed-tensors: strategy group with group_size {group_size!r}; at least 2 is needed")
     symmetric = weights.get("symmetric", True)
     try:
-        named = parse_scheme(name)
+        named = parse_scheme(name.removesuffix(EMBEDDINGS))
     except FormatError:
         named = None
     number = FORMATS[format_name]

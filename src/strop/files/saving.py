@@ -11,6 +11,8 @@ and FP4 to bitsandbytes, none at all makes a dense model. A model is written lay
 memory. Names are those of the original checkpoint (transformers' own conversions are undone), and a head tied to the
 embedding is written once.
 
+A quantized embedding (`QuantEmbedding`) stands beside layers in compressed-tensors, and is written once with its head.
+
 Refused by name: formats that no file holds beside each other, adapters not merged, layers still trained through their
 rounding, and what a format cannot hold: Conv1D (GPT-2) in compressed-tensors, rows that bitsandbytes misreads.
 """
@@ -32,13 +34,16 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 from strop.errors import FormatError, ModelError
-from strop.files import bnb4, compressed_tensors, expert_tensors, mixed
+from strop.files import bnb4, compressed_tensors, embedding_tensors, expert_tensors, mixed
 from strop.files.folders import atomic_folder, read_json, write_json
 from strop.files.receipts import Receipt
 from strop.files.shards import MAX_SHARD_BYTES, Part, write_shards
+from strop.layers.base import weight_shape
 from strop.layers.lora_linear import LoraLinear
+from strop.layers.quant_embedding import QuantEmbedding, find_ends, is_table
 from strop.layers.quant_experts import ExpertWeights, expert_weights, quant_experts
 from strop.layers.quantized import QUANTIZED, THROUGH_ROUNDING, QuantizedLinear
+from strop.layers.surgery import linear_modules
 from strop.numerics.formats import CodebookFormat
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -133,13 +138,37 @@ def check_savable(model: PreTrainedModel) -> dict[str, Scheme]:
             raise ModelError(f"{name} and {len(found) - 1} more are {what}; {advice} (nothing was written)")
     quantized = _quantized(model)
     schemes = {name: module.scheme for name, module in quantized.items()}
-    mixed.check_together(list(schemes.values()))
+    embeddings = {name: module.scheme for name, module in _embeddings(model).items()}
+    mixed.check_together([*schemes.values(), *embeddings.values()])
     plain = skeleton(model) if schemes or quant_experts(model) else model
+    _check_embeddings(embeddings, schemes, plain)
+    if len(set(schemes.values())) > 1 and (reason := opens_by_one_format(plain)):
+        raise FormatError(f"one model cannot mix {', '.join(sorted({own.name for own in schemes.values()}))}: {reason}")
     for scheme in dict.fromkeys(schemes.values()):
         shapes = {name: quantized[name].qtensor.shape for name, own in schemes.items() if own == scheme}
         check_expressible(scheme, shapes, plain)
     check_experts({name: module.scheme for name, module in quant_experts(model).items()}, schemes, plain)
     return schemes
+
+
+def _check_embeddings(embeddings: Mapping[str, Scheme], schemes: Mapping[str, Scheme], plain: nn.Module) -> None:
+    for name, scheme in embeddings.items():
+        if not schemes:
+            raise FormatError(f"{name}: a quantized embedding is held beside quantized linear layers only")
+        check_expressible(scheme, {name: weight_shape(plain.get_submodule(name))}, plain)
+
+
+def opens_by_one_format(plain: nn.Module) -> str | None:
+    """Why transformers opens all of a model's quantized weights by one format; None where each has its own.
+
+    Args:
+        plain: as for `check_expressible`.
+    """
+    own = next((name for name, module in linear_modules(plain).items() if type(module) is not nn.Linear), None)
+    if own is None:
+        return None
+    kind = type(plain.get_submodule(own)).__name__
+    return f"{own} is a {kind}, with which transformers dequantizes every layer while loading, by the first format"
 
 
 def check_experts(experts: Mapping[str, Scheme], linears: Mapping[str, Scheme], plain: nn.Module) -> None:
@@ -198,7 +227,14 @@ def check_expressible(scheme: Scheme, shapes: Mapping[str, tuple[int, int]], pla
 
 def inexpressible(scheme: Scheme, name: str, shape: tuple[int, int], plain: nn.Module) -> str | None:
     """Why the scheme's file format cannot hold one layer; None where it can."""
-    kind = type(plain.get_submodule(name))
+    module = plain.get_submodule(name)
+    kind = type(module)
+    if isinstance(module, nn.Embedding):
+        if not is_table(module):
+            return f"a {kind.__name__}, which does more than look up rows; no format holds it"
+        if expert_weights(plain):
+            return "an embedding beside experts, which transformers opens by one format"
+        return embedding_tensors.inexpressible(scheme) or opens_by_one_format(plain)
     if isinstance(scheme.format, CodebookFormat):
         if kind not in (nn.Linear, Conv1D):
             return (
@@ -222,16 +258,38 @@ def skeleton(model: PreTrainedModel) -> nn.Module:
 
 
 def _quantized(model: nn.Module) -> dict[str, QuantizedLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QUANTIZED)}
+    """The quantized layers, but for the embedding and a head that is one weight with it."""
+    tied = _tied_head(model)
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear) and name != tied
+    }
+
+
+def _embeddings(model: nn.Module) -> dict[str, QuantEmbedding]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantEmbedding)}
+
+
+def _tied_head(model: nn.Module) -> str | None:
+    """The head that is one weight with a quantized embedding."""
+    if not _embeddings(model):
+        return None
+    ends = find_ends(model)
+    return ends.head if ends.tied else None
 
 
 def _parts(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> Iterator[Part]:
     """The model's tensors under the names of its checkpoint, one block's dense ones or one quantized layer at a
     time.
     """
-    quantized, experts = _quantized(model), quant_experts(model)
+    quantized, experts, embeddings, head = (
+        _quantized(model),
+        quant_experts(model),
+        _embeddings(model),
+        _tied_head(model),
+    )
     blocks: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in _dense_state(model, [*quantized, *experts]).items():
+    inside = [*quantized, *experts, *embeddings, *([] if head is None else [head])]
+    for name, tensor in _dense_state(model, inside).items():
         block = _BLOCK.match(name)
         blocks.setdefault(block[1] if block else name, {})[name] = tensor
     for tensors in blocks.values():
@@ -240,6 +298,9 @@ def _parts(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> Iterator[Pa
         yield from _expert_parts(model)
     if not schemes:
         return
+    for name, module in embeddings.items():
+        own = None if head is None else _checkpoint_name(model, head)
+        yield Part.of(embedding_tensors.encode(module.qtensor, _checkpoint_name(model, name), own))
     encode = _encoder(model, schemes)
     for name, module in quantized.items():
         layer = _checkpoint_name(model, name)
@@ -339,7 +400,10 @@ def _encoder(
 def _quantization_config(model: PreTrainedModel, schemes: Mapping[str, Scheme], kept: Sequence[str]) -> dict[str, Any]:
     if not _in_words(schemes):
         return bnb4.config_for(next(iter(schemes.values())), kept)
-    return mixed.config_for(schemes, kept, packed=_stays_packed(model, schemes))
+    embeddings = {name: module.scheme for name, module in _embeddings(model).items()}
+    if (head := _tied_head(model)) is not None:
+        embeddings |= dict.fromkeys([head], next(iter(embeddings.values())))
+    return mixed.config_for(schemes, kept, packed=_stays_packed(model, schemes), embeddings=embeddings)
 
 
 def _in_words(schemes: Mapping[str, Scheme]) -> bool:

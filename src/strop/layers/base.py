@@ -54,6 +54,17 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     raise TypeError(f"{type(module).__name__} is not a linear layer")
 
 
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """`linear_shape`, or the shape (rows, width) of an embedding.
+
+    Raises:
+        TypeError: `module` is neither.
+    """
+    if isinstance(module, nn.Embedding):
+        return module.num_embeddings, module.embedding_dim
+    return linear_shape(module)
+
+
 def dense_weight(module: nn.Module) -> Tensor:
     """The dense weight [out, in] of a linear layer, detached.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.int8_linear import Int8Linear, OutlierInt8Linear
 from strop.layers.qat_lora_linear import QatLoraLinear
+from strop.layers.quant_embedding import QuantEmbedding
 from strop.layers.quant_linear import QuantLinear
 from strop.layers.scale_linear import ScaleLinear
 from strop.numerics.qtensor import QuantizedTensor
@@ -19,8 +20,8 @@ THROUGH_ROUNDING: Final = (FakeQuantLinear, QatLoraLinear, ScaleLinear)
 QuantizedLinear = QuantLinear | Int8Linear | OutlierInt8Linear
 """A linear layer over a `QuantizedTensor`, which it gives as `qtensor`."""
 
-QUANTIZED: Final = (QuantLinear, Int8Linear, OutlierInt8Linear)
-"""The same, for `isinstance`."""
+QUANTIZED: Final = (QuantLinear, Int8Linear, OutlierInt8Linear, QuantEmbedding)
+"""The same, and the embedding, for `isinstance`: what holds codes and scales that no cast may reach."""
 
 
 def quantized_linear(qtensor: QuantizedTensor, bias: Tensor | None = None) -> QuantizedLinear:

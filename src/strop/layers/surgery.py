@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from strop.errors import FormatError, TargetError, nearest
-from strop.layers.base import dense_weight, is_linear, linear_bias, linear_shape
+from strop.layers.base import dense_weight, is_linear, linear_bias, linear_shape, weight_shape
 from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.grids import Grid
 from strop.layers.input_rounding import InputRounding
@@ -273,6 +273,8 @@ def quantize_linears(
 def plan_linears(model: nn.Module, scheme: Scheme | Mapping[str, Scheme], names: Sequence[str]) -> None:
     """Check, before any work, that the shape of every named layer fits the scheme (or its own, where they differ).
 
+    An embedding may be among them.
+
     Raises:
         FormatError: one line for each layer that does not fit.
     """
@@ -280,7 +282,7 @@ def plan_linears(model: nn.Module, scheme: Scheme | Mapping[str, Scheme], names:
     for name in names:
         own = scheme if isinstance(scheme, Scheme) else scheme[name]
         try:
-            plan_shape(linear_shape(model.get_submodule(name)), own, where=name)
+            plan_shape(weight_shape(model.get_submodule(name)), own, where=name)
         except FormatError as error:
             problems.append(str(error))
     if problems:

@@ -34,6 +34,8 @@ class Statistics:
         largest: Largest magnitude of each feature, float32 [in]; None where it was not gathered.
         hessian: Mean of x^T x, float32 [in, in], the second moments that GPTQ needs (its factor 2 left out, which
             changes no result); None where it was not gathered.
+        drift: Mean of (x' - x)^T x, float32 [in, in], x' what the same tokens are in the full-precision model: how far
+            the quantization of what comes before has moved the inputs; None where it was not gathered.
     """
 
     mean_square: Tensor
@@ -41,6 +43,7 @@ class Statistics:
     mean_abs: Tensor | None = None
     largest: Tensor | None = None
     hessian: Tensor | None = None
+    drift: Tensor | None = None
 
 
 class Method(Protocol):
@@ -89,9 +92,12 @@ class Block(Protocol):
         ...
 
     def statistics(
-        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False
+        self, layers: Sequence[str], changed: Mapping[str, Tensor], *, hessian: bool = False, drift: bool = False
     ) -> dict[str, Statistics]:
         """Statistics of the inputs of `layers` over all batches, with `changed` in place; unreached layers are out.
+
+        Second moments (`hessian`) and the drift are gathered where they are asked for; the latter not of experts, whose
+        tokens the router may choose differently in full precision, nor where its inputs were not kept.
 
         Layers of one tuple of `shared` get the same object. The block is not run past the last of `layers`.
         """

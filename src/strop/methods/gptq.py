@@ -10,9 +10,18 @@ which the paper's updates with the inverse of H bring the columns (Frantar and o
 algorithm 1); QuIP (arXiv 2307.13304, section 3) shows the two to be one. Here no inverse is needed, and the factor R
 also says how much an error of each column will count, R_jj^2: that is what the scales are searched with.
 
+    target      the weight to be rounded: what comes nearest to full precision over the inputs that there are
     factor      R, and the order of the columns, in panels
     sweep       the a_j, in blocks: what all columns before a block did to it is one matrix product
     refit       the best scales for the codes found
+
+The inputs x of a layer are those that the quantized layers before it give, and no longer the x' of the full-precision
+model. Where that drift was measured, D = mean of (x' - x)^T x, what is rounded is not W but
+
+    W + W D (H + damping * mean(diag H) * I)^-1        of least |W x' - . x|^2 + damping * |. - W|^2 over the tokens,
+
+so that a layer also makes up for what was lost before it, as far as its inputs still tell. "GPTAQ" (Li and others,
+arXiv 2504.02692) brings the same term into each column's turn; here it is there before the first.
 
 Groups are static: a column belongs to the group in which it stands in the weight, whichever its turn, so that an order
 costs nothing at run time. `benchmarks/LOG.md` (2026-11-25) has the figures behind the defaults.
@@ -73,7 +82,8 @@ def gptq(
 ) -> QuantizedTensor:
     """Round a weight [out, in] so that the layer's outputs err least, by GPTQ.
 
-    Its `output_error` is never above that of searched or plain rounding: where it would be, that result is returned.
+    Its `output_error`, from the target where there is drift, is never above that of searched or plain rounding: where
+    it would be, that result is returned.
     Columns of inputs that were always zero get no error from others and give none (their rows of H are zero): they are
     rounded to nearest, not set to zero as the paper's code has it, for other data may reach them.
 
@@ -85,7 +95,7 @@ def gptq(
     Args:
         weight: Any float dtype.
         scheme: The grid; any.
-        statistics: With the inputs' `hessian`.
+        statistics: With the inputs' `hessian`, and their `drift` where it is to be made up for.
         where: The weight's name, for messages.
         order: Which column comes first.
         block: Columns between two matrix products; any size gives the same values, up to rounding in float32.
@@ -111,6 +121,8 @@ def gptq(
     if passes is None:
         passes = 2 if scheme.bits <= 3 else 1
     dense = weight.detach().float()
+    if statistics is not None and statistics.drift is not None:
+        dense = target(dense, hessian, statistics.drift.to(hessian), used)
     found = _rounded(dense, scheme, hessian, factored, block=block, passes=passes, where=where)
     limit = _output_error(dense, found, hessian)
     best = found
@@ -225,6 +237,26 @@ def sweep(
     result = torch.empty_like(values)
     result[order] = values
     return result.t().contiguous()
+
+
+def target(weight: Tensor, hessian: Tensor, drift: Tensor, damping: float) -> Tensor:
+    """The weight whose outputs over the inputs x come nearest to those of `weight` over x', see the module's docstring.
+
+    Args:
+        weight: float32 [out, in].
+        hessian: float32 [in, in].
+        drift: float32 [in, in], as in `Statistics`.
+        damping: A share of the mean of the diagonal, with which the Hessian can be factored.
+
+    Returns:
+        float32 [out, in]; `weight` itself where there is no drift, or where the sum cannot be factored after all.
+    """
+    damped = hessian.clone()
+    damped.diagonal().add_(damping * hessian.diagonal().mean())
+    lower = _cholesky(damped)
+    if lower is None or not drift.any():
+        return weight
+    return weight + torch.cholesky_solve((weight @ drift).t(), lower).t()
 
 
 def refit(weight: Tensor, quantized: QuantizedTensor, hessian: Tensor) -> QuantizedTensor:

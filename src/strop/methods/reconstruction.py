@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Protocol
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from strop.errors import DataError
-from strop.methods.base import Block
+from strop.methods.base import Block, Statistics
 from strop.methods.gptq import gptq
 from strop.methods.search import search
 from strop.methods.sequential import layer_by_layer
@@ -88,19 +87,29 @@ def searched_start(block: Block, schemes: Mapping[str, Scheme]) -> Start:
 def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[int]) -> Start:
     """Round every weight by GPTQ, or with searched scales where that errs less in the block's output over `measured`.
 
+    Both over the same statistics, gathered layer after layer; what has none (see `layer_by_layer`) is not trained.
+
     Raises:
         DataError: Inputs of a layer, or the block's output, are not finite.
         FormatError: A weight does not fit its scheme, or is not finite.
     """
-    searched = searched_start(block, schemes)
     notes: list[str] = []
-    result = layer_by_layer(block, schemes, partial(gptq, note=notes.append), hessian=True)
+    searched: dict[str, QuantizedTensor] = {}
+
+    def both(
+        weight: Tensor, scheme: Scheme, seen: Statistics | None = None, /, *, where: str = "weight"
+    ) -> QuantizedTensor:
+        searched[where] = search(weight, scheme, seen, where=where)
+        return gptq(weight, scheme, seen, where=where, note=notes.append)
+
+    result = layer_by_layer(block, schemes, both, hessian=True)
     notes += result.notes
-    compensated, plain = (block_error(block, measured, weights) for weights in (result.weights, searched.weights))
+    weights, reached = dict(result.weights), tuple(layer for layer in block.weights if layer in searched)
+    compensated, plain = (block_error(block, measured, found) for found in (weights, weights | searched))
     if plain < compensated:
         notes.append(f"{block.name}: started from searched scales, which err less than GPTQ")
-        return Start(searched.weights, searched.reached, notes)
-    return Start(dict(result.weights), searched.reached, notes)
+        return Start(weights | searched, reached, notes)
+    return Start(weights, reached, notes)
 
 
 @torch.no_grad()
@@ -161,11 +170,12 @@ def train(
             "the model's weights"
         )
     fixed = {layer: weight.dequantize() for layer, weight in start.weights.items() if layer not in layers}
-    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS)
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    order = in_random_order(batches, torch.Generator().manual_seed(seed))
     first = best
     device = block.target(batches[0]).device
+    one_pass = device.type in ("cpu", "cuda")  # the others have no such kernel
+    optimizer = torch.optim.Adam(groups, betas=BETAS, eps=EPS, fused=one_pass)
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    order = in_random_order(batches, torch.Generator().manual_seed(seed))
     dtype = compute_dtype("auto", device)
     for iteration in range(iterations):
         batch = next(order)

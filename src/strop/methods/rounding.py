@@ -159,8 +159,8 @@ class _Round(torch.autograd.Function):
             own = rows_of(size, rows)
             x = groups[rows] if offsets is None else _moved(groups[rows], offsets[rows], own)
             zero = None if zeros is None else rows_of(zeros, rows)
-            inside[rows] = grid.inside(x, own, zero, scheme.format)
-            values[rows] = grid.rounded(x, own, rows_of(value_scale, rows), zero, scheme.format)
+            found = grid.rounded_and_inside(x, own, rows_of(value_scale, rows), zero, scheme.format)
+            values[rows], inside[rows] = found
         ctx.scheme = scheme
         ctx.save_for_backward(groups, values, inside, scale, zero_point)
         return restore(values, _sizes(weight))
@@ -184,8 +184,11 @@ class _Round(torch.autograd.Function):
         divisor = torch.where(scale == 0, 1.0, scale)
         for_scale = _summed(scale_sums, scale) / divisor if to_scale else None
         for_zero = None if zero_sums is None else -scale * _summed(zero_sums, zero_point)
-        for_offset = restore(passed * size, shape) if to_offset else None
-        return restore(passed, shape) if to_weight else None, for_offset, for_scale, for_zero, None
+        for_weight = restore(passed, shape) if to_weight else None
+        for_offset = None
+        if to_offset:
+            for_offset = restore(passed * size if to_weight else passed.mul_(size), shape)
+        return for_weight, for_offset, for_scale, for_zero, None
 
 
 def _moved(groups: Tensor, offset: Tensor, scale: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ STARVED: Final = 32
 
 
 def layer_by_layer(
-    block: Block, schemes: Mapping[str, Scheme], method: Method, *, hessian: bool = False
+    block: Block, schemes: Mapping[str, Scheme], method: Method, *, hessian: bool = False, drift: bool = False
 ) -> BlockResult:
     """Quantize a block's weights one after the other.
 
@@ -33,6 +33,7 @@ def layer_by_layer(
         schemes: Layer to its scheme.
         method: Rounds one weight.
         hessian: Whether it needs the second moments of the inputs.
+        drift: Whether it uses how far they are from full precision.
     """
     made: dict[str, QuantizedTensor] = {}
     changed: dict[str, Tensor] = {}
@@ -40,7 +41,7 @@ def layer_by_layer(
     for group in block.stages(hessian=hessian):
         layers = [layer for layer in group if layer in schemes]
         starved: dict[str, int] = {}
-        statistics = block.statistics(layers, changed, hessian=hessian) if layers else {}
+        statistics = block.statistics(layers, changed, hessian=hessian, drift=drift) if layers else {}
         for layer in layers:
             seen = statistics.get(layer)
             if block.is_expert(layer):

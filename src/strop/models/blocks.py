@@ -11,7 +11,7 @@ down. A model whose blocks are no chain, hidden states in and hidden states out,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,19 @@ class BlockwiseModel:
             for owner, part, parameter in list(_heavy(block)):
                 empty = torch.empty_like(parameter, device="meta")
                 setattr(owner, part, nn.Parameter(empty, requires_grad=False))
+
+    @contextmanager
+    def holding(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with other weights in modules outside its blocks, by full name, while the context lasts."""
+        modules = {name: self.model.get_submodule(name) for name in weights}
+        before = {name: module.get_parameter("weight") for name, module in modules.items()}
+        try:
+            for name, module in modules.items():
+                module.register_parameter("weight", nn.Parameter(weights[name], requires_grad=False))
+            yield
+        finally:
+            for name, module in modules.items():
+                module.register_parameter("weight", before[name])
 
     def embedded(self, inputs: dict[str, Any]) -> Tensor:
         """The hidden states that the first block is given."""

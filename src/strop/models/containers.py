@@ -35,6 +35,8 @@ class FileFormat(Protocol):
 
 
 _FORMATS: tuple[FileFormat, ...] = (compressed_tensors, bnb4, gptq, awq)  # type: ignore[assignment]  # modules stand for objects
+_SCALE = "weight_scale"
+_ENDING = f".{_SCALE}"
 _EIGHT_BITS: FileFormat = bnb8  # type: ignore[assignment]  # as above
 
 
@@ -62,7 +64,8 @@ class Container:
         """The quantized layers among the names of a checkpoint's tensors: layer name -> endings of its tensors.
 
         A layer is quantized where a companion of its weight is there (a scale, a quantization state); all others are
-        left out, whatever the configuration says of them.
+        left out, whatever the configuration says of them. So is a head that has scales but no codes: it is tied to
+        the embedding (`repeated_scales`).
         """
         known = set(keys)
         found: dict[str, list[str]] = {}
@@ -73,7 +76,13 @@ class Container:
         for layer, suffixes in found.items():
             if f"{layer}.weight" in known:
                 suffixes.append("weight")
-        return found
+        return {layer: suffixes for layer, suffixes in found.items() if suffixes != [_SCALE]}
+
+    def repeated_scales(self, keys: Iterable[str]) -> list[str]:
+        """The tensors that repeat the scales of an embedding for the head that is tied to it."""
+        known = set(keys)
+        inside = {f"{layer}.{suffix}" for layer, suffixes in self.group(known).items() for suffix in suffixes}
+        return sorted(key for key in known - inside if self.name == compressed_tensors.METHOD and key.endswith(_ENDING))
 
     def decode(self, layer: str, tensors: Mapping[str, Tensor], *, widened: bool = False) -> QuantizedTensor:
         """The quantized weight of `layer`, codes and scales bit for bit, from its tensors by their endings.

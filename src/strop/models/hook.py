@@ -10,7 +10,7 @@ its renamings and splittings of checkpoint names apply before ours.
 codes of a folder that is quantized already, bit for bit: codes are repacked, never dequantized. A problem with one
 tensor does not stop the others: all of them are collected in `plan.problems` and raised at the end by `opening.load`.
 
-Registration with transformers is explicit (`register`) and happens once per process, when a model is first opened.
+`quantizer` is transformers' side of a plan.
 """
 
 from __future__ import annotations
@@ -26,17 +26,11 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming, apply_renamings
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import (
-    AUTO_QUANTIZER_MAPPING,
-    register_quantization_config,
-    register_quantizer,
-)
-from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from strop.errors import FormatError, ModelError, StropError
+from strop.errors import FileFormatError, FormatError, ModelError, StropError
 from strop.files.shards import read_header
-from strop.layers.base import is_linear, linear_bias, linear_shape
+from strop.layers.base import is_linear, linear_bias, weight_shape
+from strop.layers.quant_embedding import find_ends, install_embedding, is_table
 from strop.layers.quant_experts import ExpertWeights, expert_weights, install_experts, plan_experts
 from strop.layers.quantized import quantized_linear
 from strop.layers.surgery import blocks, plan_linears, replace, select
@@ -46,8 +40,7 @@ from strop.models.gguf_base import GgufBase
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
-QUANT_METHOD = "strop"
-"""The name under which the hook stands in transformers' table of quantizers."""
+_AGAIN = "weight_scale of the tied head"
 
 Rounding = Callable[[str, Tensor], QuantizedTensor]
 """(full name of a layer, its dense weight [out, in]) -> the quantized weight."""
@@ -87,9 +80,9 @@ class Plan:
         module = model.get_submodule(name)
         try:
             qtensor = make(module)
-            if tuple(qtensor.shape) != linear_shape(module):
+            if tuple(qtensor.shape) != weight_shape(module):
                 raise ModelError(
-                    f"{name}: the file's weight is {qtensor.shape}, the model needs {linear_shape(module)}"
+                    f"{name}: the file's weight is {qtensor.shape}, the model needs {weight_shape(module)}"
                 )
         except StropError as error:
             self.problems.append(error)
@@ -116,6 +109,8 @@ class Plan:
         """Put a layer over its codes where each layer whose weight was kept stands, and `QuantExperts` for experts."""
         for name in list(self._made_experts):
             install_experts(model, name, self._made_experts.pop(name))
+        for name in [name for name in self._made if isinstance(model.get_submodule(name), nn.Embedding)]:
+            install_embedding(model, name, self._made.pop(name))
         for name in list(self._made):
             layer = quantized_linear(self._made.pop(name), linear_bias(model.get_submodule(name)))
             replace(model, name, layer)
@@ -140,11 +135,14 @@ class RoundingPlan(Plan):
     def prepare(self, model: PreTrainedModel, checkpoint_files: list[str]) -> None:
         """Choose the layers; FormatError if a shape does not fit, before anything is read.
 
-        They are those that a mapping names, or every linear layer and every expert inside the blocks.
+        They are those that a mapping names (the embedding and the head may be among them), or every linear layer and
+        every expert inside the blocks.
         """
         names = [name for name in select(model, "all-linear") if name not in self.kept]
         if not isinstance(self.scheme, Scheme):
-            names = [name for name in names if name in self.scheme]
+            ends = find_ends(model)
+            found = (*names, ends.embedding, ends.head)
+            names = [name for name in found if name is not None and name in self.scheme]
         plan_linears(model, self.scheme, names)
         found = expert_weights(model)
         schemes = {name: own for name in found if (own := self._scheme_of_experts(found[name])) is not None}
@@ -195,6 +193,7 @@ class ReadingPlan(Plan):
         super().__init__(device)
         self.container = container
         self._parts: dict[str, list[str]] = {}
+        self._repeated: dict[str, list[str]] = {}
         self._pieces: dict[str, dict[str, ExpertPiece]] = {}
         self._prefix = ""
 
@@ -214,11 +213,11 @@ class ReadingPlan(Plan):
         else:
             keys = [apply_renamings(key, renamings) for file in checkpoint_files for key in read_header(file).entries]
         self._prefix = f"{model.base_model_prefix}."
-        modules = dict(model.named_modules())
+        modules, ends = dict(model.named_modules()), find_ends(model)
         strangers = []
         for found, parts in self.container.group(keys).items():
             name = found if found in modules or found in pieces else f"{self._prefix}{found}"
-            if name in modules and is_linear(modules[name]):
+            if name in modules and (is_linear(modules[name]) or (name == ends.embedding and is_table(modules[name]))):
                 self._parts[name] = parts
             elif name in pieces:
                 piece = pieces[name]
@@ -233,6 +232,8 @@ class ReadingPlan(Plan):
                 "of experts, those are opened that the model's own checkpoints number one by one"
             )
         self.weights = {*(f"{name}.weight" for name in self._parts), *self.experts}
+        if ends.tied and ends.embedding in self._parts and isinstance(self.container, Container):
+            self._repeated = {ends.embedding: self.container.repeated_scales(keys)}
 
     def converters(self) -> list[WeightConverter]:
         """One converter per layer: all its tensors arrive together, under the name of its dense weight."""
@@ -240,6 +241,10 @@ class ReadingPlan(Plan):
         for name, parts in self._parts.items():
             short = name.removeprefix(self._prefix)  # a checkpoint of the bare decoder has no prefix
             patterns = {rf"(?<!\w){re.escape(f'{short}.{suffix}')}$": suffix for suffix in parts}
+            if again := self._repeated.get(name):
+                short, prefix = name, rf"(?:{re.escape(self._prefix)})?"
+                patterns = {pattern.replace(r"(?<!\w)", rf"(?<!\w){prefix}"): own for pattern, own in patterns.items()}
+                patterns |= {rf"(?<!\w){re.escape(key)}$": _AGAIN for key in again}
             result.append(WeightConverter(list(patterns), [f"{short}.weight"], [_Read(self, name, patterns)]))
         return [*result, *self._expert_converters()]
 
@@ -258,14 +263,14 @@ class ReadingPlan(Plan):
         return decode_experts(self.experts[name], self._pieces[name], arrived, self.container, self.device)
 
 
-class _PlannedOperation(ConversionOps):
+class PlannedOperation(ConversionOps):
     """An operation of this module; transformers copies converters deeply, a plan must stay the same object."""
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _PlannedOperation:
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlannedOperation:
         return self
 
 
-class _Round(_PlannedOperation):
+class _Round(PlannedOperation):
     """{weight name: [tensor]} -> {}; the plan keeps the rounded weight."""
 
     def __init__(self, plan: RoundingPlan) -> None:
@@ -319,7 +324,7 @@ class _Round(_PlannedOperation):
         ]
 
 
-class _Drop(_PlannedOperation):
+class _Drop(PlannedOperation):
     """{weight name: [tensor]} -> {}; the weight stays on the meta device."""
 
     def __init__(self, plan: SkeletonPlan) -> None:
@@ -346,7 +351,7 @@ class _Drop(_PlannedOperation):
         return passed
 
 
-class _Read(_PlannedOperation):
+class _Read(PlannedOperation):
     """{pattern: [tensor]} of one layer -> {}; the plan keeps the quantized weight."""
 
     def __init__(self, plan: ReadingPlan, name: str, patterns: Mapping[str, str]) -> None:
@@ -367,13 +372,22 @@ class _Read(_PlannedOperation):
             value = input_dict.pop(pattern)
             tensor = value[0] if isinstance(value, list) else value
             tensors[self.patterns[pattern]] = tensor.to(self.plan.device)
-        self.plan.keep(model, self.name, lambda _: self.plan.container.decode(self.name, tensors))
+        self.plan.keep(model, self.name, lambda _: self._decoded(tensors))
         if missing_keys is not None:
             missing_keys.discard(f"{self.name}.weight")
         return {}
 
+    def _decoded(self, tensors: dict[str, Tensor]) -> QuantizedTensor:
+        again = tensors.pop(_AGAIN, None)
+        if again is not None and not again.equal(tensors["weight_scale"]):
+            raise FileFormatError(
+                f"{self.name}: the scales that its tied head has are others; both are one weight. The file is damaged, "
+                "or config.json ties what is not tied (tie_word_embeddings)"
+            )
+        return self.plan.container.decode(self.name, tensors)
 
-class _ReadExperts(_PlannedOperation):
+
+class _ReadExperts(PlannedOperation):
     """{pattern: [tensor of each expert]} of one parameter -> {}; the plan keeps the quantized experts."""
 
     def __init__(self, plan: ReadingPlan) -> None:
@@ -395,91 +409,3 @@ class _ReadExperts(_PlannedOperation):
         if missing_keys is not None:
             missing_keys.discard(full_layer_name)
         return {}
-
-
-class StropConfig(QuantizationConfigMixin):
-    """Carries a `Plan` through `from_pretrained`; never written to a file."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.quant_method = QUANT_METHOD  # type: ignore[assignment]
-        self.plan = plan
-
-    def to_dict(self) -> dict[str, Any]:
-        """What transformers logs of it."""
-        return {"quant_method": QUANT_METHOD}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> StropConfig:
-        return self
-
-
-class StropQuantizer(HfQuantizer):
-    """transformers' side of a `Plan`."""
-
-    def __init__(self, quantization_config: StropConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
-        self.plan = quantization_config.plan
-        self.pre_quantized = self.plan.reads_codes
-
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: object
-    ) -> PreTrainedModel:
-        self.plan.prepare(model, checkpoint_files or [])
-        return model
-
-    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: object) -> PreTrainedModel:
-        self.plan.install(model)
-        return model
-
-    def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **_: object) -> bool:
-        """Whether the plan rounds this weight."""
-        return param_name in self.plan.weights
-
-    def get_quantize_ops(self) -> ConversionOps:
-        """The operation on each weight that the plan chose."""
-        assert isinstance(self.plan, RoundingPlan | SkeletonPlan)
-        return self.plan.operation()
-
-    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """None for tensors of a quantized layer, which must arrive as they are stored."""
-        operations = getattr(converter, "operations", ())
-        if any(isinstance(operation, _PlannedOperation) for operation in operations):
-            return None
-        return super().get_new_dtype(converter, param, dtype)
-
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Our converters first: the first that matches a name has it."""
-        return [*self.plan.converters(), *weight_conversions]
-
-    def is_serializable(self) -> bool:  # type: ignore[override]
-        """Whether transformers may save the model itself; it may not, strop's writers do."""
-        return False
-
-    @property
-    def is_trainable(self) -> bool:  # type: ignore[override]
-        """Adapters train on top."""
-        return True
-
-
-def register() -> None:
-    """Make the hook known to transformers; a second call changes nothing."""
-    if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
-        register_quantization_config(QUANT_METHOD)(StropConfig)
-        register_quantizer(QUANT_METHOD)(StropQuantizer)
-
-
-def detach(model: PreTrainedModel) -> None:
-    """Take the hook's traces off an opened model, so that transformers sees a plain one."""
-    for holder, attribute in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if hasattr(holder, attribute):
-            delattr(holder, attribute)
-    model.is_quantized = False  # type: ignore[assignment]
-    used = getattr(model, "_weight_conversions", None) or []
-    model._weight_conversions = [  # type: ignore[assignment]
-        entry
-        for entry in used
-        if not any(isinstance(operation, _PlannedOperation) for operation in getattr(entry, "operations", ()))
-    ]

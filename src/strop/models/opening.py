@@ -42,7 +42,8 @@ from strop.layers.quantized import QUANTIZED
 from strop.models.adapter_base import precision_notes
 from strop.models.containers import Container, container_for
 from strop.models.gguf_base import GgufBase, gguf_tokenizer, open_gguf
-from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan, StropConfig, detach, register
+from strop.models.hook import Plan, ReadingPlan, Rounding, RoundingPlan, SkeletonPlan
+from strop.models.quantizer import StropConfig, detach, register
 from strop.models.sources import find_folder, first_line, has_tokenizer, is_adapter, read_config
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scheme import Scheme, parse_format

@@ -98,13 +98,33 @@ def inside(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: Format) ->
     places = x / scale
     if not isinstance(form, IntFormat):
         return places.abs_() <= (form.max_value if isinstance(form, FloatFormat) else 1.0)
+    return _unclipped(places, zero_point, form)
+
+
+def rounded_and_inside(
+    x: Tensor, scale: Tensor, value_scale: Tensor, zero_point: Tensor | None, form: Format
+) -> tuple[Tensor, Tensor]:
+    """`rounded` and `inside`, bit for bit; of integers with one division for both."""
+    if not isinstance(form, IntFormat):
+        return rounded(x, scale, value_scale, zero_point, form), inside(x, scale, zero_point, form)
+    places = x / scale
+    values = _within(places.round(), zero_point, form).mul_(value_scale)
+    return values, _unclipped(places, zero_point, form)
+
+
+def _unclipped(places: Tensor, zero_point: Tensor | None, form: IntFormat) -> Tensor:
+    """Where x / scale, which is written over, lies within half a step of the grid's ends."""
     places += -form.qmin if zero_point is None else zero_point
     return places.sub_(form.steps / 2).abs_() <= (form.steps + 1) / 2  # one comparison: they are the slow part
 
 
 def _integer_places(x: Tensor, scale: Tensor, zero_point: Tensor | None, form: IntFormat) -> Tensor:
     """Steps from zero, clamp(round(x / scale) + z, qmin, qmax) - z, float32; a zero is 0.0, never -0.0."""
-    places = (x / scale).round_()
+    return _within((x / scale).round_(), zero_point, form)
+
+
+def _within(places: Tensor, zero_point: Tensor | None, form: IntFormat) -> Tensor:
+    """round(x / scale), which is written over, within the grid."""
     if zero_point is None:
         return places.add_(0.0).clamp_(form.qmin, form.qmax)  # -0.0 becomes the 0.0 that a code stands for
     places += zero_point

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from torch import Tensor, nn
 
 from strop import __version__
+from strop.calibrate.ends import end_weight, round_head, stand_ins
 from strop.calibrate.memory import MemoryPlan, plan_memory
 from strop.calibrate.quantizing import BlockReport, BlockWork, quantize_blocks
 from strop.calibrate.results import Results, Taken
@@ -27,8 +29,10 @@ from strop.evaluation.likelihood import Likelihood
 from strop.evaluation.scoring import pieces
 from strop.files.receipts import TensorReceipt
 from strop.files.shards import tensor_files
+from strop.layers.quant_embedding import find_ends
 from strop.layers.quant_experts import quant_experts
 from strop.memory import steady_allocation
+from strop.methods import DRIFT, HESSIAN, Method, search
 from strop.methods.reconstruction import LEAST_BATCHES
 from strop.models.blocks import BlockwiseModel
 from strop.models.opening import load, open_tokenizer
@@ -59,6 +63,7 @@ class Calibrated:
         rows: The rows that calibrated and those that judged.
         held_out: Figures on the held-out rows; empty where there are none.
         folders: The blocks on the disk; before their scales were trained, and, where that was asked for, after.
+        ends: What the embedding and the head became, by name, where they were quantized.
     """
 
     reports: list[BlockReport]
@@ -66,6 +71,7 @@ class Calibrated:
     rows: CalibrationRows
     held_out: dict[str, Any]
     folders: Sequence[Results]
+    ends: Mapping[str, QuantizedTensor]
 
     @property
     def results(self) -> Results:
@@ -76,6 +82,10 @@ class Calibrated:
     def taken(self) -> Taken:
         """What layers became."""
         return Taken(self.results, [report.name for report in self.reports])
+
+    def weight(self, name: str) -> QuantizedTensor:
+        """What a layer, the embedding or the head became."""
+        return self.ends[name] if name in self.ends else self.taken.weight(name)
 
     def remove(self) -> None:
         """Give the disk back, that of an earlier run which trained scales included."""
@@ -102,8 +112,10 @@ class Bench:
         """The same with a part of the calibrating rows in place of the held-out ones: to choose by, not to judge."""
         return replace(self, rows=self.rows.choosing())
 
-    def stream(self, scratch: Scratch) -> BlockStream:
-        """All rows at the first block."""
+    def stream(
+        self, scratch: Scratch, ends: Mapping[str, Tensor] = MappingProxyType({}), *, drift: bool = False
+    ) -> BlockStream:
+        """All rows at the first block; `ends` and `drift` as `BlockStream` has them."""
         size = self.memory.batch_size
         calibrating, held = (list(eval_batches(part, size)) for part in (self.rows.calibrating, self.rows.held_out))
         return BlockStream(
@@ -112,6 +124,8 @@ class Bench:
             len(calibrating),
             memory_bytes=self.memory.hidden_bytes,
             scratch=scratch,
+            ends=ends,
+            drift=drift,
         )
 
 
@@ -167,6 +181,7 @@ def calibrate_model(
     *,
     plan: Mapping[str, Any],
     folder: Path,
+    end_method: Method = search,
     activation_observer: Callable[[], ActivationObserver] = MinMax,
     scale_steps: int = 0,
     seed: int = 0,
@@ -176,10 +191,11 @@ def calibrate_model(
 
     Args:
         bench: The model and its rows.
-        schemes: Layer to its scheme.
+        schemes: Layer to its scheme; the embedding and the head may be among them.
         work: Quantizes one block.
         plan: What `work` is, as JSON values, the `method` among them: finished blocks of another plan are not used.
         folder: Where the blocks are kept.
+        end_method: Rounds a head that is not tied; the scales of an embedding are searched.
         activation_observer: As `quantize_blocks`.
         scale_steps: Steps of `train_scales` once the blocks are done; 0: none.
         seed: Of the order of its batches.
@@ -220,10 +236,26 @@ def calibrate_model(
                 reporter=reporter,
             )
 
+    around, outside = find_ends(bench.model.model), dict[str, QuantizedTensor]()
+
+    def put_outside(name: str, quantized: QuantizedTensor) -> dict[str, Tensor]:
+        outside[name] = quantized
+        weigh(name, end_weight(bench.model.model, name), quantized)
+        return stand_ins(around, name, quantized.dequantize())
+
     with Scratch(DISK_BYTES) as scratch:
-        stream = bench.stream(scratch)
+        ends: dict[str, Tensor] = {}
+        if around.embedding is not None and around.embedding in schemes:
+            table = end_weight(bench.model.model, around.embedding)
+            found = search(table, schemes[around.embedding], where=around.embedding)
+            ends = put_outside(around.embedding, found)
+        stream = bench.stream(scratch, ends, drift=plan["method"] in DRIFT)
         head = _head(bench.model, stream.batches[0]) if scale_steps else None
         reports = through(stream, results, "calibrate and quantize")
+        if around.head is not None and around.head in schemes:
+            own, hessian = schemes[around.head], plan["method"] in HESSIAN
+            found = round_head(stream, around.head, own, end_method, hessian=hessian)
+            stream.ends |= put_outside(around.head, found)
         if head is not None:
             trained = Results(_of_scales(folder), {**whole_plan, "scale_steps": scale_steps, "seed": seed})
             if trained.found < len(reports):
@@ -231,7 +263,15 @@ def calibrate_model(
                 steady = contextlib.nullcontext() if bench.memory.hidden_bytes is None else steady_allocation()
                 with trained.kept_if_of_use(), steady:
                     _train_scales(
-                        stream, head, schemes, results, trained, steps=scale_steps, seed=seed, reporter=reporter
+                        stream,
+                        head,
+                        schemes,
+                        outside,
+                        results,
+                        trained,
+                        steps=scale_steps,
+                        seed=seed,
+                        reporter=reporter,
                     )
             stream.rewind()  # the same rows again, through the blocks as they are now
             reports = through(stream, trained, "measure the blocks again")
@@ -241,7 +281,7 @@ def calibrate_model(
         count = sum(int(batch.lengths.sum()) for batch in stream.batches[: stream.calibrating])
     for name, tokens in [item for report in reports for item in report.tokens.items()]:
         receipts[name] = replace(receipts[name], calibration_tokens=tokens, calibration_share=tokens / count)
-    return Calibrated(reports, receipts, bench.rows, held_out, folders)
+    return Calibrated(reports, receipts, bench.rows, held_out, folders, outside)
 
 
 def _of_scales(folder: Path) -> Path:
@@ -265,6 +305,7 @@ def _train_scales(
     stream: BlockStream,
     head: Head,
     schemes: Mapping[str, Scheme],
+    ends: Mapping[str, QuantizedTensor],
     results: Results,
     trained: Results,
     *,
@@ -278,7 +319,7 @@ def _train_scales(
     student = load(
         stream.model.folder,
         schemes,
-        rounding=lambda name, _: before.weight(name),
+        rounding=lambda name, _: ends[name] if name in ends else before.weight(name),
         dtype="float32",
         tokenizer=False,
     ).model

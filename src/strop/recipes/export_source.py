@@ -143,6 +143,7 @@ class Source:
     def names(self) -> list[str]:
         """Every weight, quantized ones as the weight that they stand for."""
         inside = {f"{layer}.{ending}" for layer, endings in self.layers.items() for ending in endings}
+        inside.update([] if self.container is None else self.container.repeated_scales(self.files))
         return [*(name for name in self.files if name not in inside), *(f"{layer}.weight" for layer in self.layers)]
 
     def is_quantized(self, name: str) -> bool:

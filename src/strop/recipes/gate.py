@@ -157,7 +157,7 @@ def more_bits(
     larger: dict[str, Scheme] = {}
     for layer, own in schemes.items():
         above = sorted((s for s in known if s.bits > own.bits and fits(layer, s)), key=lambda s: s.bits)
-        if above:
+        if above and layer in blamed:  # the embedding and the head belong to no block
             larger[layer] = above[0]
     if not larger:
         raise GateError(

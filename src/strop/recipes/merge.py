@@ -38,6 +38,7 @@ from strop.files.peft_adapter import AdapterConfig, base_digest
 from strop.files.saving import check_expressible, skeleton, write_model
 from strop.layers.base import dense_weight, linear_bias, linear_shape
 from strop.layers.lora_linear import LoraLinear
+from strop.layers.quant_embedding import restore_embedding
 from strop.layers.quant_experts import quant_experts, restore_experts
 from strop.layers.quantized import QUANTIZED, QuantizedLinear, quantized_linear
 from strop.layers.surgery import detach_lora, linear_modules, lora_modules, plan_linears, replace
@@ -349,6 +350,7 @@ def _store(model: PreTrainedModel, plain: nn.Module, scheme: Scheme | None) -> s
     stored.
     """
     dtype = _embedding(model).dtype
+    restore_embedding(model)
     for name, held in quant_experts(model).items():
         if held.scheme != scheme:
             restore_experts(model, name, dtype)

@@ -8,7 +8,7 @@ An expert of a mixture is a linear layer like any other, `<parameter>.<number>`;
 
 Memory holds the result and one weight, or one block. What was made of the blocks is kept beside the output until the
 model stands, so that a killed run goes on from the last finished block, with the same bits. The head and the embeddings
-keep their dtype.
+keep their dtype, but for a budget, which may choose formats for them.
 
 What a format cannot hold (a group size that does not divide, a kind of layer that its files have no place for) is
 refused before any work, all of it at once, or kept in its own dtype and listed where that is asked for.
@@ -36,10 +36,10 @@ from strop.files.mixed import check_together
 from strop.files.receipts import Receipt, TensorReceipt
 from strop.files.saving import inexpressible, inexpressible_experts, write_model
 from strop.files.shards import weight_bytes
-from strop.layers.base import dense_weight, linear_shape
+from strop.layers.base import dense_weight, linear_shape, weight_shape
 from strop.layers.quant_experts import ExpertWeights, expert_weights
 from strop.layers.surgery import blocks, experts, linear_modules
-from strop.methods import BLOCK_METHODS, HESSIAN, METHODS, Method, rtn
+from strop.methods import BLOCK_METHODS, DRIFT, HESSIAN, METHODS, Method, rtn
 from strop.methods.sequential import layer_by_layer
 from strop.models import load
 from strop.models.sources import find_folder, is_adapter, read_config
@@ -234,7 +234,7 @@ def quantize(
             chat_template=chat_template,
             reporter=reporter,
         )
-        work = _block_work(method, observer, seed)
+        work, end_method = _block_work(method, observer, seed), _end_method(method, observer)
         plan = {"method": method, "observer": observer, "activation_observer": activation_observer, "seed": seed}
         folder = Path(output).parent / f".{Path(output).name}.blocks"
 
@@ -248,6 +248,7 @@ def quantize(
                 work,
                 plan=plan,
                 folder=folder,
+                end_method=end_method,
                 activation_observer=observing or MinMax,
                 scale_steps=scale_steps,
                 seed=seed,
@@ -256,8 +257,11 @@ def quantize(
 
         if asked is not None:
             trials = folder.with_name(f"{folder.name}.trial")
-            allocation = choose_formats(bench, asked, known, fits, work, plan=plan, folder=trials, reporter=reporter)
+            allocation = choose_formats(
+                bench, asked, known, fits, work, plan=plan, folder=trials, end_method=end_method, reporter=reporter
+            )
             schemes = dict(allocation.schemes)
+            shapes |= {name: weight_shape(plain.get_submodule(name)) for name in schemes if name not in shapes}
         calibrated = calibrate(schemes)
         while problems := gate.problems(calibrated.held_out):
             blamed = layers_to_blame(bench, calibrated)
@@ -271,7 +275,7 @@ def quantize(
     rounding = (
         _round_on_reading(schemes, method, observer, made, reporter)
         if calibrated is None
-        else lambda name, _: calibrated.taken.weight(name)
+        else lambda name, _: calibrated.weight(name)
     )
     with atomic_folder(output, overwrite=overwrite) as temporary:
         reporter.start("write the model", len(names), "layers")
@@ -306,11 +310,19 @@ def _block_work(method: str, observer: str, seed: int) -> BlockWork:
         chosen = BLOCK_METHODS[method]
         return lambda block, schemes, step: chosen(block, schemes, seed=seed, step=step)
     each = _layer_method(method, observer)
-    return lambda block, schemes, step: layer_by_layer(block, schemes, each, hessian=method in HESSIAN)
+    drift = method in DRIFT
+    return lambda block, schemes, step: layer_by_layer(block, schemes, each, hessian=method in HESSIAN, drift=drift)
 
 
 def _layer_method(method: str, observer: str) -> Method:
     return partial(rtn, observer=observer) if method == "rtn" else METHODS[method]
+
+
+def _end_method(method: str, observer: str) -> Method:
+    """What rounds the head where a method of blocks rounds the blocks: what that method starts from."""
+    if method in METHODS:
+        return _layer_method(method, observer)
+    return METHODS["gptq"] if method in HESSIAN else METHODS["search"]
 
 
 def _round_on_reading(
@@ -386,7 +398,7 @@ def _misfit_of_experts(plain: nn.Module, weights: ExpertWeights, scheme: Scheme)
 
 def _misfit(plain: nn.Module, name: str, scheme: Scheme) -> str | None:
     """Why the format cannot hold a layer; None where it can."""
-    shape = linear_shape(plain.get_submodule(name))
+    shape = weight_shape(plain.get_submodule(name))
     try:
         plan_shape(shape, scheme, where=name)
     except FormatError as error:
