@@ -16,6 +16,7 @@ import strop
 from strop.app.cli import app
 from strop.config import AutoConfig, load_auto
 from strop.errors import ConfigError, DataError, FormatError, MissingInputError, UsageError
+from strop.files.gguf.reader import GgufFile
 from strop.recipes import auto, auto_ways
 from strop.recipes.auto_result import AutoRun
 from strop.recipes.auto_ways import plan_ways
@@ -79,9 +80,10 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_a_gate_that_rounding_meets_trains_nothing(home: Path, tmp_path: Path, made: list[str]) -> None:
-    run = chosen(home, tmp_path / "out", format="int8", max_drop=0.05)
+    run = chosen(home, tmp_path / "out", format="gguf:q4_0", max_drop=0.05)
     assert (run.met, run.exit_code, made) == (True, 0, ["1-search"])
-    assert [row[-1] for row in run.rows()] == ["passed", *["not needed"] * 4]
+    assert [(row[3], row[-1]) for row in run.rows()][1:] == [("not needed", "-")] * 4
+    assert (run.rows()[0][0], run.rows()[0][-1]) == ("1-search", "yes")
     first = run.report["ways"][0]
     assert (first["drop"]["estimate"], first["drop"]["rows"]) == (0.0, 12)
     assert first["seconds"] > 0
@@ -90,8 +92,11 @@ def test_a_gate_that_rounding_meets_trains_nothing(home: Path, tmp_path: Path, m
     assert same(tensors(tmp_path / "out" / "best"), tensors(tmp_path / "out" / "1-search"))
     opened = strop.load(tmp_path / "out")
     assert opened.scheme is not None
-    assert opened.scheme.name == "int8"
+    assert opened.scheme.name == "int4-g32-full"
+    run.export(tmp_path / "m.gguf", verify=False)
+    assert GgufFile.open(tmp_path / "m.gguf").tensors["blk.1.ffn_up.weight"].type == "q4_0"
     assert any(line.startswith("taken: 1-search") for line in run.lines())
+    assert run.next_command() == f"strop prove {tmp_path / 'out'} --data TEST.jsonl --max-drop 0.05"
 
 
 def test_a_gate_that_only_training_meets_goes_on_and_says_what_each_cost_and_gained(
@@ -133,7 +138,7 @@ def test_where_nothing_meets_the_best_so_far_is_kept_and_the_exit_says_so(home: 
     assert len(drops) == 5
     assert run.report["best"] == min(drops, key=lambda model: drops[model])
     assert same(tensors(run.best_path), tensors(out / run.report["best"]))
-    assert [row[-1] for row in run.rows()] == ["not passed"] * 5
+    assert [row[-1] for row in run.rows()] == ["no"] * 5
     assert strop.load(out).scheme is not None
     assert verify(out).intact
 
@@ -145,12 +150,14 @@ def test_rows_that_gated_are_refused_by_prove_and_others_are_not(home: Path, tmp
     """The model itself was trained on other rows here, so that the choice alone can have seen these."""
     rows = tmp_path / "rows"
     rows.mkdir()
+    tiny_chat_file(rows / "test.jsonl", rows=2)
     lines = (home / "data" / "train.jsonl").read_text().splitlines(keepends=True)
     (rows / "train.jsonl").write_text("".join(lines[:8]))
     (rows / "valid.jsonl").write_text("".join(lines[8:]))
     shutil.copytree(home / "run" / "last", tmp_path / "model")  # without the run's account of its own rows
     run = chosen(home, tmp_path / "out", model=tmp_path / "model", data=rows, format="int8", max_drop=0.2)
     assert run.report["taken"] == "1-search"
+    assert f"--data {rows} " in run.next_command()
     for place in (tmp_path / "out", tmp_path / "out" / "1-search"):
         with pytest.raises(DataError, match=r"8 of 8 rows chose .*gate\.jsonl"):
             strop.prove(place, rows / "valid.jsonl", max_drop=0.2, certificate=tmp_path / "c.json")
@@ -169,7 +176,7 @@ def test_texts_are_judged_by_perplexity(home: Path, tmp_path: Path) -> None:
     )
     assert run.report["task"] == "perplexity"
     assert run.report["reference"]["score"] is None
-    assert "nats" in run.rows()[0][3]
+    assert run.headers()[3] == "nats lost"
     with pytest.raises(DataError, match=r"holds no answer to match.*--task perplexity"):
         chosen(home, tmp_path / "other", data=file, task="exact-match", valid_fraction=0.25)
 
@@ -240,6 +247,7 @@ def config(**settings: Any) -> AutoConfig:
         ("gguf:q4_0", ["search", "gptq", "scales", "qat-lora", "qat"], set()),
         ("int2-g32", ["search", "blockwise", "scales", "qat-lora", "qat"], set()),
         ("mxfp4", ["search", "gptq", "scales", "qat-lora", "qat"], {"scales"}),
+        ("int8-a8", ["search", "gptq", "scales", "qat-lora", "qat"], {"scales", "qat-lora", "qat"}),
         ("nf4-dq", ["search", "gptq", "scales", "qat-lora", "qat"], {"scales"}),
     ],
 )

@@ -223,6 +223,7 @@ class _Choice:
             "task": self.task,
             "data": self.config.flat()["data"],
             "gate": {"file": GATE, "rows": len(self.rows.gate), "row_digests": digests},
+            "test": self.config.data if self.rows.test else None,
             "notes": self.rows.notes,
             "reference": None,
             "ways": [
@@ -252,7 +253,7 @@ class _Choice:
         self._save()
 
     def _gate_words(self, reference: Mapping[str, Any]) -> str:
-        allowed = drop_words({"estimate": self.config.method.max_drop}, self.task, interval=False)
+        allowed = drop_words({"estimate": self.config.method.max_drop}, self.task)
         if reference["score"] is None:
             return f"at most {allowed} per token over {reference['loss']['estimate']:.4f} on {reference['rows']:,} rows"
         score = f"{100 * reference['score']['estimate']:.1f}%"

@@ -44,6 +44,7 @@ class GateRows:
         gate: rows that choose.
         calibrating: training rows that calibrate.
         task: what is judged.
+        test: whether the data have rows to judge by, too.
         notes: what a reader should know of them.
     """
 
@@ -52,6 +53,7 @@ class GateRows:
         self.notes: list[str] = []
         self.gate = self._gate(config, data)
         self.calibrating = _drawn(data.train, CALIBRATING, config.seed)
+        self.test = isinstance(config.data, str) and len(data.test) > 0
         self.task: Task = _task(config, self.gate)
         allowed = config.method.max_drop
         if self.task == "exact-match" and 1 / len(self.gate) > allowed:
@@ -150,19 +152,32 @@ def _alone(result: ModelResult) -> dict[str, Any]:
     }
 
 
-def drop_words(drop: Mapping[str, Any], task: str, *, interval: bool = True) -> str:
-    """A drop with its interval, in points or nats per token.
+def drop_figures(drop: Mapping[str, Any], task: str) -> tuple[str, str]:
+    """A drop and its interval as figures, in points or nats per token; the interval is empty where there is none.
 
-    >>> drop_words({"estimate": 0.02, "low": -0.01, "high": 0.05}, "exact-match")
-    '2.0 points (-1.0 to 5.0)'
+    >>> drop_figures({"estimate": 0.02, "low": -0.01, "high": 0.05}, "exact-match")
+    ('2.0', '(-1.0 to 5.0)')
     """
-    size, unit, digits = (100.0, "points", 1) if task == "exact-match" else (1.0, "nats", 4)
-    text = f"{size * drop['estimate'] + 0.0:.{digits}f} {unit}"
-    if not interval:
-        return text
-    if drop["low"] is None or drop["high"] is None:
-        return f"{text} (no interval)"
-    return f"{text} ({size * drop['low']:.{digits}f} to {size * drop['high']:.{digits}f})"
+    size, digits = (100.0, 1) if task == "exact-match" else (1.0, 4)
+    estimate = f"{size * drop['estimate'] + 0.0:.{digits}f}"
+    if drop.get("low") is None or drop.get("high") is None:
+        return estimate, ""
+    return estimate, f"({size * drop['low']:.{digits}f} to {size * drop['high']:.{digits}f})"
+
+
+def unit_of(task: str) -> str:
+    """What a drop is counted in."""
+    return "points" if task == "exact-match" else "nats"
+
+
+def drop_words(drop: Mapping[str, Any], task: str) -> str:
+    """A drop with its unit, and its interval where there is one.
+
+    >>> drop_words({"estimate": 0.0123}, "perplexity")
+    '0.0123 nats'
+    """
+    estimate, interval = drop_figures(drop, task)
+    return f"{estimate} {unit_of(task)} {interval}".rstrip()
 
 
 def _task(config: AutoConfig, gate: Sequence[Record]) -> Task:

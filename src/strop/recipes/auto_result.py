@@ -12,7 +12,7 @@ from typing import Any
 from strop.errors import UsageError
 from strop.evaluation.comparison import mebibytes, significant
 from strop.files.folders import read_json
-from strop.recipes.auto_gate import drop_words
+from strop.recipes.auto_gate import drop_figures, drop_words, unit_of
 from strop.recipes.provenance import AUTO
 
 
@@ -78,7 +78,7 @@ class AutoRun:
 
     def headers(self) -> list[str]:
         """The table's columns."""
-        return ["way", "seconds", "peak MiB", "lost", "gained", "KL nats", "gate"]
+        return ["way", "seconds", "peak MiB", f"{unit_of(self.report['task'])} lost", "gained", "KL", "met"]
 
     def rows(self) -> list[list[str]]:
         """The table's rows: what each way cost, what its model lost, and what it gained on the best before."""
@@ -86,22 +86,15 @@ class AutoRun:
 
     def _cells(self, entry: Mapping[str, Any]) -> list[str]:
         task = self.report["task"]
+        seconds = "-" if entry["seconds"] is None else f"{entry['seconds']:.1f}"
+        peak = "-" if entry["peak_bytes"] is None else mebibytes(entry["peak_bytes"])
         if entry["drop"] is None:
             why = "passed over" if entry["passed_over"] else "failed" if entry["failed"] else "not needed"
-            seconds = "-" if entry["seconds"] is None else f"{entry['seconds']:.1f}"
-            return [entry["folder"], seconds, "-", "-", "-", "-", why]
-        gained = "-"
-        if entry["gained"] is not None:
-            gained = drop_words({"estimate": entry["gained"]}, task, interval=False)
-        return [
-            entry["folder"],
-            f"{entry['seconds']:.1f}",
-            "-" if entry["peak_bytes"] is None else mebibytes(entry["peak_bytes"]),
-            drop_words(entry["drop"], task),
-            gained,
-            "-" if entry["kl"] is None else significant(entry["kl"]["estimate"], 3),
-            "passed" if entry["met"] else "not passed",
-        ]
+            return [entry["folder"], seconds, peak, why, "-", "-", "-"]
+        gained = "-" if entry["gained"] is None else drop_figures({"estimate": entry["gained"]}, task)[0]
+        kl = "-" if entry["kl"] is None else significant(entry["kl"]["estimate"], 3)
+        lost = " ".join(drop_figures(entry["drop"], task)).rstrip()
+        return [entry["folder"], seconds, peak, lost, gained, kl, "yes" if entry["met"] else "no"]
 
     def lines(self) -> list[str]:
         """What was passed over, which way was taken, what is claimed of it, and the next command."""
@@ -114,7 +107,7 @@ class AutoRun:
         ]
         lines += [f"note: {note}" for note in report["notes"]]
         chosen = next(entry for entry in report["ways"] if entry["model"] == report["best"])
-        allowed = drop_words({"estimate": report["max_drop"]}, report["task"], interval=False)
+        allowed = drop_words({"estimate": report["max_drop"]}, report["task"])
         lost = drop_words(chosen["drop"], report["task"])
         if self.met:
             lines.append(f"taken: {chosen['folder']}, {chosen['does']}: {lost} lost, {allowed} allowed")
@@ -122,9 +115,8 @@ class AutoRun:
             lines.append(
                 f"no way keeps within {allowed}; the best so far is {chosen['folder']}, {chosen['does']}: {lost} lost"
             )
-            lines.append(
-                "train longer (--epochs, --max-steps), take a format with more bits, or allow more (--max-drop)"
-            )
+            longer = "train longer (--epochs, --max-steps), " if any(way["trains"] for way in self._measured) else ""
+            lines.append(f"{longer}take a format with more bits, or allow more (--max-drop)")
         lines.append(f"the model: {self.best_path}")
         if self.met:
             lines.append(f"{self._claimed(chosen['drop'])}; on others: {self.next_command()}")
@@ -133,13 +125,18 @@ class AutoRun:
     def _claimed(self, drop: Mapping[str, Any]) -> str:
         """What the gating rows do not say."""
         if drop["high"] is not None and drop["high"] > self.report["max_drop"]:
-            most = drop_words({"estimate": drop["high"]}, self.report["task"], interval=False)
+            most = drop_words({"estimate": drop["high"]}, self.report["task"])
             return f"{drop['rows']:,} rows leave room for {most}, and rows that chose prove nothing"
         return "rows that chose prove nothing"
 
+    @property
+    def _measured(self) -> list[Mapping[str, Any]]:
+        return [way for way in self.report["ways"] if way["drop"] is not None]
+
     def next_command(self) -> str:
-        """The command that proves it."""
-        words = ["strop", "prove", str(self.path), "--data", "TEST.jsonl", "--max-drop", f"{self.report['max_drop']:g}"]
+        """The command that proves it, on the data's test split where there is one."""
+        data = self.report["test"] or "TEST.jsonl"
+        words = ["strop", "prove", str(self.path), "--data", data, "--max-drop", f"{self.report['max_drop']:g}"]
         if self.report["task"] != "exact-match":
             words += ["--task", self.report["task"]]
         return shlex.join(words)

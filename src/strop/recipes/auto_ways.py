@@ -109,13 +109,12 @@ def plan_ways(config: AutoConfig, plain: nn.Module | None = None) -> list[Way]:
     scheme = scheme_to_end_on(config)
     real = scheme.has_real_scales
     coded = f"the scales of {scheme} are codes themselves, and cannot be trained"
-    integers = f"{scheme} multiplies integers, and its scales are not trained"
-    no_scales = None if real and scheme.activations is None else integers if real else coded
-    mixture = _of_experts(plain)
+    no_training = _why_not_trained(scheme, plain)
+    no_scales = no_training or (None if real else coded)
     blockwise = scheme.bits <= 2
-    steps = SCALE_STEPS if no_scales is None else 0
+    steps = SCALE_STEPS if real and scheme.activations is None else 0
     calibrated = "block by block" if blockwise else "GPTQ"
-    learned: dict[str, Any] = {"scales": "learned"} if no_scales is None else {}
+    learned: dict[str, Any] = {"scales": "learned"} if real else {}
     ways = [
         Way(1, "search", "search", "rounding to nearest, scales searched", trains=False),
         Way(
@@ -134,7 +133,7 @@ def plan_ways(config: AutoConfig, plain: nn.Module | None = None) -> list[Way]:
             trains=True,
             settings={"train": "scales"},
             starts=True,
-            passed_over=mixture or no_scales,
+            passed_over=no_scales,
         ),
         Way(
             4,
@@ -143,7 +142,7 @@ def plan_ways(config: AutoConfig, plain: nn.Module | None = None) -> list[Way]:
             f"an adapter of rank {config.method.rank} through the rounding of its sum with the weights",
             trains=True,
             settings={"rank": config.method.rank, "alpha": config.method.alpha},
-            passed_over=mixture,
+            passed_over=no_training,
         ),
         Way(
             5,
@@ -153,20 +152,22 @@ def plan_ways(config: AutoConfig, plain: nn.Module | None = None) -> list[Way]:
             trains=True,
             settings=learned,
             starts=bool(learned),
-            passed_over=mixture,
+            passed_over=no_training,
         ),
     ]
     for way in ways:
-        if way.trains:
+        if way.trains and way.passed_over is None:
             way.run(config, output="output", start="start", resume=False)
     return ways
 
 
-def _of_experts(plain: nn.Module | None) -> str | None:
-    """Why a mixture of experts is not trained."""
-    if plain is None or not (experts(plain) or expert_weights(plain)):
-        return None
-    return "experts are rounded after training only, so that a trained model would not end on the format"
+def _why_not_trained(scheme: Scheme, plain: nn.Module | None) -> str | None:
+    """Why a model is not trained for a format."""
+    if scheme.activations is not None:
+        return f"training stores no rounding of activations, which {scheme} has"
+    if plain is not None and (experts(plain) or expert_weights(plain)):
+        return "experts are rounded after training only, so that a trained model would not end on the format"
+    return None
 
 
 def refuse_unknown_format(config: AutoConfig) -> None:

@@ -142,7 +142,7 @@ def _look(place: str, result: Provenance) -> list[str]:
     folder = find_folder(place)
     before = _names(read_adapter_config(folder).base) if is_adapter(folder) else []
     for home in (folder, folder.parent):
-        before += _of_choice(place, home, _read(home / AUTO, result), result)
+        before += _of_choice(home, _read(home / AUTO, result), result)
         if (home / MANIFEST).is_file():
             before += _of_manifest(place, home, result)
         elif (home / "run.json").is_file() and (home / "config.yaml").is_file():  # of a version without manifests
@@ -158,13 +158,13 @@ def _look(place: str, result: Provenance) -> list[str]:
     return before
 
 
-def _of_choice(place: str, home: Path, account: Mapping[str, Any], result: Provenance) -> list[str]:
+def _of_choice(home: Path, account: Mapping[str, Any], result: Provenance) -> list[str]:
     """What a choice among runs says (`strop.recipes.auto`): the model it began from comes before the one it took."""
     gate = account.get("gate")
     if not isinstance(gate, Mapping):
         return []
     rows = frozenset(str(digest) for digest in gate.get("row_digests", []))
-    result.choosers.append(Chooser(place, "chose", str(home / str(gate.get("file", ""))), rows=rows))
+    result.choosers.append(Chooser(str(home), "chose", str(home / str(gate.get("file", ""))), rows=rows))
     taken = _names(account.get("best"))
     return [*_names(account.get("model")), *(str(home / name) for name in taken)]
 
