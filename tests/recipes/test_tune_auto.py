@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import strop
 from strop.app.cli import app
-from strop.config import AutoConfig, load_auto
+from strop.config import AutoConfig, load_auto, load_config
 from strop.errors import ConfigError, DataError, FormatError, MissingInputError, UsageError
 from strop.files.gguf.reader import GgufFile
 from strop.recipes import auto, auto_ways
@@ -141,6 +141,24 @@ def test_where_nothing_meets_the_best_so_far_is_kept_and_the_exit_says_so(home: 
     assert [row[-1] for row in run.rows()] == ["no"] * 5
     assert strop.load(out).scheme is not None
     assert verify(out).intact
+
+
+def test_a_way_that_fails_is_told_and_the_others_go_on(home: Path, tmp_path: Path, made: list[str]) -> None:
+    """Two rows are too few to calibrate with; what begins from the best codes begins from those of the search."""
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    lines = (home / "data" / "train.jsonl").read_text().splitlines(keepends=True)
+    (rows / "train.jsonl").write_text("".join(lines[:2]))
+    (rows / "valid.jsonl").write_text("".join(lines[8:]))
+    run = chosen(home, tmp_path / "out", data=rows, task="perplexity", max_drop=1e-9)
+    assert made == ["1-search", "2-gptq", "3-scales", "4-qat-lora", "5-qat"]
+    assert run.rows()[1][3] == "failed"
+    assert any(line.startswith("2-gptq: failed: ") and "at least 64 are needed" in line for line in run.lines())
+    assert load_config(tmp_path / "out" / "3-scales" / "config.yaml").flat()["start"] == str(
+        tmp_path / "out" / "1-search"
+    )
+    resumed = chosen(home, tmp_path / "out", data=rows, task="perplexity", max_drop=1e-9, resume=True)
+    assert resumed.report == run.report
 
 
 # --- rows -------------------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from strop.config import AutoConfig, load_auto, to_yaml
-from strop.errors import ConfigError, MissingInputError, TrainingError, UsageError
+from strop.errors import ConfigError, DataError, DiskFullError, MissingInputError, TrainingError, UsageError
 from strop.files.folders import MANIFEST, atomic_folder, clear_leftovers, read_json, sha256_file, write_json
 from strop.files.peft_adapter import base_digest
 from strop.files.receipts import RECEIPT
@@ -135,7 +135,9 @@ class _Choice:
         try:
             with memory:
                 entry["model"] = self._run(way) if way.trains else self._quantize(way)
-        except TrainingError as error:
+        except DiskFullError:
+            raise
+        except (TrainingError, DataError) as error:  # of this way's own: too few rows to calibrate, a loss that is NaN
             entry["failed"] = str(error)
             self.reporter.note(f"{way.folder}: failed: {error}")
         finally:

@@ -163,7 +163,11 @@ def _of_choice(home: Path, account: Mapping[str, Any], result: Provenance) -> li
     gate = account.get("gate")
     if not isinstance(gate, Mapping):
         return []
-    rows = frozenset(str(digest) for digest in gate.get("row_digests", []))
+    listed = gate.get("row_digests")
+    if not isinstance(listed, list):
+        result.notes.append(f"{home / AUTO}: lists no rows that it was gated by, so none was looked for there")
+        listed = []
+    rows = frozenset(str(digest) for digest in listed)
     result.choosers.append(Chooser(str(home), "chose", str(home / str(gate.get("file", ""))), rows=rows))
     taken = _names(account.get("best"))
     return [*_names(account.get("model")), *(str(home / name) for name in taken)]
