@@ -209,13 +209,24 @@ def test_finished_ways_are_not_done_again_when_a_killed_choice_is_resumed(
     whole = chosen(home, tmp_path / "whole", **settings)
     made.clear()
 
+    def interrupt(_: int) -> None:
+        if made[-1:] == ["2-gptq"]:
+            raise KeyboardInterrupt
+
+    listener = Notes(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        chosen(home, tmp_path / "out", reporter=listener, **settings)
+    assert listener.said("--resume goes on at the unfinished way")
+    assert made == ["1-search", "2-gptq"]
+    made.clear()
+
     def kill(_: int) -> None:
         if made[-1:] == ["4-qat-lora"] and (tmp_path / "out" / "4-qat-lora" / "checkpoints" / "step-000002").is_dir():
             raise Killed
 
     with pytest.raises(Killed):
-        chosen(home, tmp_path / "out", reporter=Notes(kill), **settings)
-    assert made == ["1-search", "2-gptq", "3-scales", "4-qat-lora"]
+        chosen(home, tmp_path / "out", reporter=Notes(kill), resume=True, **settings)
+    assert made == ["2-gptq", "3-scales", "4-qat-lora"]
     before = json.loads((tmp_path / "out" / "auto.json").read_text())
     assert (before["finished"], before["ways"][3]["model"]) == (False, None)
     made.clear()
@@ -343,3 +354,5 @@ def test_what_cannot_be_quantized_is_refused_before_anything_is_written(home: Pa
 def test_a_model_that_answers_nothing_can_lose_nothing_and_is_refused(home: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="answers none of 12 validation rows exactly"):
         chosen(home, tmp_path / "out", model=home / "base")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
+    assert chosen(home, tmp_path / "out", format="int8", max_drop=0.05).met

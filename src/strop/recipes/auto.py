@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from strop.config import AutoConfig, load_auto, to_yaml
-from strop.errors import ConfigError, DataError, DiskFullError, MissingInputError, TrainingError, UsageError
+from strop.errors import ConfigError, DataError, DiskFullError, MissingInputError, StropError, TrainingError, UsageError
 from strop.files.folders import MANIFEST, atomic_folder, clear_leftovers, read_json, sha256_file, write_json
 from strop.files.peft_adapter import base_digest
 from strop.files.receipts import RECEIPT
@@ -92,7 +92,11 @@ class _Choice:
             self.reporter.note(note)
         with Scratch() as scratch:
             gate = Gate(self.config, self.rows, scratch)
-            reference = gate.reference(self.config.model)
+            try:
+                reference = gate.reference(self.config.model)
+            except StropError:
+                self._leave_nothing()
+                raise
             self.report["reference"] = reference
             self._save()
             self.reporter.note(f"gate: {self._gate_words(reference)}")
@@ -105,6 +109,12 @@ class _Choice:
                 if entry["met"]:
                     break
         return self._end()
+
+    def _leave_nothing(self) -> None:
+        """Take back what the account began with, where no way was taken yet."""
+        if all(entry["model"] is None for entry in self.report["ways"]):
+            for name in (AUTO, GATE, CALIBRATION, "config.yaml"):
+                (self.out / name).unlink(missing_ok=True)
 
     # --- one way ------------------------------------------------------------------------------------------------------
 

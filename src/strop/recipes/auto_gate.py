@@ -195,4 +195,5 @@ def _task(config: AutoConfig, gate: Sequence[Record]) -> Task:
 def _drawn(records: Sequence[Record], count: int, seed: int) -> list[Record]:
     if len(records) <= count:
         return list(records)
-    return [records[place] for place in sorted(random.Random(seed).sample(range(len(records)), count))]
+    wanted = set(random.Random(seed).sample(range(len(records)), count))
+    return [record for place, record in enumerate(records) if place in wanted]  # one pass: a large file is read again
