@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from strop.data.records import read_records
 from strop.data.samples import prepare
 from strop.errors import DataError, MissingInputError, ModelError, UsageError
+from strop.evaluation.side_by_side import Place, Settings, SideBySide
 from strop.files.peft_adapter import BaseRecord, save_adapter
 from strop.layers.surgery import attach_lora
 from strop.models import load
 from strop.recipes.compare import compare, model_names
+from strop.scratch import Scratch
 from tests.evaluation.common import learned_by_heart
 from tests.tiny import tiny_chat_file, tiny_config, tiny_folder, tiny_model, tiny_tokenizer
 
@@ -345,3 +347,13 @@ def test_names_are_the_folders_told_apart_where_they_are_the_same():
     assert model_names(["one/int4", "two/int4"]) == ["one/int4", "two/int4"]
     assert model_names(["same", "same", "same"]) == ["same", "same (2)", "same (3)"]
     assert model_names(["a", "b"], ["first", "second"]) == ["first", "second"]
+
+
+def test_errors_by_layer_are_left_out_where_they_are_not_wanted(place: Path) -> None:
+    records = read_records(place / "rows.jsonl")
+    with Scratch() as scratch:
+        run = SideBySide(records, Settings(speed=False, layer_errors=False), scratch)
+        run.measure(Place("tuned", str(place / "tuned"), 0, None))
+        near = run.measure(Place("near", str(place / "near"), 0, None))
+    assert near.layer_errors is None
+    assert near.kl is not None

@@ -16,6 +16,7 @@ from strop.recipes.quantize import quantize
 from strop.scratch import Scratch
 from strop.training.scales import train_scales
 from tests.fresh import in_fresh_process
+from tests.recipes.helpers import same, short, tensors
 from tests.recipes.test_quantize import Listener
 from tests.recipes.test_quantize_calibrated import divergence, equal, large_folder
 from tests.tiny import tiny_chat_file, tiny_folder
@@ -53,6 +54,22 @@ def test_the_receipt_is_that_of_the_model_that_was_written(tmp_path: Path) -> No
     assert [block["held_out_error"] for block in result.receipt["blocks"]] != [
         block["held_out_error"] for block in plain["blocks"]
     ]
+
+
+@pytest.mark.parametrize("settings", [{"train": "scales"}, {"scales": "learned"}], ids=["scales", "every weight"])
+def test_training_begins_at_the_very_model_that_was_quantized(tmp_path: Path, settings: dict[str, str]) -> None:
+    """Gains that were trained with the scales come along with the codes that they belong to."""
+    source, data = tiny_folder(tmp_path, "qwen3"), tiny_chat_file(tmp_path / "rows.jsonl", rows=24)
+    start = quantize(source, "int2-g32", output=tmp_path / "start", method="search", data=str(data), scale_steps=10)
+    run = short(source, data, tmp_path / "run", method="qat", format="int2-g32", start=str(start.path), max_steps=1,
+                learning_rate=1e-12, scale_rate=1e-12, **settings)  # fmt: skip
+    begun, original, trained = (
+        {name: tensor for name, tensor in tensors(folder).items() if ".layers." in name}
+        for folder in (start.path, source, run.last_path)
+    )
+    assert not same({name: begun[name] for name in begun if name.endswith("norm.weight")},
+                    {name: original[name] for name in original if name.endswith("norm.weight")})  # fmt: skip
+    assert same(trained, begun)
 
 
 @pytest.mark.parametrize("killed_after", ["blocks", "training"])

@@ -333,7 +333,9 @@ def test_defaults_reach_the_stages_that_have_them_and_flags_beat_them(home):
     assert "rank" not in domain.values
     assert (task.values["rank"], task.values["alpha"], task.values["epochs"]) == (2, 4.0, 3)
     assert {stage.values["learning_rate"] for stage in config.stages} == {0.5}
-    with pytest.raises(ConfigError, match="rank: a setting of lora, qlora, and no stage has such a method"):
+    with pytest.raises(
+        ConfigError, match="rank: a setting of lora, qlora, qat-lora, auto, and no stage has such a method"
+    ):
         load_stages(settings(home, "out", DOMAIN, rank=2))
     assert load_stages({"model": "m", "data": "d"}) is None
 

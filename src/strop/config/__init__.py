@@ -2,8 +2,9 @@
 
 In a YAML file and as keyword arguments the settings are flat (`method: lora`, `rank: 8`, `epochs: 2`). Inside they are
 grouped, so that no invalid combination can be held: `TuneConfig.method` is one of `Full`, `Lora`, `QLora`, `Qat`,
-`QatLora`, each with its own settings, and `TuneConfig.length` one of `Steps`, `Epochs`, `Minutes`. A setting of another
-method, an unknown key, a wrong type, a key given twice under two names: all are collected into one `ConfigError`.
+`QatLora`, each with its own settings, and `TuneConfig.length` one of `Steps`, `Epochs`, `Minutes`. A choice among runs
+(`method: auto`) is an `AutoConfig`, read by `load_auto`. A setting of another method, an unknown key, a wrong type, a
+key given twice under two names: all are collected into one `ConfigError`.
 
 Keyword arguments (the command line's flags) beat the file, which beats the defaults below. `to_yaml` writes what
 `load_config` reads back to an equal `TuneConfig`. What only the model can tell (does the format fit its shapes, do the
@@ -12,11 +13,12 @@ targets match anything) is checked by the recipes. Nothing here imports torch.
 
 from __future__ import annotations
 
-from strop.config.building import TuneConfig, load_config, read_yaml, to_yaml
+from strop.config.building import AutoConfig, TuneConfig, load_auto, load_config, read_yaml, to_yaml
 from strop.config.names import ALIASES, DEFAULT_METHOD, KEYS
 from strop.config.schema import json_schema
 from strop.config.settings import (
     ALL_LINEAR,
+    Auto,
     DataPart,
     Distillation,
     Epochs,
@@ -45,6 +47,8 @@ __all__ = [
     "ALL_LINEAR",
     "DEFAULT_METHOD",
     "KEYS",
+    "Auto",
+    "AutoConfig",
     "DataPart",
     "Distillation",
     "Epochs",
@@ -69,6 +73,7 @@ __all__ = [
     "Watch",
     "data_name",
     "json_schema",
+    "load_auto",
     "load_config",
     "load_stages",
     "read_yaml",

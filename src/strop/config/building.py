@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from strop.config.names import ALIASES, DEFAULT_METHOD, GROUPS, KEYS, LENGTHS, METHODS, SHAPE, TOP, fields_of
 from strop.config.settings import (
+    Auto,
     Distillation,
     Epochs,
     Length,
@@ -28,10 +29,9 @@ from strop.config.settings import (
 from strop.errors import ConfigError, MissingInputError, nearest
 
 
-class TuneConfig(Top):
-    """Everything that decides a training run. Build it with `load_config` or `TuneConfig.from_flat`."""
+class _Groups(Top):
+    """What the settings of a run and those of a choice among runs have alike."""
 
-    method: Method
     length: Length
     samples: Samples
     optimization: Optimization
@@ -39,6 +39,26 @@ class TuneConfig(Top):
     serving: Serving
     watch: Watch
     machine: Machine
+
+    def _flat(self, method: Method | Auto) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for name in TOP:
+            result[name] = getattr(self, name)
+        if not isinstance(self.data, str):
+            result["data"] = [part.model_dump() for part in self.data]
+        result["method"] = method.name
+        shared = (self.samples, self.optimization, self.distillation, self.serving, self.watch, self.machine)
+        for group in (method, self.length, *shared):
+            brought = SHAPE if isinstance(group, LowRank) and group.adapter is not None else ()
+            for key, value in group.model_dump(exclude={"name", *brought}).items():
+                result[key] = list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
+        return {key: value for key, value in result.items() if value is not None}
+
+
+class TuneConfig(_Groups):
+    """Everything that decides a training run. Build it with `load_config` or `TuneConfig.from_flat`."""
+
+    method: Method
 
     @classmethod
     def from_flat(cls, values: Mapping[str, object], *, origin: str = "settings") -> TuneConfig:
@@ -51,30 +71,44 @@ class TuneConfig(Top):
         Raises:
             ConfigError: naming every unknown key, wrong type, forbidden combination and missing setting.
         """
-        return _build([(origin, values)])
+        return _one_run([(origin, values)])
 
     def flat(self) -> dict[str, object]:
         """The settings as one flat mapping in canonical names, without those that are None.
 
         `TuneConfig.from_flat(config.flat())` equals `config`.
         """
-        result: dict[str, object] = {}
-        for name in TOP:
-            result[name] = getattr(self, name)
-        if not isinstance(self.data, str):
-            result["data"] = [part.model_dump() for part in self.data]
-        result["method"] = self.method.name
-        shared = (self.samples, self.optimization, self.distillation, self.serving, self.watch, self.machine)
-        for group in (self.method, self.length, *shared):
-            brought = SHAPE if isinstance(group, LowRank) and group.adapter is not None else ()
-            for key, value in group.model_dump(exclude={"name", *brought}).items():
-                result[key] = list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
-        return {key: value for key, value in result.items() if value is not None}
+        return self._flat(self.method)
 
     def replace(self, **changes: object) -> TuneConfig:
         """The same configuration with some flat settings changed; None takes a setting back to its default."""
         values = {key: value for key, value in self.flat().items() if key not in changes}
         return TuneConfig.from_flat(values | {key: value for key, value in changes.items() if value is not None})
+
+
+class AutoConfig(_Groups):
+    """Everything that decides a choice among runs (`method: auto`). Build it with `load_auto`."""
+
+    method: Auto
+
+    def flat(self) -> dict[str, object]:
+        """The settings as one flat mapping; `load_auto(None, config.flat())` equals the configuration."""
+        return self._flat(self.method)
+
+    def run(self, method: str, **settings: object) -> TuneConfig:
+        """The settings of one of its runs: what is common to all, with the method's own laid over it.
+
+        Args:
+            method: A method that trains through the format.
+            **settings: Flat settings of that run; None values are ignored.
+
+        Raises:
+            ConfigError: As `TuneConfig.from_flat`.
+        """
+        own = {"output", "resume"} | {key for key in fields_of(Auto) if key != "format"}
+        common = {key: value for key, value in self.flat().items() if key not in own}
+        given = {key: value for key, value in settings.items() if value is not None}
+        return TuneConfig.from_flat(common | {"method": method} | given, origin="auto")
 
 
 Layer: TypeAlias = tuple[str, Mapping[str, object]]
@@ -126,7 +160,18 @@ def _explain(group: type[BaseModel], values: Mapping[str, object], origins: Mapp
         return None, list(lines.values())
 
 
-def _build(layers: Iterable[Layer]) -> TuneConfig:
+def _one_run(layers: Iterable[Layer]) -> TuneConfig:
+    """As `_build`; a choice among runs is refused."""
+    built = _build(layers)
+    if isinstance(built, AutoConfig):
+        raise ConfigError(
+            "method: auto is a choice among several runs, and one run is asked for here; name its method "
+            f"({', '.join(name for name in METHODS if name != built.method.name)})"
+        )
+    return built
+
+
+def _build(layers: Iterable[Layer]) -> TuneConfig | AutoConfig:
     """Merge layers, the later ones winning, and validate every group, collecting all problems."""
     problems: list[str] = []
     values: dict[str, object] = {}
@@ -176,7 +221,7 @@ def _build(layers: Iterable[Layer]) -> TuneConfig:
     problems.extend(found)
     if problems:
         raise ConfigError(_sentence(problems))
-    return TuneConfig.model_validate(top | parts)
+    return (AutoConfig if group is Auto else TuneConfig).model_validate(top | parts)
 
 
 def _complete_low_rank(values: dict[str, object], origins: Mapping[str, str], problems: list[str]) -> None:
@@ -287,12 +332,32 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, object] 
 
     Raises:
         MissingInputError: the file is not there.
-        ConfigError: naming every problem.
+        ConfigError: naming every problem; `method: auto`, which `load_auto` reads.
     """
+    return _one_run(_layers(path, overrides))
+
+
+def load_auto(path: str | Path | None = None, overrides: Mapping[str, object] | None = None) -> AutoConfig | None:
+    """Read and check settings as `load_config` does; None where their method is not auto.
+
+    Raises:
+        MissingInputError: the file is not there.
+        ConfigError: naming every problem of settings whose method is auto.
+    """
+    layers = _layers(path, overrides)
+    named = [values[key] for _, values in layers for key in values if ALIASES.get(key, key) == "method"]
+    if [method for method in named if method is not None][-1:] != ["auto"]:
+        return None
+    built = _build(layers)
+    assert isinstance(built, AutoConfig)
+    return built
+
+
+def _layers(path: str | Path | None, overrides: Mapping[str, object] | None) -> list[Layer]:
     file: list[Layer] = [] if path is None else [(str(path), read_yaml(path))]
-    return _build([*file, ("arguments", overrides or {})])
+    return [*file, ("arguments", overrides or {})]
 
 
-def to_yaml(config: TuneConfig) -> str:
-    """The configuration as YAML text that `load_config` reads back to an equal `TuneConfig`."""
+def to_yaml(config: TuneConfig | AutoConfig) -> str:
+    """The configuration as YAML text that `load_config` (or `load_auto`) reads back to an equal one."""
     return yaml.safe_dump(config.flat(), sort_keys=False, allow_unicode=True)

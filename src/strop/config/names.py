@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from strop.config.settings import (
+    Auto,
     Distillation,
     Epochs,
     Full,
@@ -28,7 +29,7 @@ from strop.config.settings import (
 SHAPE: Final = ("rank", "alpha", "targets", "rank_stabilised")  # what an existing adapter has decided already
 TOP: Final = ("model", "data", "output", "seed", "resume")
 METHODS: Final[Mapping[str, type[Settings]]] = {
-    "full": Full, "lora": Lora, "qlora": QLora, "qat": Qat, "qat-lora": QatLora,
+    "full": Full, "lora": Lora, "qlora": QLora, "qat": Qat, "qat-lora": QatLora, "auto": Auto,
 }  # fmt: skip
 LENGTHS: Final[Mapping[str, type[Settings]]] = {"max_steps": Steps, "epochs": Epochs, "minutes": Minutes}
 GROUPS: Final[Mapping[str, type[Settings]]] = dict(

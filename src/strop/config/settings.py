@@ -241,6 +241,23 @@ class QatLora(Rounded):
 Method: TypeAlias = Full | Lora | QLora | Qat | QatLora
 
 
+class Auto(Settings):
+    """No method but a choice among them: rounding first, training only where a measured drop asks for it."""
+
+    name: Literal["auto"] = "auto"
+    format: str = Field(description="Grid that the model ends on, for example int3-g32 or gguf:q4_0.")
+    max_drop: Real = Field(
+        0.01, gt=0, lt=1, description="Largest drop allowed: in the share of right answers, or in nats per token."
+    )
+    task: Literal["exact-match", "perplexity"] | None = Field(
+        None, description="What is judged. Default: exact-match where every row ends in an answer, else perplexity."
+    )
+    rank: int = Field(16, ge=1, description="Rank of B and A, where an adapter is trained.")
+    alpha: Annotated[Real, Field(gt=0)] = Field(
+        32.0, description="The update is scaled by alpha / rank. Default: twice the rank."
+    )
+
+
 class Steps(Settings):
     """Stop after so many optimizer steps."""
 

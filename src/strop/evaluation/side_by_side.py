@@ -48,6 +48,7 @@ class Settings:
     batch_size: int = 8
     speed: bool = True
     kv_bytes: bool = False
+    layer_errors: bool = True
     examples: int = 6
     device: str = "cpu"
     seed: int = 0
@@ -233,7 +234,7 @@ class SideBySide:
 
     def _keep(self, opened: Engine) -> None:
         """What the other models will be compared with, beside the logits."""
-        if opened.network is not None:
+        if opened.network is not None and self._settings.layer_errors:
             self._weights = keep_weights(opened.network, self._scratch)
             if self._weights is None:
                 self._notes.append("The reference's weights do not fit the temporary file: no error by layer.")

@@ -1,6 +1,7 @@
 """What trained, calibrated or chose a model, read from what its makers left beside it.
 
     a run of tune            manifest.json: data that trained and, by early stopping, chose; the base that it began from
+    a choice among runs      auto.json: the rows that it was gated by, and the run or folder that was taken
     a quantized folder       receipt.json: rows that calibrated, and the source
     a merged model           merge.json: the adapter that was merged
     an adapter               its base
@@ -33,6 +34,7 @@ from strop.recipes.manifest import adapter_digest, load_manifest
 from strop.recipes.rows import row_digest
 
 MERGE: Final = "merge.json"
+AUTO: Final = "auto.json"
 _MOST_MODELS: Final = 64
 
 
@@ -42,7 +44,7 @@ class Chooser:
 
     Attributes:
         model: The model.
-        how: "trained" or "calibrated".
+        how: "trained", "calibrated" or "chose".
         name: What the data were called.
         rows: Digests of its rows where the record lists them.
         files: Name to SHA-256 of its files where the record lists those.
@@ -142,6 +144,7 @@ def _look(place: str, result: Provenance) -> list[str]:
     folder = find_folder(place)
     before = _names(read_adapter_config(folder).base) if is_adapter(folder) else []
     for home in (folder, folder.parent):
+        before += _of_choice(home, _read(home / AUTO, result), result)
         if (home / MANIFEST).is_file():
             before += _of_manifest(place, home, result)
         elif (home / "run.json").is_file() and (home / "config.yaml").is_file():  # of a version without manifests
@@ -155,6 +158,21 @@ def _look(place: str, result: Provenance) -> list[str]:
             result.choosers += _of_calibration(place, settings.get("calibration"))
         before += _names(receipt.get("source"))
     return before
+
+
+def _of_choice(home: Path, account: Mapping[str, Any], result: Provenance) -> list[str]:
+    """What a choice among runs says (`strop.recipes.auto`): the model it began from comes before the one it took."""
+    gate = account.get("gate")
+    if not isinstance(gate, Mapping):
+        return []
+    listed = gate.get("row_digests")
+    if not isinstance(listed, list):
+        result.notes.append(f"{home / AUTO}: lists no rows that it was gated by, so none was looked for there")
+        listed = []
+    rows = frozenset(str(digest) for digest in listed)
+    result.choosers.append(Chooser(str(home), "chose", str(home / str(gate.get("file", ""))), rows=rows))
+    taken = _names(account.get("best"))
+    return [*_names(account.get("model")), *(str(home / name) for name in taken)]
 
 
 def _of_export(file: Path, receipt: Mapping[str, Any], result: Provenance) -> list[str]:

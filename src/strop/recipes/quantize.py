@@ -380,6 +380,20 @@ def _may_become(plain: nn.Module, names: Sequence[str], schemes: Sequence[Scheme
     return {name: [own for own in schemes if _misfit(plain, name, own) is None] for name in names}
 
 
+def require_fit(source: Path, scheme: Scheme) -> nn.Module:
+    """The architecture, without weights, of a model in full precision all of whose linear layers a format can hold.
+
+    Raises:
+        UsageError: It is an adapter.
+        FormatError: It is quantized, or a layer does not fit; all of them are named.
+    """
+    plain = _skeleton(source, scheme)
+    misfits = _misfits(plain, scheme)
+    if misfits:
+        raise FormatError(_refusal(source, scheme, misfits, expert_weights(plain)))
+    return plain
+
+
 def _misfits(plain: nn.Module, scheme: Scheme) -> dict[str, str]:
     """Layer name to why the format cannot hold it; decided by shapes and kinds of layers, before a weight is read."""
     found = {name: _misfit(plain, name, scheme) for name in linear_modules(plain)}

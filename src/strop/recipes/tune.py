@@ -21,9 +21,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal, overload
 
-from strop.config import LowRank, Rounded, TuneConfig, load_config, to_yaml
+from strop.config import LowRank, Rounded, TuneConfig, load_auto, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, write_json
 from strop.memory import PeakMemory, steady_allocation
@@ -39,6 +39,9 @@ from strop.training.loop import train
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import read_metrics
 from strop.training.recompute import blocks_to_recompute
+
+if TYPE_CHECKING:
+    from strop.recipes.auto_result import AutoRun
 
 CACHE: Final = "cache"
 TEACHER: Final = "teacher"
@@ -147,6 +150,18 @@ class Run:
         return lines
 
 
+@overload
+def tune(  # pyright: ignore[reportOverlappingOverload]  `auto` is the one method that is no run
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Sequence[Any],
+    *,
+    method: Literal["auto"],
+    format: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    reporter: Reporter = SILENT,
+    **settings: Any,
+) -> AutoRun: ...
+@overload
 def tune(
     model: str | os.PathLike[str],
     data: str | os.PathLike[str] | Sequence[Any],
@@ -156,14 +171,25 @@ def tune(
     output: str | os.PathLike[str] | None = None,
     reporter: Reporter = SILENT,
     **settings: Any,
-) -> Run:
+) -> Run: ...
+def tune(
+    model: str | os.PathLike[str],
+    data: str | os.PathLike[str] | Sequence[Any],
+    *,
+    method: str = "lora",
+    format: str | None = None,
+    output: str | os.PathLike[str] | None = None,
+    reporter: Reporter = SILENT,
+    **settings: Any,
+) -> Run | AutoRun:
     """Fine-tune a model.
 
     Args:
         model: a folder, a hub id; an adapter or run folder to train that adapter further.
         data: a file, a folder of train, valid and test, or a hub id; or a list of them and of {path, weight}.
-        method: full, lora, qlora or qat.
-        format: the grid of the weights; qat needs it, qlora takes nf4-dq without it.
+        method: full, lora, qlora, qat or qat-lora; auto, which quantizes and trains only where a gate asks for it
+            (`strop.recipes.auto`).
+        format: the grid of the weights; qat, qat-lora and auto need it, qlora takes nf4-dq without it.
         output: the run's folder; runs/MODEL-METHOD by default, numbered.
         reporter: told of findings and progress.
         **settings: any other setting of `strop.config.TuneConfig`, flat and under any of its names.
@@ -176,12 +202,17 @@ def tune(
     both = sorted(given.keys() & settings.keys())
     if both:
         raise ConfigError(f"{', '.join(both)}: given twice")
+    auto = load_auto(None, given | settings)
+    if auto is not None:
+        from strop.recipes.auto import tune_auto
+
+        return tune_auto(auto, reporter=reporter)
     return tune_from_config(TuneConfig.from_flat(given | settings, origin="arguments"), reporter=reporter)
 
 
 def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
     """Fine-tune as `config` says; see `tune`."""
-    run_dir = Path(config.output) if config.output is not None else _free_folder(config)
+    run_dir = Path(config.output) if config.output is not None else _own_folder(config)
     config = config.replace(output=str(run_dir), resume=config.resume or None)
     if config.resume:
         config, done = _resumed(config, run_dir)
@@ -206,12 +237,17 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
 # --- the run's folder -------------------------------------------------------------------------------------------------
 
 
-def _free_folder(config: TuneConfig) -> Path:
+def _own_folder(config: TuneConfig) -> Path:
     if config.resume:
         raise ConfigError("output: name the run's folder that is to be resumed (-o RUN)")
-    stem = Path(config.model).name.lower() or "model"
+    return free_folder(config.model, config.method.name)
+
+
+def free_folder(model: str, method: str) -> Path:
+    """The first of runs/MODEL-METHOD, runs/MODEL-METHOD-2 and so on that is free."""
+    stem = Path(model).name.lower() or "model"
     for number in range(1, 10_000):
-        path = Path("runs") / (f"{stem}-{config.method.name}" + (f"-{number}" if number > 1 else ""))
+        path = Path("runs") / (f"{stem}-{method}" + (f"-{number}" if number > 1 else ""))
         if not path.exists():
             return path
     raise UsageError("runs/: no free name; choose an output")

@@ -5,8 +5,8 @@
     max_moved         codes leave the start's only so far
     hold              how the base of an adapter is held while its sum with the adapter is rounded
 
-The start is a quantized model's weights where one is given, else the weight on the grid, its scales searched for where
-they are to be kept or learned.
+The start is a quantized model's weights where one is given, with the gains and biases inside its blocks (some methods
+move those too), else the weight on the grid, its scales searched for where they are to be kept or learned.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ def _start(model: PreTrainedModel, scheme: Scheme, method: Qat) -> Start:
     folder = find_folder(method.start)
     begun = load(folder, tokenizer=False, device=model.device).model
     found = {name: module for name, module in begun.named_modules() if isinstance(module, QuantLinear)}
+    _take_gains(model, begun)
 
     def taken(name: str, weight: Tensor) -> QuantizedTensor:
         layer = found.get(name)
@@ -149,6 +150,16 @@ def _start(model: PreTrainedModel, scheme: Scheme, method: Qat) -> Start:
         return layer.qtensor
 
     return taken
+
+
+def _take_gains(model: nn.Module, begun: nn.Module) -> None:
+    """Gains and biases inside the blocks as the start has them, to which its codes were fitted."""
+    inside = tuple(f"{name}." for name in blocks(model))
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in begun.named_parameters():
+            if name.startswith(inside) and parameter.ndim == 1 and name in own and own[name].shape == parameter.shape:
+                own[name].copy_(parameter)
 
 
 def _nearest(name: str, weight: Tensor, scheme: Scheme) -> QuantizedTensor:

@@ -10,7 +10,7 @@ import typer
 from strop.app.verbs.common import Data, DataSets, Json, Output, Overwrite, data_sets, dump, show
 
 if TYPE_CHECKING:
-    from strop.config import StagesConfig
+    from strop.config import AutoConfig, StagesConfig
 
 
 def tune(
@@ -19,10 +19,10 @@ def tune(
     ],
     data: DataSets = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="full, lora, qlora, qat or qat-lora. [default: lora]")
+        str | None, typer.Option("--method", "-m", help="full, lora, qlora, qat, qat-lora or auto. [default: lora]")
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="qat, qat-lora and qlora: the grid of the weights.")
+        str | None, typer.Option("--format", "-f", help="qat, qat-lora, qlora, auto: the grid of the weights.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", "--output-dir", help="The run's folder.")] = None,
     scales: Annotated[
@@ -43,6 +43,11 @@ def tune(
     ] = None,
     delay: Annotated[str | None, typer.Option(help="Share of the steps before the rounding begins.")] = None,
     freeze: Annotated[str | None, typer.Option(help="Share of the steps at the end with frozen scales.")] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="auto: largest drop allowed, of right answers (0.01: one in 100) or in nats per token."),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="auto: what is judged: exact-match or perplexity.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     epochs: Annotated[
         float | None, typer.Option("--epochs", "--num-train-epochs", help="Passes over the data.")
@@ -134,6 +139,8 @@ def tune(
 ) -> None:
     """Fine-tune: every weight (full), an adapter (lora, qlora), or through the quantizer (qat, qat-lora).
 
+    auto quantizes a model that does the task already, and trains only where it loses more than --max-drop.
+
     Example: strop tune demo --data chats.jsonl --method lora --epochs 3 -o run     strop tune config.yaml
 
     A config.yaml with `stages:`, a list of such settings, trains one stage after the other.
@@ -144,7 +151,7 @@ def tune(
         if value is not None and name not in {"dry_run", "json", "model"}
     }
     from strop.app.console import ConsoleReporter
-    from strop.config import load_config, load_stages, to_yaml
+    from strop.config import load_auto, load_config, load_stages, to_yaml
     from strop.recipes.tune import tune_from_config
 
     if rank is not None and rank.isascii() and rank.isdigit():
@@ -158,7 +165,12 @@ def tune(
     if stages is not None:
         _in_stages(stages, dry_run=dry_run, json=json)
         return
-    config = load_config(file, given if file else {"model": model, **given})
+    given = given if file else {"model": model, **given}
+    auto = load_auto(file, given)
+    if auto is not None:
+        _by_choice(auto, dry_run=dry_run, json=json)
+        return
+    config = load_config(file, given)
     if dry_run:
         print(to_yaml(config), end="")
         return
@@ -185,6 +197,30 @@ def _in_stages(stages: StagesConfig, *, dry_run: bool, json: bool) -> None:
     show(run.headers(), run.rows())
     for line in run.lines():
         print(line)
+
+
+def _by_choice(config: AutoConfig, *, dry_run: bool, json: bool) -> None:
+    """Carry out `--method auto`, or print its settings and the ways that it would try."""
+    from strop.app.console import ConsoleReporter
+    from strop.config import to_yaml
+    from strop.recipes.auto import tune_auto
+    from strop.recipes.auto_ways import plan_ways
+
+    if dry_run:
+        ways = plan_ways(config)
+        print(to_yaml(config), end="")
+        for way in ways:
+            print(f"# {way.line()}")
+        return
+    run = tune_auto(config, reporter=ConsoleReporter())
+    if json:
+        dump(run.to_dict())
+    else:
+        show(run.headers(), run.rows())
+        for line in run.lines():
+            print(line)
+    if run.exit_code:
+        raise typer.Exit(run.exit_code)
 
 
 def merge(
