@@ -1,0 +1,3 @@
+#include "body.h"
+
+extern const Table avx2_table = STROP_TABLE;

@@ -1,0 +1,3 @@
+#include "body.h"
+
+extern const Table avx512_table = STROP_TABLE;

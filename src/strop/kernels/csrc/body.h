@@ -1,0 +1,548 @@
+// Every kernel, written once in plain C++ and compiled for each instruction set in a file of its own.
+//
+// The loops are such that compilers make vectors of them: no calls, no order of summation. Every operation is one of
+// float32's own, in the order of the PyTorch reference (numerics/grid.py), without contraction: the bits are the same.
+// Nothing here may be an inline function with external linkage, or the linker could keep the copy of one instruction
+// set for all: no standard C++ headers, and all of it in an unnamed namespace.
+#pragma once
+
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+const int64_t PIECE = 512;  // values whose flags or codes are kept aside at a time
+const float ROUND = 12582912.0f;  // 1.5 * 2^23: (t + ROUND) - ROUND rounds t to an integer, ties to even, -0.0 to 0.0
+
+inline uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint16_t bfloat16_of(float value) {  // to nearest, ties to even
+    uint32_t bits = bits_of(value);
+    uint32_t rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+    return (uint16_t)((bits & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC0 : rounded);
+}
+
+inline float from_float16(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
+    if (rest >= 0x7C00) return float_of(sign | 0x7F800000 | (rest & 0x3FF) << 13);
+    if (rest < 0x400) return float_of(sign | bits_of((float)rest * 5.9604644775390625e-8f));  // 2^-24
+    return float_of(sign | ((rest << 13) + (112u << 23)));
+}
+
+inline uint16_t float16_of(float value) {  // to nearest, ties to even; a finite value of either sign
+    uint32_t bits = bits_of(value), sign = bits >> 16 & 0x8000;
+    bits &= 0x7FFFFFFF;
+    if (bits >= 0x477FF000) return (uint16_t)(sign | 0x7C00);  // from 65520 on
+    if (bits < 0x38800000) {  // below 2^-14: a multiple of 2^-24, which is what float32 keeps of it beside 0.5
+        return (uint16_t)(sign | (bits_of(float_of(bits) + 0.5f) - 0x3F000000));
+    }
+    return (uint16_t)(sign | (bits - (112u << 23) + 0xFFF + (bits >> 13 & 1)) >> 13);
+}
+
+struct Float32 {
+    typedef float Stored;
+    static inline float load(float value) { return value; }
+    static inline float store(float value) { return value; }
+};
+
+struct BFloat16 {
+    typedef uint16_t Stored;
+    static inline float load(uint16_t value) { return float_of((uint32_t)value << 16); }
+    static inline uint16_t store(float value) { return bfloat16_of(value); }
+};
+
+inline float load_scale(const void *scale, int32_t type, int64_t place) {
+    if (type == FLOAT32) return ((const float *)scale)[place];
+    uint16_t stored = ((const uint16_t *)scale)[place];
+    return type == BFLOAT16 ? BFloat16::load(stored) : from_float16(stored);
+}
+
+inline float rounded_scale(float ideal, int32_t type) {
+    if (type == FLOAT32) return ideal;
+    return type == BFLOAT16 ? BFloat16::load(bfloat16_of(ideal)) : from_float16(float16_of(ideal));
+}
+
+inline void store_scale(void *scale, int32_t type, int64_t place, float value) {
+    if (type == FLOAT32) ((float *)scale)[place] = value;
+    else ((uint16_t *)scale)[place] = type == BFLOAT16 ? bfloat16_of(value) : float16_of(value);
+}
+
+inline bool is_finite(float value) { return (bits_of(value) & 0x7F800000) != 0x7F800000; }
+
+// The largest magnitude of a group; not finite where any value is not.
+template <class X> inline float peak_of(const typename X::Stored *__restrict__ x, int64_t count) {
+    int32_t peak = 0;
+    for (int64_t i = 0; i < count; i++) {
+        int32_t magnitude = (int32_t)(bits_of(X::load(x[i])) & 0x7FFFFFFF);
+        peak = magnitude > peak ? magnitude : peak;
+    }
+    return float_of((uint32_t)peak);
+}
+
+inline int32_t ordered(uint32_t bits) {  // integers in the order of the floats whose bits they are; its own inverse
+    return (int32_t)bits ^ (int32_t)((uint32_t)((int32_t)bits >> 31) & 0x7FFFFFFF);
+}
+
+template <class X> inline void range_of(const typename X::Stored *__restrict__ x, int64_t count, float &low, float &high) {
+    int32_t least = 0, most = 0;  // a range holds zero
+    for (int64_t i = 0; i < count; i++) {
+        int32_t place = ordered(bits_of(X::load(x[i])));
+        least = place < least ? place : least;
+        most = place > most ? place : most;
+    }
+    low = float_of((uint32_t)ordered((uint32_t)least));
+    high = float_of((uint32_t)most);
+}
+
+struct Grid {
+    float scale, zero;  // zero: the stored code of 0.0, as a float
+};
+
+// Scale and zero point of a group: those given, or those of its own range (scales.fit_scale).
+template <class X>
+inline int settle(const Job *job, const typename X::Stored *x, int64_t count, int64_t place, Grid &grid) {
+    float magnitude = peak_of<X>(x, count);
+    if (!is_finite(magnitude)) return REFUSED;
+    const float steps = (float)((1 << job->bits) - 1), qmin = (float)job->qmin;
+    grid.zero = -qmin;
+    if (job->given) {
+        grid.scale = load_scale(job->scale, job->scale_type, place);
+        if (job->zero) grid.zero = (float)job->zero[place];
+        return DONE;
+    }
+    float low = 0, high = 0, ideal;
+    if (job->mode == SYMMETRIC) {
+        ideal = magnitude / (steps / 2);
+    } else {
+        range_of<X>(x, count, low, high);
+        ideal = job->mode == FULL_RANGE ? magnitude / -qmin : (high - low) / steps;
+    }
+    const float least = job->scale_type == FLOAT32    ? float_of(1)         // 2^-149
+                        : job->scale_type == BFLOAT16 ? float_of(1u << 16)  // 2^-133
+                                                      : 5.9604644775390625e-8f;
+    float scale = magnitude > 0 ? rounded_scale(ideal < least ? least : ideal, job->scale_type) : 1.0f;
+    if (!is_finite(scale)) return REFUSED;
+    if (job->mode == FULL_RANGE && high > -low) scale = -scale;
+    if (job->mode == ASYMMETRIC) {
+        float zero = qmin - low / scale, qmax = qmin + steps;
+        zero = zero < qmin ? qmin : zero;
+        zero = zero > qmax ? qmax : zero;
+        grid.zero = ((zero + ROUND) - ROUND) - qmin;
+        if (job->zero) job->zero[place] = (uint8_t)grid.zero;
+    }
+    grid.scale = scale;
+    if (job->scale) store_scale(job->scale, job->scale_type, place, scale);
+    return DONE;
+}
+
+inline float code_of(float x, Grid grid, float steps) {
+    float code = ((x / grid.scale + ROUND) - ROUND) + grid.zero;
+    code = code < 0.0f ? 0.0f : code;
+    return code > steps ? steps : code;
+}
+
+// A bit for each flag of 0 or 1, the first the least significant.
+inline void pack_flags(const uint8_t *flags, int64_t count, uint8_t *mask) {
+    int64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        unsigned byte = 0;
+        for (int bit = 0; bit < 8; bit++) byte |= (unsigned)flags[i + bit] << bit;
+        mask[i / 8] = (uint8_t)byte;
+    }
+    if (i < count) {
+        unsigned byte = 0;
+        for (int bit = 0; i + bit < count; bit++) byte |= (unsigned)flags[i + bit] << bit;
+        mask[i / 8] = (uint8_t)byte;
+    }
+}
+
+inline void unpack_flags(const uint8_t *mask, int64_t count, uint8_t *flags) {
+    for (int64_t i = 0; i < count; i++) flags[i] = mask[i / 8] >> i % 8 & 1;
+}
+
+// SIZE: the group's size where it is known to the compiler, else 0.
+template <class X, int SIZE>
+inline void round_values(const typename X::Stored *__restrict__ x, typename X::Stored *__restrict__ y, int64_t size,
+                         Grid grid, float steps) {
+    const int64_t count = SIZE ? SIZE : size;
+    for (int64_t i = 0; i < count; i++) y[i] = X::store((code_of(X::load(x[i]), grid, steps) - grid.zero) * grid.scale);
+}
+
+template <class X>
+inline void flag_inside(const typename X::Stored *x, uint8_t *mask, int64_t count, Grid grid, float steps) {
+    uint8_t flags[PIECE];
+    const float middle = steps / 2, reach = (steps + 1) / 2;
+    for (int64_t start = 0; start < count; start += PIECE) {
+        const int64_t end = count - start < PIECE ? count - start : PIECE;
+        for (int64_t i = 0; i < end; i++) {
+            float away = (X::load(x[start + i]) / grid.scale + grid.zero) - middle;
+            flags[i] = (away < 0 ? -away : away) <= reach;
+        }
+        pack_flags(flags, end, mask + start / 8);
+    }
+}
+
+template <class X, int SIZE> int round_affine_as(const Job *job, int64_t begin, int64_t end) {
+    typedef typename X::Stored Stored;
+    const int64_t size = SIZE ? SIZE : job->size, groups = job->columns / size, mask_bytes = (size + 7) / 8;
+    const float steps = (float)((1 << job->bits) - 1);
+    for (int64_t group = begin; group < end; group++) {
+        const Stored *x = (const Stored *)job->x + group * size;
+        Grid grid;
+        if (settle<X>(job, x, size, group / groups * job->scale_row + group % groups * job->scale_group, grid))
+            return REFUSED;
+        round_values<X, SIZE>(x, (Stored *)job->y + group * size, size, grid, steps);
+        if (job->mask) flag_inside<X>(x, job->mask + group * mask_bytes, size, grid, steps);
+    }
+    return DONE;
+}
+
+template <class X> int round_affine_of(const Job *job, int64_t begin, int64_t end) {
+    switch (job->size) {
+        case 32: return round_affine_as<X, 32>(job, begin, end);
+        case 64: return round_affine_as<X, 64>(job, begin, end);
+        case 128: return round_affine_as<X, 128>(job, begin, end);
+        default: return round_affine_as<X, 0>(job, begin, end);
+    }
+}
+
+int round_affine(const Job *job, int64_t begin, int64_t end) {
+    return job->x_type == FLOAT32 ? round_affine_of<Float32>(job, begin, end) : round_affine_of<BFloat16>(job, begin, end);
+}
+
+// `count` codes to bytes as packing.py lays them: code k in the bits k * bits on; the last byte filled with zeros.
+void pack_codes(const uint8_t *__restrict__ codes, int64_t count, int bits, uint8_t *__restrict__ packed) {
+    int64_t done = 0;
+    if (bits == 8) {
+        memcpy(packed, codes, (size_t)count);
+        return;
+    }
+    if (bits == 4) {
+        for (int64_t i = 0; i < count / 2; i++) packed[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
+        done = count / 2 * 2;
+    } else if (bits == 2) {
+        for (int64_t i = 0; i < count / 4; i++)
+            packed[i] = (uint8_t)(codes[4 * i] | codes[4 * i + 1] << 2 | codes[4 * i + 2] << 4 | codes[4 * i + 3] << 6);
+        done = count / 4 * 4;
+    }
+    uint8_t *out = packed + done * bits / 8;
+    for (; done < count; done += 8) {  // 8 codes are `bits` whole bytes
+        const int64_t left = count - done < 8 ? count - done : 8;
+        uint64_t word = 0;
+        for (int64_t i = 0; i < left; i++) word |= (uint64_t)codes[done + i] << (i * bits);
+        for (int64_t byte = 0; byte < (left * bits + 7) / 8; byte++) *out++ = (uint8_t)(word >> 8 * byte);
+    }
+}
+
+void unpack_codes(const uint8_t *__restrict__ packed, int64_t count, int bits, uint8_t *__restrict__ codes) {
+    int64_t done = 0;
+    if (bits == 8) {
+        memcpy(codes, packed, (size_t)count);
+        return;
+    }
+    if (bits == 4) {
+        for (int64_t i = 0; i < count / 2; i++) {
+            codes[2 * i] = packed[i] & 15;
+            codes[2 * i + 1] = packed[i] >> 4;
+        }
+        done = count / 2 * 2;
+    } else if (bits == 2) {
+        for (int64_t i = 0; i < count / 4; i++) {
+            codes[4 * i] = packed[i] & 3;
+            codes[4 * i + 1] = packed[i] >> 2 & 3;
+            codes[4 * i + 2] = packed[i] >> 4 & 3;
+            codes[4 * i + 3] = packed[i] >> 6;
+        }
+        done = count / 4 * 4;
+    }
+    const uint8_t *in = packed + done * bits / 8;
+    const uint64_t ones = (1u << bits) - 1;
+    for (; done < count; done += 8) {
+        const int64_t left = count - done < 8 ? count - done : 8;
+        uint64_t word = 0;
+        for (int64_t byte = 0; byte < (left * bits + 7) / 8; byte++) word |= (uint64_t)*in++ << 8 * byte;
+        for (int64_t i = 0; i < left; i++) codes[done + i] = (uint8_t)(word >> (i * bits) & ones);
+    }
+}
+
+// Codes of one group, `first` values into its row, through `held`: PIECE codes whose start is a whole byte of the row.
+template <class X> int quantize_affine_of(const Job *job, int64_t begin, int64_t end) {
+    typedef typename X::Stored Stored;
+    const float steps = (float)((1 << job->bits) - 1);
+    uint8_t held[PIECE];
+    for (int64_t row = begin; row < end; row++) {
+        uint8_t *packed = job->codes + row * job->row_bytes;
+        int64_t kept = 0;  // codes in `held`
+        for (int64_t first = 0; first < job->columns; first += job->size) {
+            const Stored *x = (const Stored *)job->x + row * job->columns + first;
+            Grid grid;
+            if (settle<X>(job, x, job->size, row * job->scale_row + first / job->size * job->scale_group, grid))
+                return REFUSED;
+            for (int64_t start = 0; start < job->size;) {
+                const int64_t room = PIECE - kept, left = job->size - start, count = left < room ? left : room;
+                for (int64_t i = 0; i < count; i++)
+                    held[kept + i] = (uint8_t)(int32_t)code_of(X::load(x[start + i]), grid, steps);
+                kept += count;
+                start += count;
+                if (kept == PIECE) {
+                    pack_codes(held, kept, job->bits, packed);
+                    packed += PIECE * job->bits / 8;
+                    kept = 0;
+                }
+            }
+        }
+        pack_codes(held, kept, job->bits, packed);
+    }
+    return DONE;
+}
+
+int quantize_affine(const Job *job, int64_t begin, int64_t end) {
+    return job->x_type == FLOAT32 ? quantize_affine_of<Float32>(job, begin, end)
+                                  : quantize_affine_of<BFloat16>(job, begin, end);
+}
+
+template <class Y, int SIZE>
+inline void restore_values(const uint8_t *__restrict__ codes, typename Y::Stored *__restrict__ y, int64_t size, Grid grid) {
+    const int64_t count = SIZE ? SIZE : size;
+    for (int64_t i = 0; i < count; i++) y[i] = Y::store(((float)codes[i] - grid.zero) * grid.scale);
+}
+
+template <class Y> int dequantize_affine_of(const Job *job, int64_t begin, int64_t end) {
+    typedef typename Y::Stored Stored;
+    uint8_t held[PIECE];
+    for (int64_t row = begin; row < end; row++) {
+        Stored *y = (Stored *)job->y + row * job->columns;
+        for (int64_t start = 0; start < job->columns; start += PIECE) {
+            const int64_t stop = job->columns - start < PIECE ? job->columns : start + PIECE;
+            unpack_codes(job->codes + row * job->row_bytes + start * job->bits / 8, stop - start, job->bits, held);
+            for (int64_t first = start; first < stop;) {
+                const int64_t group = first / job->size, over = (group + 1) * job->size;
+                const int64_t last = over < stop ? over : stop, place = row * job->scale_row + group * job->scale_group;
+                Grid grid = {load_scale(job->scale, job->scale_type, place),
+                             job->zero ? (float)job->zero[place] : -(float)job->qmin};
+                if (last - first == 32) restore_values<Y, 32>(held + first - start, y + first, 32, grid);
+                else restore_values<Y, 0>(held + first - start, y + first, last - first, grid);
+                first = last;
+            }
+        }
+    }
+    return DONE;
+}
+
+int dequantize_affine(const Job *job, int64_t begin, int64_t end) {
+    return job->y_type == FLOAT32 ? dequantize_affine_of<Float32>(job, begin, end)
+                                  : dequantize_affine_of<BFloat16>(job, begin, end);
+}
+
+// A block's scale, the largest magnitude, and the reciprocal that its values are multiplied with (codebook.py).
+template <class X>
+inline int settle_block(const Job *job, const typename X::Stored *x, int64_t count, int64_t block, float &scale) {
+    scale = peak_of<X>(x, count);
+    if (!is_finite(scale)) return REFUSED;
+    if (job->given) scale = ((const float *)job->scale)[block];
+    else if (job->scale) ((float *)job->scale)[block] = scale;
+    return DONE;
+}
+
+inline float relative_to(float x, float reciprocal) {
+    float relative = x * reciprocal;
+    relative = relative < -1.0f ? -1.0f : relative;
+    return relative > 1.0f ? 1.0f : relative;
+}
+
+inline float reciprocal_of(float scale) { return 1.0f / (scale < 1e-38f ? 1e-38f : scale); }
+
+inline int64_t values_in(const Job *job, int64_t block) {
+    const int64_t left = job->rows * job->columns - block * job->size;
+    return left < job->size ? left : job->size;
+}
+
+template <class X> int round_codebook_of(const Job *job, int64_t begin, int64_t end) {
+    typedef typename X::Stored Stored;
+    float levels[16], midpoints[15];
+    memcpy(levels, job->levels, sizeof levels);
+    memcpy(midpoints, job->midpoints, sizeof midpoints);
+    const int64_t mask_bytes = (job->size + 7) / 8;
+    for (int64_t block = begin; block < end; block++) {
+        const int64_t count = values_in(job, block);
+        const Stored *__restrict__ x = (const Stored *)job->x + block * job->size;
+        Stored *__restrict__ y = (Stored *)job->y + block * job->size;
+        float scale;
+        if (settle_block<X>(job, x, count, block, scale)) return REFUSED;
+        const float reciprocal = reciprocal_of(scale), value_scale = job->value_scale ? job->value_scale[block] : scale;
+        for (int64_t i = 0; i < count; i++) {
+            const float relative = relative_to(X::load(x[i]), reciprocal);
+            float level = levels[0];
+            for (int k = 0; k < 15; k++) level = relative > midpoints[k] ? levels[k + 1] : level;
+            y[i] = X::store(level * value_scale);
+        }
+        if (!job->mask) continue;
+        uint8_t flags[PIECE];
+        for (int64_t start = 0; start < count; start += PIECE) {
+            const int64_t part = count - start < PIECE ? count - start : PIECE;
+            for (int64_t i = 0; i < part; i++) {
+                const float away = X::load(x[start + i]) / scale;
+                flags[i] = (away < 0 ? -away : away) <= 1.0f;
+            }
+            pack_flags(flags, part, job->mask + block * mask_bytes + start / 8);
+        }
+    }
+    return DONE;
+}
+
+int round_codebook(const Job *job, int64_t begin, int64_t end) {
+    return job->x_type == FLOAT32 ? round_codebook_of<Float32>(job, begin, end)
+                                  : round_codebook_of<BFloat16>(job, begin, end);
+}
+
+template <class X> int quantize_codebook_of(const Job *job, int64_t begin, int64_t end) {
+    typedef typename X::Stored Stored;
+    float midpoints[15];
+    int32_t order[16];
+    memcpy(midpoints, job->midpoints, sizeof midpoints);
+    for (int k = 0; k < 16; k++) order[k] = job->order[k];
+    uint8_t held[PIECE];
+    for (int64_t block = begin; block < end; block++) {
+        const int64_t count = values_in(job, block);
+        const Stored *x = (const Stored *)job->x + block * job->size;
+        float scale;
+        if (settle_block<X>(job, x, count, block, scale)) return REFUSED;
+        const float reciprocal = reciprocal_of(scale);
+        for (int64_t start = 0; start < count; start += PIECE) {
+            const int64_t part = count - start < PIECE ? count - start : PIECE;
+            for (int64_t i = 0; i < part; i++) {
+                const float relative = relative_to(X::load(x[start + i]), reciprocal);
+                int32_t code = order[0];
+                for (int k = 0; k < 15; k++) code = relative > midpoints[k] ? order[k + 1] : code;
+                held[i] = (uint8_t)code;
+            }
+            pack_codes(held, part, 4, job->codes + (block * job->size + start) / 2);
+        }
+    }
+    return DONE;
+}
+
+int quantize_codebook(const Job *job, int64_t begin, int64_t end) {
+    return job->x_type == FLOAT32 ? quantize_codebook_of<Float32>(job, begin, end)
+                                  : quantize_codebook_of<BFloat16>(job, begin, end);
+}
+
+// The levels of codes, 0 to 15.
+#if defined(__AVX512F__)
+struct LevelTable {
+    __m512 levels;
+    inline LevelTable(const float *from) { levels = _mm512_loadu_ps(from); }
+    inline void look_up(const uint8_t *packed, float *out) const {  // 16 bytes to 32 values
+        __m128i bytes = _mm_loadu_si128((const __m128i *)packed), low = _mm_and_si128(bytes, _mm_set1_epi8(15));
+        __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+        __m512i first = _mm512_cvtepu8_epi32(_mm_unpacklo_epi8(low, high));
+        __m512i second = _mm512_cvtepu8_epi32(_mm_unpackhi_epi8(low, high));
+        _mm512_storeu_ps(out, _mm512_permutexvar_ps(first, levels));
+        _mm512_storeu_ps(out + 16, _mm512_permutexvar_ps(second, levels));
+    }
+};
+#elif defined(__AVX2__)
+struct LevelTable {
+    __m256 below, above;
+    inline LevelTable(const float *from) {
+        below = _mm256_loadu_ps(from);
+        above = _mm256_loadu_ps(from + 8);
+    }
+    inline __m256 level(__m128i codes) const {
+        __m256i places = _mm256_cvtepu8_epi32(codes);  // bit 3 says which half; the look-up reads the three below it
+        __m256 low = _mm256_permutevar8x32_ps(below, places), high = _mm256_permutevar8x32_ps(above, places);
+        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
+    }
+    inline void look_up(const uint8_t *packed, float *out) const {
+        __m128i bytes = _mm_loadu_si128((const __m128i *)packed), low = _mm_and_si128(bytes, _mm_set1_epi8(15));
+        __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+        __m128i first = _mm_unpacklo_epi8(low, high), second = _mm_unpackhi_epi8(low, high);
+        _mm256_storeu_ps(out, level(first));
+        _mm256_storeu_ps(out + 8, level(_mm_srli_si128(first, 8)));
+        _mm256_storeu_ps(out + 16, level(second));
+        _mm256_storeu_ps(out + 24, level(_mm_srli_si128(second, 8)));
+    }
+};
+#else
+struct LevelTable {
+    float pairs[256][2];
+    inline LevelTable(const float *from) {
+        for (int byte = 0; byte < 256; byte++) {
+            pairs[byte][0] = from[byte & 15];
+            pairs[byte][1] = from[byte >> 4];
+        }
+    }
+    inline void look_up(const uint8_t *packed, float *out) const {
+        for (int i = 0; i < 16; i++) memcpy(out + 2 * i, pairs[packed[i]], 8);
+    }
+};
+#endif
+
+template <class Y> int dequantize_codebook_of(const Job *job, int64_t begin, int64_t end) {
+    typedef typename Y::Stored Stored;
+    const LevelTable table(job->levels);
+    float held[32];
+    for (int64_t block = begin; block < end; block++) {
+        const int64_t count = values_in(job, block);
+        const uint8_t *packed = job->codes + block * job->size / 2;
+        Stored *__restrict__ y = (Stored *)job->y + block * job->size;
+        const float scale = ((const float *)job->scale)[block];
+        int64_t start = 0;
+        for (; start + 32 <= count; start += 32) {
+            table.look_up(packed + start / 2, held);
+            for (int i = 0; i < 32; i++) y[start + i] = Y::store(held[i] * scale);
+        }
+        for (; start < count; start++) {
+            const int code = start % 2 ? packed[start / 2] >> 4 : packed[start / 2] & 15;
+            y[start] = Y::store(job->levels[code] * scale);
+        }
+    }
+    return DONE;
+}
+
+int dequantize_codebook(const Job *job, int64_t begin, int64_t end) {
+    return job->y_type == FLOAT32 ? dequantize_codebook_of<Float32>(job, begin, end)
+                                  : dequantize_codebook_of<BFloat16>(job, begin, end);
+}
+
+template <class X> int mask_gradient_of(const Job *job, int64_t begin, int64_t end) {
+    typedef typename X::Stored Stored;
+    const int64_t mask_bytes = (job->size + 7) / 8;
+    uint8_t flags[PIECE];
+    for (int64_t group = begin; group < end; group++) {
+        const int64_t count = values_in(job, group);
+        const Stored *__restrict__ x = (const Stored *)job->x + group * job->size;
+        Stored *__restrict__ y = (Stored *)job->y + group * job->size;
+        for (int64_t start = 0; start < count; start += PIECE) {
+            const int64_t part = count - start < PIECE ? count - start : PIECE;
+            unpack_flags(job->mask + group * mask_bytes + start / 8, part, flags);
+            for (int64_t i = 0; i < part; i++) y[start + i] = X::store(X::load(x[start + i]) * (float)flags[i]);
+        }
+    }
+    return DONE;
+}
+
+int mask_gradient(const Job *job, int64_t begin, int64_t end) {
+    return job->x_type == FLOAT32 ? mask_gradient_of<Float32>(job, begin, end)
+                                  : mask_gradient_of<BFloat16>(job, begin, end);
+}
+
+}  // namespace
+
+#define STROP_TABLE                                                                                                     \
+    {round_affine, quantize_affine, dequantize_affine, round_codebook, quantize_codebook, dequantize_codebook, mask_gradient}

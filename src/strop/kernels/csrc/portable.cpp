@@ -1,0 +1,3 @@
+#include "body.h"
+
+extern const Table portable_table = STROP_TABLE;
