@@ -1,7 +1,7 @@
 """The mathematics of `numerics`, fast: kernels in C++ for raw CPU arrays, behind one choice that can be forced.
 
     csrc/          the kernels, once in plain C++, compiled for each instruction set (portable, AVX2, AVX-512)
-    build.py       compiles them, when the package is installed and by `python -m strop.kernels.build`
+    build.py       compiles them, when the package is installed and by `python -m strop.kernels`
     library.py     finds and checks the library, chooses the instruction set, and says which is in use and why
     operations.py  the kernels on tensors
 

@@ -1,4 +1,4 @@
-"""Compiles the native library: `python -m strop.kernels.build`, or when the package is installed (setup.py).
+"""Compiles the native library: `python -m strop.kernels`, or when the package is installed (setup.py).
 
     strop_kernels.so     the library: the kernels once for each instruction set, and what chooses among them
     strop_kernels.json   its receipt: the digests of the library and of the sources, the compiler, the instruction sets
@@ -31,8 +31,8 @@ RECEIPT = "strop_kernels.json"
 
 # What the values depend on: no contraction into fused operations, and none of what -ffast-math allows. The two others
 # say that nobody reads errno or the processor's exception flags, without which comparisons make no vectors.
-_FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
-_QUIET = ("-fno-trapping-math",)
+_FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
+_QUIET = ("-fno-trapping-math", "-ftree-vectorize", "-fvect-cost-model=dynamic")
 _LEVELS: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": (
@@ -136,7 +136,3 @@ def main() -> int:
         return 1
     sys.stdout.write(json.dumps(receipt, indent=1) + "\n")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

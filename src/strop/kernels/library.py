@@ -37,9 +37,11 @@ class Job(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y", "codes", "scale", "value_scale", "zero", "mask")),
         *((name, ctypes.c_void_p) for name in ("levels", "midpoints", "order")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "size", "row_bytes", "scale_row", "scale_group")),
-        *((name, ctypes.c_int32) for name in ("x_type", "y_type", "scale_type", "bits", "qmin", "mode", "given")),
-        ("reserved", ctypes.c_int32),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "size", "row_bytes")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("x_type", "y_type", "scale_type", "bits", "qmin", "mode", "given", "shared")
+        ),
     )
 
 
@@ -111,7 +113,7 @@ def load(folder: Path) -> Library | str:
         receipt = json.loads((folder / RECEIPT).read_text(encoding="utf-8"))
         content = path.read_bytes()
     except FileNotFoundError:
-        return "the native library was not compiled (python -m strop.kernels.build does it, with a C++ compiler)"
+        return "the native library was not compiled (python -m strop.kernels does it, with a C++ compiler)"
     except (OSError, ValueError) as error:
         return f"the native library or its receipt cannot be read ({error}); {_AGAIN}"
     fields = cast(dict[str, object], receipt) if isinstance(receipt, dict) else {}
@@ -125,7 +127,7 @@ def load(folder: Path) -> Library | str:
         return f"{path} cannot be loaded ({error}); {_AGAIN}"
 
 
-_AGAIN = "compile it again: python -m strop.kernels.build"
+_AGAIN = "compile it again: python -m strop.kernels"
 
 
 @functools.cache

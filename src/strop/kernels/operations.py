@@ -243,15 +243,13 @@ def _fits_blocks(book: Codebook, count: int, *scales: Tensor | None) -> bool:
 def _affine_job(
     grid: AffineGrid, rows: int, columns: int, scale_dtype: torch.dtype, scale: Tensor | None, zero: Tensor | None
 ) -> Job:
-    groups = columns // grid.size
     return Job(
         scale=_pointer(scale),
         zero=_pointer(zero),
         rows=rows,
         columns=columns,
         size=grid.size,
-        scale_row=0 if grid.shared else groups,
-        scale_group=0 if grid.shared else 1,
+        shared=grid.shared,
         scale_type=_TYPES[scale_dtype],
         bits=grid.bits,
         qmin=grid.qmin,

@@ -6,6 +6,10 @@
 
 #include <stdint.h>
 
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the kernels lay codes in little-endian words; elsewhere the PyTorch reference does the work"
+#endif
+
 enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, LEVELS = 3 };
@@ -17,17 +21,17 @@ typedef struct {
     const void *x;             // values in, x_type
     void *y;                   // values out, y_type
     uint8_t *codes;            // packed codes, rows of row_bytes
-    void *scale;               // scale_type, one every scale_row rows and scale_group groups (0: one for all)
+    void *scale;               // scale_type, one a group, or one for all where `shared`
     const float *value_scale;  // what values are made with where that is not `scale`; codebooks only, else null
     uint8_t *zero;             // stored zero points, laid like scale, or null
     uint8_t *mask;             // a bit for each value, a group's from a whole byte on: 1 where the grid does not clip it
     const float *levels;       // codebooks: 16 values, ascending where values are rounded, by code where they are read
     const float *midpoints;    // codebooks: what lies between the ascending levels, 15, the unused ones infinite
     const uint8_t *order;      // codebooks: the codes of the ascending levels, 16
-    int64_t rows, columns, size, row_bytes, scale_row, scale_group;
+    int64_t rows, columns, size, row_bytes;
     int32_t x_type, y_type, scale_type, bits, qmin, mode;
     int32_t given;             // whether scales (and zero points) are read, not written
-    int32_t reserved;
+    int32_t shared;
 } Job;
 
 typedef int (*Kernel)(const Job *job, int64_t begin, int64_t end);
