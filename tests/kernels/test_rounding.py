@@ -81,17 +81,15 @@ def test_given_scales_and_the_gradient_are_the_reference_s(instruction_set: str,
                 zero = found.zero_point.int() - 8
             upstream = plain(*drawn.shape, seed=9).to(dtype)
             upstream[0, 0] = -0.0
-            results: list[tuple[Tensor, Tensor]] = []
+            results: list[list[Tensor]] = []
             for name in ("reference", instruction_set):
                 with kernels.forced(name):
                     leaf = drawn.clone().requires_grad_()
                     rounded = fake_quantize(leaf, scheme, scale=scale, zero_point=zero)
                     rounded.backward(upstream)
                     assert leaf.grad is not None
-                    results.append((rounded.detach(), leaf.grad))
-                    results[-1] += tuple(
-                        quantize_tensor(drawn, scheme, scale=scale, zero_point=zero).tensors().values()
-                    )
+                    results.append([rounded.detach(), leaf.grad])
+                    results[-1] += list(quantize_tensor(drawn, scheme, scale=scale, zero_point=zero).tensors().values())
             for expected, got in zip(*results, strict=True):
                 assert bitwise_equal(got, expected), shape
 

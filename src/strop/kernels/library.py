@@ -36,8 +36,8 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y", "codes", "scale", "value_scale", "zero", "mask")),
-        *((name, ctypes.c_void_p) for name in ("levels", "midpoints", "order")),
-        *((name, ctypes.c_int64) for name in ("rows", "columns", "size", "row_bytes")),
+        *((name, ctypes.c_void_p) for name in ("levels", "midpoints", "order", "bias", "inputs", "sums")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "size", "row_bytes", "tokens")),
         *(
             (name, ctypes.c_int32)
             for name in ("x_type", "y_type", "scale_type", "bits", "qmin", "mode", "given", "shared")
@@ -53,6 +53,7 @@ KERNELS = (
     "quantize_codebook",
     "dequantize_codebook",
     "mask_gradient",
+    "product",
 )
 
 

@@ -21,6 +21,9 @@ _VALUES = (torch.float32, torch.bfloat16)
 _CPU = torch.device("cpu")  # named, for the default device may be another
 _PLAIN = (Tensor, nn.Parameter)
 
+MOST_TOKENS = 4
+"""Rows that `product` takes; with more, a dense weight is made once for all of them."""
+
 SYMMETRIC, FULL_RANGE, ASYMMETRIC = 0, 1, 2
 """Where an integer grid lies: s = max |x| / ((2^b - 1) / 2), max |x| / -2^(b-1) with a sign, or a zero point."""
 
@@ -202,6 +205,52 @@ def mask_gradient(grad: Tensor, mask: Tensor, size: int) -> Tensor | None:
     job = Job(rows=1, columns=grad.numel(), size=size, x_type=_TYPES[grad.dtype])
     job.x, job.y, job.mask = grad.data_ptr(), result.data_ptr(), mask.data_ptr()
     return result if _run(found, "mask_gradient", job) else None
+
+
+def product(
+    x: Tensor,
+    codes: Tensor,
+    grid: AffineGrid | Codebook,
+    *,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+) -> Tensor | None:
+    """X times packed weights transposed, plus the bias, the weights never written down: [tokens, out], like x.
+
+    The weights are those of the codes, exact; products are summed in float32 and the sum is rounded once.
+
+    Args:
+        x: float32 or bfloat16 [tokens, in], at most `MOST_TOKENS`.
+        codes: uint8 [out, bytes], or a codebook's, flat; its blocks divide a row then.
+        grid: The grid of the codes.
+        scale: As stored; a codebook's in float32.
+        zero: Stored zero points, or None.
+        bias: [out] in the dtype of x, or None.
+        shape: (out, in).
+    """
+    found = usable(x, codes, scale, zero, bias)
+    rows, columns = shape
+    if found is None or x.dtype not in _VALUES or x.ndim != 2 or x.shape[1] != columns or x.shape[0] > MOST_TOKENS:
+        return None
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
+        return None
+    if isinstance(grid, Codebook):
+        row_bytes = columns // 2
+        fits = columns % grid.size == 0 and zero is None and _fits_blocks(grid, rows * columns, scale)
+        job = _codebook_job(grid, rows * columns, grid.levels, scale)
+        job.rows, job.columns = rows, columns
+    else:
+        row_bytes = (columns * grid.bits + 7) // 8
+        fits = codes.ndim == 2 and _fits(grid, shape, scale.dtype, scale, zero)
+        job = _affine_job(grid, rows, columns, scale.dtype, scale, zero) if fits else Job()
+    if not fits or codes.dtype != torch.uint8 or codes.numel() != rows * row_bytes:
+        return None
+    result = torch.empty((x.shape[0], rows), dtype=x.dtype, device=_CPU)
+    job.x, job.x_type, job.y = x.data_ptr(), _TYPES[x.dtype], result.data_ptr()
+    job.codes, job.row_bytes, job.tokens, job.bias = codes.data_ptr(), row_bytes, x.shape[0], _pointer(bias)
+    return result if _run(found, "product", job) else None
 
 
 def unpacked_mask(mask: Tensor, count: int, size: int) -> Tensor:

@@ -8,6 +8,7 @@ the reference's, and so is every refusal: a kernel that meets values it cannot r
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -124,6 +125,40 @@ def dequantize(
     return operations.dequantize_affine(
         codes, shape[1], _affine(scheme, shape), scale=scale, zero=zero_point, dtype=dtype
     )
+
+
+def product(
+    x: Tensor, scheme: Scheme, shape: tuple[int, int], parts: Mapping[str, Tensor], bias: Tensor | None
+) -> Tensor | None:
+    """A few tokens times a quantized weight transposed, plus a bias; the weight is never dense.
+
+    Args:
+        x: [..., in].
+        scheme: The weight's.
+        shape: (out, in).
+        parts: The weight's tensors by name, as `QuantizedTensor.tensors` gives them.
+        bias: [out] in the dtype of x, or None.
+
+    Returns:
+        [..., out] in the dtype of x, summed in float32.
+    """
+    rows, columns = shape
+    if not 1 <= x.numel() // columns <= operations.MOST_TOKENS or not _knows(scheme) or "group_index" in parts:
+        return None
+    if "nested_codes" in parts:
+        scale = NestedScale(parts["nested_codes"], parts["nested_scale"], parts["nested_offset"]).dequantize()
+    else:
+        scale = parts["scale"]
+    made = operations.product(
+        x.reshape(-1, columns),
+        parts["codes"],
+        _codebook(scheme) or _affine(scheme, shape),
+        scale=scale,
+        zero=parts.get("zero_point"),
+        bias=bias,
+        shape=shape,
+    )
+    return None if made is None else made.view(*x.shape[:-1], rows)
 
 
 def _knows(scheme: Scheme) -> bool:

@@ -1,3 +1,6 @@
-#include "body.h"
+#include "products.h"
 
-extern const Table avx512_table = STROP_TABLE;
+extern const Table avx512_table = {
+    round_affine,   quantize_affine,     dequantize_affine, round_codebook, quantize_codebook,
+    dequantize_codebook, mask_gradient, prepare_product,   product,
+};

@@ -41,9 +41,9 @@ inline uint16_t bfloat16_of(float value) {  // to nearest, ties to even
 
 inline float from_float16(uint16_t half) {
     uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = half & 0x7FFF;
-    if (rest >= 0x7C00) return float_of(sign | 0x7F800000 | (rest & 0x3FF) << 13);
-    if (rest < 0x400) return float_of(sign | bits_of((float)rest * 5.9604644775390625e-8f));  // 2^-24
-    return float_of(sign | ((rest << 13) + (112u << 23)));
+    uint32_t small = bits_of((float)(int32_t)rest * 5.9604644775390625e-8f);  // 2^-24
+    uint32_t normal = (rest << 13) + ((rest >= 0x7C00 ? 224u : 112u) << 23);
+    return float_of(sign | (rest < 0x400 ? small : normal));
 }
 
 // Rounded to float16, as a float: to nearest, ties to even, infinite from 65520 on. For positive values.
@@ -666,6 +666,3 @@ int mask_gradient(const Job *job, int64_t begin, int64_t end) {
 }
 
 }  // namespace
-
-#define STROP_TABLE                                                                                                     \
-    {round_affine, quantize_affine, dequantize_affine, round_codebook, quantize_codebook, dequantize_codebook, mask_gradient}

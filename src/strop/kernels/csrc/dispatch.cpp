@@ -168,3 +168,13 @@ EXPORT int strop_dequantize_codebook(const Job *job, int level, int threads) {
 EXPORT int strop_mask_gradient(const Job *job, int level, int threads) {
     return run(&Table::mask_gradient, job, level, threads, blocks_of(job));
 }
+EXPORT int strop_product(const Job *job, int level, int threads) {
+    const Table *table = table_of(level);
+    if (!table || job->tokens < 1 || job->tokens > 4) return REFUSED;
+    std::vector<float> room((size_t)(job->tokens * (job->columns + job->columns / job->size)));
+    Job whole = *job;
+    whole.inputs = room.data();
+    whole.sums = room.data() + job->tokens * job->columns;
+    table->prepare_product(&whole, 0, whole.tokens);
+    return run(&Table::product, &whole, level, threads, whole.rows);
+}

@@ -28,7 +28,9 @@ typedef struct {
     const float *levels;       // codebooks: 16 values, ascending where values are rounded, by code where they are read
     const float *midpoints;    // codebooks: what lies between the ascending levels, 15, the unused ones infinite
     const uint8_t *order;      // codebooks: the codes of the ascending levels, 16
-    int64_t rows, columns, size, row_bytes;
+    const void *bias;          // products: x_type, one a row, or null
+    float *inputs, *sums;      // products: room for what prepare_product makes of x, tokens * columns, tokens * groups
+    int64_t rows, columns, size, row_bytes, tokens;
     int32_t x_type, y_type, scale_type, bits, qmin, mode;
     int32_t given;             // whether scales (and zero points) are read, not written
     int32_t shared;
@@ -45,6 +47,8 @@ typedef struct {
     Kernel quantize_codebook;   // units: blocks
     Kernel dequantize_codebook; // units: blocks
     Kernel mask_gradient;       // units: groups. y = x where the mask is set, else a zero of its sign
+    Kernel prepare_product;     // units: tokens
+    Kernel product;             // units: rows of the weight. y[t, row] = x[t] . row + bias, summed in float32
 } Table;
 
 extern const Table portable_table, avx2_table, avx512_table;
