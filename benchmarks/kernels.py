@@ -1,32 +1,37 @@
 """How fast are the native kernels beside PyTorch, bitsandbytes and the memory? `python -m benchmarks.kernels`
 
-Each case runs in turns with the PyTorch reference, with a copy that moves as many bytes, and with bitsandbytes where it
-does the same, so that what else the machine does falls on all alike. The table gives the median of a call in CPU
-milliseconds (of all threads together), its quartiles, the median of the paired ratio to the reference, and the share of
-the copy's rate: bytes read and written once, over the kernel's time, beside the bytes that the copy reads and writes
-over its own. Results are compared bit for bit before anything is timed. Freshly allocated results are part of every
-time, as they are in use; the copy's is one of them.
+Each case runs in turns with the PyTorch reference, with a probe of the memory, and with bitsandbytes where it does the
+same, so that what else the machine does falls on all alike. The table gives the median of a call in CPU milliseconds
+(of all threads together), its quartiles, the median of the paired ratio to the reference, and the share of the probe's
+rate. The probe of a rounding is a copy into fresh memory that reads and writes as many bytes together, for fresh
+results are part of every time, as they are in use; that of a one-token product is the sum of as many bytes of float32,
+which are only read. Products cycle through weights of 256 MB together, so that none lies in a cache. Results are
+compared before anything is timed: a rounding bit for bit, a product to 1% of its largest value.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.metadata
+import itertools
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop import kernels
+from strop.layers.quant_linear import QuantLinear
 from strop.numerics import fake_quantize, parse_scheme, quantize_tensor
 
 ROUNDING = ("int4-g32", "int4-g32-full", "int4-g128-asym", "int3-g64", "int8", "nf4")
 CODES = ("int8", "int4-g32", "int4-g128-asym", "int3-g64", "int2-g32", "nf4")
+PRODUCTS = ("int8", "int4-g32", "int4-g128-asym", "nf4")
 
 
 @dataclass
@@ -37,6 +42,7 @@ class Case:
     call: Callable[[], object]
     moved_bytes: int
     rival: Callable[[], object] | None = None
+    is_product: bool = False
 
 
 def trained(weight: Tensor, text: str) -> Callable[[], object]:
@@ -72,6 +78,47 @@ def cases(rows: int, columns: int, dtype: torch.dtype) -> list[Case]:
     return found
 
 
+def products(rows: int, columns: int, dtype: torch.dtype) -> list[Case]:
+    """One token through quantized layers; the reference makes each weight dense first."""
+    generator, name = torch.Generator().manual_seed(0), str(dtype).removeprefix("torch.")
+    x = torch.randn(1, columns, generator=generator).to(dtype)
+    found: list[Case] = []
+    for text in PRODUCTS:
+        weight = 0.02 * torch.randn(rows, columns, generator=generator)
+        layer = QuantLinear(quantize_tensor(weight, parse_scheme(text)))
+        bytes_each = layer.qtensor.nbytes
+        layers = [copy.deepcopy(layer) for _ in range(max(1, (256 << 20) // bytes_each))]
+        turns = itertools.cycle(layers)
+
+        def call(turns: Iterator[nn.Module] = turns, count: int = len(layers)) -> Tensor:
+            with torch.no_grad():
+                for _ in range(count - 1):
+                    next(turns)(x)
+                return next(turns)(x)
+
+        rival = bitsandbytes_linear(weight.to(dtype), x, len(layers)) if text == "nf4" else None
+        moved = bytes_each * len(layers)
+        found.append(Case(f"product of 1 token {name} {text} x {len(layers)}", call, moved, rival, is_product=True))
+    return found
+
+
+def bitsandbytes_linear(weight: Tensor, x: Tensor, count: int) -> Callable[[], object] | None:
+    try:
+        import bitsandbytes
+        from bitsandbytes import functional
+    except ImportError:
+        return None
+    packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    codes = [packed.clone() for _ in range(count)]
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            results = [bitsandbytes.matmul_4bit(x, one.t(), quant_state=state) for one in codes]
+        return results[-1]
+
+    return call
+
+
 def bitsandbytes_nf4(weight: Tensor) -> tuple[Callable[[], object] | None, Callable[[], object] | None]:
     try:
         from bitsandbytes import functional
@@ -102,10 +149,15 @@ def measured(case: Case, pairs: int) -> str:
     made, expected = case.call(), by_reference(case.call)()
     assert isinstance(made, Tensor)
     assert isinstance(expected, Tensor)
-    assert torch.equal(made.view(torch.uint8), expected.view(torch.uint8)), f"{case.name}: not the reference's bits"
-    source = torch.ones(case.moved_bytes // 2, dtype=torch.uint8)
+    if case.is_product:
+        assert (made - expected).abs().max() < 0.01 * expected.abs().max(), case.name
+        read = torch.ones(case.moved_bytes // 4)
+        probe: Callable[[], object] = read.sum
+    else:
+        assert torch.equal(made.view(torch.uint8), expected.view(torch.uint8)), f"{case.name}: not the reference's bits"
+        probe = torch.ones(case.moved_bytes // 2, dtype=torch.uint8).clone
     calls: dict[str, Callable[[], object]] = {
-        "copy": source.clone,
+        "probe": probe,
         "kernel": case.call,
         "reference": by_reference(case.call),
     }
@@ -119,7 +171,7 @@ def measured(case: Case, pairs: int) -> str:
     kernel = times["kernel"]
     low, middle, high = statistics.quantiles(kernel, n=4)
     ratios = [slow / fast for slow, fast in zip(times["reference"], kernel, strict=True)]
-    share = statistics.median(copy / own for copy, own in zip(times["copy"], kernel, strict=True))
+    share = statistics.median(probe / own for probe, own in zip(times["probe"], kernel, strict=True))
     rival = "-"
     if case.rival is not None:
         rival = f"{statistics.median(slow / fast for slow, fast in zip(times['rival'], kernel, strict=True)):.2f}"
@@ -156,12 +208,13 @@ def main() -> None:
             versions.append(f"no {package}")
     print(f"{processor()}, {asked.threads} threads; {', '.join(versions)}; {choice.compiler}")
     print(f"kernels: {choice.name} ({choice.reason}); weights [{asked.rows}, {asked.columns}]; {asked.pairs} pairs\n")
-    print("| case | CPU ms (quartiles) | GB/s | of the copy's rate | reference / kernel | bitsandbytes / kernel |")
+    print("| case | CPU ms (quartiles) | GB/s | of the probe's rate | reference / kernel | bitsandbytes / kernel |")
     print("|---|---|---|---|---|---|")
     for dtype in (torch.float32, torch.bfloat16):
-        for case in cases(asked.rows, asked.columns, dtype):
-            if asked.only in case.name:
-                print(measured(case, asked.pairs), flush=True)
+        for kind in (cases, products):
+            for case in kind(asked.rows, asked.columns, dtype):
+                if asked.only in case.name:
+                    print(measured(case, asked.pairs), flush=True)
 
 
 if __name__ == "__main__":

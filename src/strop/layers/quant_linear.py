@@ -8,8 +8,8 @@ exists during one call, and is made again in the backward pass for the gradient 
 
     dL/dx = dL/dy @ dequantize(codes, scale, zero).
 
-A few rows of `x` (a token that is being generated) without a gradient are multiplied by the native kernels where there
-are any: with the codes as they lie, summed in float32, so that nothing dense is made at all.
+While gradients are off, a few rows of `x` (a token that is being generated) are multiplied by the native kernels where
+there are any: with the codes as they lie, their values unrounded and summed in float32; nothing dense is made at all.
 
 There is no gradient for codes, scales and zeros: what trains on top is an adapter (`LoraLinear`), and training through
 the rounding itself is `FakeQuantLinear`'s.
@@ -100,7 +100,7 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         tensors = [self._kept(name) for name in self._names]
         shape = (self.out_features, self.in_features)
-        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+        if not torch.is_grad_enabled():
             parts = dict(zip(self._names, tensors, strict=True))
             if (y := accelerated.product(x.to(dtype), self.scheme, shape, parts, bias)) is not None:
                 return y

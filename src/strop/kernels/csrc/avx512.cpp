@@ -1,3 +1,5 @@
+#include "affine.h"
+#include "codebook.h"
 #include "products.h"
 
 extern const Table avx512_table = {

@@ -7,7 +7,7 @@
 // so the order of summation does not depend on the threads.
 #pragma once
 
-#include "body.h"
+#include "codes.h"
 
 namespace {
 
@@ -179,22 +179,25 @@ template <int TOKENS> int64_t row_of_4_bits(const Job *job, int64_t row, const f
     const Repeat repeat(size < BLOCK ? size : BLOCK);
     float scales[SCALES + 16] = {0};
     Lanes all_sums[TOKENS];
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) all_sums[t] = zeros();
     for (int64_t start = 0; start < blocks; start += together) {
         const int64_t stop = blocks - start < together ? blocks : start + together;
         const int64_t first = start * BLOCK / size, count = (stop * BLOCK - 1) / size + 1 - first;
-        const int64_t base = job->shared ? 0 : row * groups + first;
-        for (int64_t k = 0; k < count; k++) scales[k] = load_scale(job->scale, job->scale_type, job->shared ? 0 : base + k);
+        load_scales(job->scale, job->scale_type, job->shared ? 0 : row * groups + first, count, scales);
         for (int64_t block = start; block < stop; block++) {
             Words words(packed + block * BLOCK / 2);
             Lanes even[TOKENS], odd[TOKENS];
+#pragma GCC unroll 4
             for (int t = 0; t < TOKENS; t++) even[t] = odd[t] = zeros();
+#pragma GCC unroll 4
             for (int step = 0; step < 8; step += 2) {
                 const float *inputs = job->inputs + block * BLOCK + step * LANES;
                 const Lanes one = table.of(words);
                 words.next();
                 const Lanes other = table.of(words);
                 words.next();
+#pragma GCC unroll 4
                 for (int t = 0; t < TOKENS; t++) {
                     even[t] = times_plus(one, load(inputs + t * columns), even[t]);
                     odd[t] = times_plus(other, load(inputs + t * columns + LANES), odd[t]);
@@ -202,9 +205,11 @@ template <int TOKENS> int64_t row_of_4_bits(const Job *job, int64_t row, const f
             }
             const Lanes scale = size < BLOCK ? repeat.of(scales + (block - start) * per_block)
                                              : all(scales[(block - start) / blocks_each]);
+#pragma GCC unroll 4
             for (int t = 0; t < TOKENS; t++) all_sums[t] = times_plus(plus(even[t], odd[t]), scale, all_sums[t]);
         }
     }
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) sums[t] += total_of(all_sums[t]);
     return blocks * BLOCK;
 }
@@ -213,14 +218,17 @@ template <int TOKENS> void row_of_8_bits(const Job *job, int64_t row, float *sum
     const int64_t columns = job->columns, size = job->size, groups = columns / size;
     const uint8_t *codes = job->codes + row * job->row_bytes;
     Lanes all_sums[TOKENS];
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) all_sums[t] = zeros();
     for (int64_t group = 0; group < groups; group++) {
         const Lanes scale = all(load_scale(job->scale, job->scale_type, job->shared ? 0 : row * groups + group));
         Lanes even[TOKENS], odd[TOKENS];
+#pragma GCC unroll 4
         for (int t = 0; t < TOKENS; t++) even[t] = odd[t] = zeros();
         int64_t i = group * size;
         for (; i + 2 * LANES <= (group + 1) * size; i += 2 * LANES) {
             const Lanes one = signed_bytes(codes + i), other = signed_bytes(codes + i + LANES);
+#pragma GCC unroll 4
             for (int t = 0; t < TOKENS; t++) {
                 even[t] = times_plus(one, load(job->inputs + t * columns + i), even[t]);
                 odd[t] = times_plus(other, load(job->inputs + t * columns + i + LANES), odd[t]);
@@ -228,10 +236,13 @@ template <int TOKENS> void row_of_8_bits(const Job *job, int64_t row, float *sum
         }
         if (i < (group + 1) * size) {
             const Lanes one = signed_bytes(codes + i);
+#pragma GCC unroll 4
             for (int t = 0; t < TOKENS; t++) even[t] = times_plus(one, load(job->inputs + t * columns + i), even[t]);
         }
+#pragma GCC unroll 4
         for (int t = 0; t < TOKENS; t++) all_sums[t] = times_plus(plus(even[t], odd[t]), scale, all_sums[t]);
     }
+#pragma GCC unroll 4
     for (int t = 0; t < TOKENS; t++) sums[t] += total_of(all_sums[t]);
 }
 
