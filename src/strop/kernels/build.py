@@ -50,7 +50,7 @@ class BuildError(Exception):
 def sources_digest() -> str:
     """SHA-256 of the C++ sources, names and bytes."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
     return digest.hexdigest()

@@ -90,7 +90,10 @@ template <class X, int SIZE>
 inline void round_values(const typename X::Stored *__restrict__ x, typename X::Stored *__restrict__ y, int64_t size,
                          Grid grid, float steps) {
     const int64_t count = SIZE ? SIZE : size;
-    for (int64_t i = 0; i < count; i++) y[i] = X::store_number((code_of(X::load(x[i]), grid, steps) - grid.zero) * grid.scale);
+    for (int64_t i = 0; i < count; i++) {
+        const float code = code_of(X::load(x[i]), grid, steps);
+        y[i] = X::store_number((code - grid.zero) * grid.scale);
+    }
 }
 
 template <class X, int SIZE>
@@ -131,7 +134,8 @@ template <class X> int round_affine_of(const Job *job, int64_t begin, int64_t en
 }
 
 int round_affine(const Job *job, int64_t begin, int64_t end) {
-    return job->x_type == FLOAT32 ? round_affine_of<Float32>(job, begin, end) : round_affine_of<BFloat16>(job, begin, end);
+    return job->x_type == FLOAT32 ? round_affine_of<Float32>(job, begin, end)
+                                  : round_affine_of<BFloat16>(job, begin, end);
 }
 
 template <class X, int SIZE>
@@ -184,7 +188,8 @@ int quantize_affine(const Job *job, int64_t begin, int64_t end) {
 }
 
 template <class Y, int SIZE>
-inline void restore_values(const uint8_t *__restrict__ codes, typename Y::Stored *__restrict__ y, int64_t size, Grid grid) {
+inline void restore_values(const uint8_t *__restrict__ codes, typename Y::Stored *__restrict__ y, int64_t size,
+                           Grid grid) {
     const int64_t count = SIZE ? SIZE : size;
     for (int64_t i = 0; i < count; i++) y[i] = Y::store(((float)codes[i] - grid.zero) * grid.scale);
 }

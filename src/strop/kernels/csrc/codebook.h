@@ -77,7 +77,8 @@ template <class X> int round_codebook_of(const Job *job, int64_t begin, int64_t 
         if (settle_block<X>(job, x, count, block, scale)) return REFUSED;
         const float reciprocal = reciprocal_of(scale), value_scale = job->value_scale ? job->value_scale[block] : scale;
         int64_t done = 0;
-        for (; done + 32 <= count; done += 32) nearest_levels<X, 32>(x + done, y + done, 32, levels, midpoints, reciprocal, value_scale);
+        for (; done + 32 <= count; done += 32)
+            nearest_levels<X, 32>(x + done, y + done, 32, levels, midpoints, reciprocal, value_scale);
         nearest_levels<X, 0>(x + done, y + done, count - done, levels, midpoints, reciprocal, value_scale);
         if (!job->mask) continue;
         float away[PIECE];

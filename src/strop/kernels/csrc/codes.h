@@ -5,16 +5,19 @@
 
 namespace {
 
+inline uint64_t lower_fields(int width, int bits) {  // every second one, from the lowest on
+    const uint64_t field = (1ull << bits) - 1;
+    return width == 8 ? field * 0x0001000100010001ull : width == 16 ? field * 0x0000000100000001ull : field;
+}
+
 // Fields of a word, `width` apart and `bits` wide, moved together in pairs, and the other way round.
 inline uint64_t paired(uint64_t word, int width, int bits) {
-    const uint64_t field = (1ull << bits) - 1;
-    const uint64_t low = width == 8 ? field * 0x0001000100010001ull : width == 16 ? field * 0x0000000100000001ull : field;
+    const uint64_t low = lower_fields(width, bits);
     return (word & low) | (word >> (width - bits) & low << bits);
 }
 
 inline uint64_t parted(uint64_t word, int width, int bits) {
-    const uint64_t field = (1ull << bits) - 1;
-    const uint64_t low = width == 8 ? field * 0x0001000100010001ull : width == 16 ? field * 0x0000000100000001ull : field;
+    const uint64_t low = lower_fields(width, bits);
     return (word & low) | (word & low << bits) << (width - bits);
 }
 

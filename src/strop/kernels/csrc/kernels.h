@@ -1,7 +1,7 @@
 // What the files of the native library share: the job that a caller describes, and the kernels that do it.
 //
 // The interface is plain C over raw arrays: contiguous, in the machine's own byte order, of the types named here. The
-// Python side (library.py) has the same struct; strop_job_bytes and the digest of these sources (build.py) guard the two.
+// Python side (library.py) has the same struct; strop_job_bytes and the digest of these sources (build.py) guard both.
 #pragma once
 
 #include <stdint.h>
@@ -13,10 +13,10 @@
 enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, LEVELS = 3 };
-enum Status { DONE = 0, REFUSED = 1 };  // REFUSED: the reference has the message (NaN, infinities, a scale that overflows)
+enum Status { DONE = 0, REFUSED = 1 };  // REFUSED (NaN, infinities, an overflow): the reference has the message
 
-// Values lie in `rows` rows of `columns`, cut into groups of `size` that share a scale. A codebook's blocks are cut from
-// the flattened rows, and the last may be short.
+// Values lie in `rows` rows of `columns`, cut into groups of `size` that share a scale. A codebook's blocks are cut
+// from the flattened rows, and the last may be short.
 typedef struct {
     const void *x;             // values in, x_type
     void *y;                   // values out, y_type
@@ -24,7 +24,7 @@ typedef struct {
     void *scale;               // scale_type, one a group, or one for all where `shared`
     const float *value_scale;  // what values are made with where that is not `scale`; codebooks only, else null
     uint8_t *zero;             // stored zero points, laid like scale, or null
-    uint8_t *mask;             // a bit for each value, a group's from a whole byte on: 1 where the grid does not clip it
+    uint8_t *mask;             // a bit for each value, a group's from a whole byte on: 1 where the grid does not clip
     const float *levels;       // codebooks: 16 values, ascending where values are rounded, by code where they are read
     const float *midpoints;    // codebooks: what lies between the ascending levels, 15, the unused ones infinite
     const uint8_t *order;      // codebooks: the codes of the ascending levels, 16

@@ -3,8 +3,8 @@
 // The kernels are written once in plain C++ (affine.h, codebook.h, products.h) and compiled for each instruction set in
 // a file of its own. The loops are such that compilers make vectors of them: no calls, no order of summation. Every
 // operation of a rounding is one of float32's own, in the order of the PyTorch reference (numerics/grid.py), without
-// contraction, and so the bits are the same. Nothing here may be an inline function with external linkage, or the linker
-// could keep the copy of one instruction set for all: no standard C++ headers, and all of it in an unnamed namespace.
+// contraction, and so the bits are the same. Nothing here may be an inline function with external linkage, or the
+// linker could keep the copy of one instruction set for all: no standard C++ headers, all in an unnamed namespace.
 #pragma once
 
 #include <string.h>

@@ -1,7 +1,7 @@
-// Products of a few tokens with packed weights: y[t, o] = sum over i of x[t, i] * w[o, i] (+ bias[o]), summed in float32.
+// Products of a few tokens with packed weights: y[t, o] = sum over i of x[t, i] * w[o, i] (+ bias[o]), in float32.
 //
 // A row's weights are read once, for all tokens, and never written down: one token costs what reading the codes costs.
-// Codes of 4 bits are looked up in a table of 16 floats that a register holds, eight to a 32-bit word: word j of a block
+// Codes of 4 bits are looked up in a table of 16 floats that registers hold, eight to a 32-bit word: word j of a block
 // has the weights 8 j to 8 j + 7, so the inputs are turned once a call to lie in that order. The sum of a group is
 // multiplied with its scale; a zero point is left to one product with the group's sum of inputs. Rows are independent,
 // so the order of summation does not depend on the threads.
