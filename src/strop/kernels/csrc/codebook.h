@@ -208,15 +208,15 @@ int dequantize_codebook(const Job *job, int64_t begin, int64_t end) {
 template <class X> int mask_gradient_of(const Job *job, int64_t begin, int64_t end) {
     typedef typename X::Stored Stored;
     const int64_t mask_bytes = (job->size + 7) / 8;
-    uint8_t flags[PIECE];
+    float flags[PIECE];
     for (int64_t group = begin; group < end; group++) {
         const int64_t count = values_in(job, group);
         const Stored *__restrict__ x = (const Stored *)job->x + group * job->size;
         Stored *__restrict__ y = (Stored *)job->y + group * job->size;
         for (int64_t start = 0; start < count; start += PIECE) {
             const int64_t part = count - start < PIECE ? count - start : PIECE;
-            unpack_flags(job->mask + group * mask_bytes + start / 8, part, flags);
-            for (int64_t i = 0; i < part; i++) y[start + i] = X::store(X::load(x[start + i]) * (float)flags[i]);
+            load_mask(job->mask + group * mask_bytes + start / 8, part, flags);
+            for (int64_t i = 0; i < part; i++) y[start + i] = X::store(X::load(x[start + i]) * flags[i]);
         }
     }
     return DONE;

@@ -121,8 +121,23 @@ inline void store_mask(const float *numbers, int64_t count, float most, uint8_t 
     }
 }
 
-inline void unpack_flags(const uint8_t *mask, int64_t count, uint8_t *flags) {
-    for (int64_t i = 0; i < count; i++) flags[i] = mask[i / 8] >> i % 8 & 1;
+// 1.0 for each bit that is set, 0.0 for the others.
+inline void load_mask(const uint8_t *mask, int64_t count, float *flags) {
+    int64_t i = 0;
+#if defined(__AVX512F__)
+    for (; i + 16 <= count; i += 16) {
+        uint16_t bits;
+        memcpy(&bits, mask + i / 8, 2);
+        _mm512_storeu_ps(flags + i, _mm512_maskz_mov_ps(bits, _mm512_set1_ps(1.0f)));
+    }
+#elif defined(__AVX2__)
+    const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (; i + 8 <= count; i += 8) {
+        __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask[i / 8]), places), places);
+        _mm256_storeu_ps(flags + i, _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_set1_ps(1.0f)));
+    }
+#endif
+    for (; i < count; i++) flags[i] = (float)(mask[i / 8] >> i % 8 & 1);
 }
 
 }  // namespace
