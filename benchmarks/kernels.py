@@ -113,7 +113,8 @@ def bitsandbytes_linear(weight: Tensor, x: Tensor, count: int) -> Callable[[], o
 
     def call() -> Tensor:
         with torch.no_grad():
-            results = [bitsandbytes.matmul_4bit(x, one.t(), quant_state=state) for one in codes]
+            multiply = bitsandbytes.matmul_4bit  # pyright: ignore[reportPrivateImportUsage]
+            results = [multiply(x, one.t(), quant_state=state) for one in codes]
         return results[-1]
 
     return call
