@@ -16,6 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from strop.kernels import operations
+from strop.numerics import accelerated
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import plan_shape, restore, row_chunks, split
 from strop.numerics.laid import lay_grid
@@ -82,11 +84,19 @@ def fake_quantize(
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Forward rounds a piece of the weight at a time; backward needs only where the grid clipped, if anywhere."""
+    """Forward rounds a piece of the weight at a time; backward needs only where the grid clipped, if anywhere.
+
+    The kernels round it in one pass, and keep where it clipped as one bit a value.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, scheme: Scheme, scale: Tensor | None, zero_point: Tensor | None) -> Tensor:
         plan_shape(tuple(weight.shape), scheme)
+        ctx.size = None
+        if (made := accelerated.fake_quantize(weight, scheme, scale, zero_point)) is not None:
+            ctx.save_for_backward(made.mask)
+            ctx.size = made.size
+            return made.values
         shape = (weight.shape[0], weight.shape[1])
         groups = split(weight, scheme)
         laid = lay_grid(groups, scheme, shape, scale=scale, zero_point=zero_point)
@@ -103,4 +113,11 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors
+        if ctx.size is not None and inside is not None:  # packed by the kernels
+            (grad,) = grads
+            if not torch.is_grad_enabled() and (
+                (masked := operations.mask_gradient(grad.contiguous(), inside, ctx.size)) is not None
+            ):
+                return masked, None, None, None
+            inside = operations.unpacked_mask(inside, grad.numel(), ctx.size).view(grad.shape)
         return (grads[0] if inside is None else grads[0] * inside), None, None, None

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from strop.errors import FormatError
-from strop.numerics import grid
+from strop.numerics import accelerated, grid
 from strop.numerics.codebook import NestedScale
 from strop.numerics.groups import plan_shape, restore, row_chunks, rows_of, split, spread
 from strop.numerics.laid import lay_grid
@@ -88,6 +88,17 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [out, in], computed in float32 and rounded once to `dtype`."""
         scheme = self.scheme
+        if self.group_index is None and self.super_scale is None:
+            made = accelerated.dequantize(
+                self.codes,
+                scheme,
+                self.shape,
+                scale=self.scales() if self.scale is None else self.scale,
+                zero_point=self.zero_point,
+                dtype=dtype,
+            )
+            if made is not None:
+                return made
         scale = spread(self.scales())
         zero_point = None if self.zero_point is None else spread(self.zero_point)
         minimum = self.minimums()
@@ -219,6 +230,10 @@ def quantize_tensor(
     """
     weight = weight.detach()
     shape = _two_sizes(weight, scheme, where)
+    if generator is None and super_scale is None:
+        made = accelerated.quantize(weight, scheme, scale, zero_point, where=where)
+        if made is not None:
+            return QuantizedTensor(made.codes, made.scale, made.zero_point, scheme, shape, made.nested)
     groups = split(weight, scheme)
     laid = lay_grid(groups, scheme, shape, scale=scale, zero_point=zero_point, super_scale=super_scale, where=where)
     stored = torch.empty(groups.shape, dtype=torch.uint8, device=weight.device)

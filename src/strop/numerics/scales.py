@@ -71,7 +71,7 @@ def fit_scale(
     """`choose_scale` for float32 ranges, finite and holding zero, unchecked: a scale that overflows is infinite."""
     magnitude = torch.maximum(-low, high)
     if isinstance(form, CodebookFormat):
-        return magnitude, None
+        return magnitude.abs_(), None  # of zeros alone it would have the sign that one of them had
     if scale_dtype == E8M0:
         ideal = _power_of_two(magnitude, form)
     elif isinstance(form, FloatFormat):

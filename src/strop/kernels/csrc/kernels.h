@@ -1,0 +1,54 @@
+// What the files of the native library share: the job that a caller describes, and the kernels that do it.
+//
+// The interface is plain C over raw arrays: contiguous, in the machine's own byte order, of the types named here. The
+// Python side (library.py) has the same struct; strop_job_bytes and the digest of these sources (build.py) guard both.
+#pragma once
+
+#include <stdint.h>
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the kernels lay codes in little-endian words; elsewhere the PyTorch reference does the work"
+#endif
+
+enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, LEVELS = 3 };
+enum Status { DONE = 0, REFUSED = 1 };  // REFUSED (NaN, infinities, an overflow): the reference has the message
+
+// Values lie in `rows` rows of `columns`, cut into groups of `size` that share a scale. A codebook's blocks are cut
+// from the flattened rows, and the last may be short.
+typedef struct {
+    const void *x;             // values in, x_type
+    void *y;                   // values out, y_type
+    uint8_t *codes;            // packed codes, rows of row_bytes
+    void *scale;               // scale_type, one a group, or one for all where `shared`
+    const float *value_scale;  // what values are made with where that is not `scale`; codebooks only, else null
+    uint8_t *zero;             // stored zero points, laid like scale, or null
+    uint8_t *mask;             // a bit for each value, a group's from a whole byte on: 1 where the grid does not clip
+    const float *levels;       // codebooks: 16 values, ascending where values are rounded, by code where they are read
+    const float *midpoints;    // codebooks: what lies between the ascending levels, 15, the unused ones infinite
+    const uint8_t *order;      // codebooks: the codes of the ascending levels, 16
+    const void *bias;          // products: x_type, one a row, or null
+    float *inputs, *sums;      // products: room for what prepare_product makes of x, tokens * columns, tokens * groups
+    int64_t rows, columns, size, row_bytes, tokens;
+    int32_t x_type, y_type, scale_type, bits, qmin, mode;
+    int32_t given;             // whether scales (and zero points) are read, not written
+    int32_t shared;
+} Job;
+
+typedef int (*Kernel)(const Job *job, int64_t begin, int64_t end);
+
+// One per level; each works on a range of its units and returns a Status.
+typedef struct {
+    Kernel round_affine;        // units: groups. y = the values nearest to x; mask where asked
+    Kernel quantize_affine;     // units: rows. codes (and scales, zero points) of x
+    Kernel dequantize_affine;   // units: rows. y of codes
+    Kernel round_codebook;      // units: blocks
+    Kernel quantize_codebook;   // units: blocks
+    Kernel dequantize_codebook; // units: blocks
+    Kernel mask_gradient;       // units: groups. y = x where the mask is set, else a zero of its sign
+    Kernel prepare_product;     // units: tokens
+    Kernel product;             // units: rows of the weight. y[t, row] = x[t] . row + bias, summed in float32
+} Table;
+
+extern const Table portable_table, avx2_table, avx512_table;
