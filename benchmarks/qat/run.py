@@ -1,9 +1,9 @@
 """Quantization-aware training, measured: scores, cost, adapters, code patches; each figure once.
 
-    setup.sh ENVIRONMENT                                           torchao's, the rival
-    python benchmarks/qat/run.py score --seeds 0 1 2 3 4 --torchao ENVIRONMENT/bin/python
-    python benchmarks/qat/run.py score --seeds 100 --split dev --grids int2 --arms qat --settings '{"learning_rate": 2e-3}'
-    python benchmarks/qat/run.py table --seeds 0 1 2 3 4
+    setup.sh ENVIRONMENT                                           strop's needs, and torchao, the rival
+    ENVIRONMENT/bin/python benchmarks/qat/run.py score --seeds 0 1 2 3 4
+    ... score --seeds 100 --split dev --arms qat --settings '{"learning_rate": 2e-3}'
+    ... table --seeds 0 1 2 3 4
 
 What is in `results/` is not measured again, so that a run that was stopped goes on; models lie in `--work`.
 """
@@ -15,6 +15,7 @@ import json
 import time
 from pathlib import Path
 
+import cost as step_cost
 from chosen import CHOSEN
 from store import Store
 from study import GRIDS, Study, write_rows
@@ -26,12 +27,12 @@ SCORE_KEY = ("seed", "grid", "arm", "settings", "split")
 
 def score(chosen: argparse.Namespace) -> None:
     """Every arm of every grid, seed after seed."""
-    study = Study(chosen.work, Store(chosen.results / "score.jsonl", SCORE_KEY), chosen.torchao)
+    study = Study(chosen.work, Store(chosen.results / "score.jsonl", SCORE_KEY))
     write_rows(study.rows)
     for seed in chosen.seeds:
         for grid in chosen.grids:
             for arm, settings in CHOSEN[grid].items():
-                if (chosen.arms and arm not in chosen.arms) or (arm.startswith("torchao") and not chosen.torchao):
+                if chosen.arms and arm not in chosen.arms:
                     continue
                 began = time.monotonic()
                 taken = json.loads(chosen.settings) if chosen.settings else settings
@@ -40,9 +41,18 @@ def score(chosen: argparse.Namespace) -> None:
                 print(f"seed {seed} {grid} {arm} {json.dumps(taken)}: {100 * cell['score']:.1f} ({took})", flush=True)
 
 
+def cost(chosen: argparse.Namespace) -> None:
+    """Time and memory of a step."""
+    store = Store(chosen.results / "cost.jsonl", step_cost.KEY)
+    step_cost.measure(chosen.work / "cost", store, chosen.kinds, chosen.pairs)
+    print("\n".join(step_cost.cost_table(store.cells)))
+
+
 def table(chosen: argparse.Namespace) -> None:
+    """All of it, as RESULTS.md holds it."""
     cells = Store(chosen.results / "score.jsonl", SCORE_KEY).cells
     print("\n".join(score_tables(cells, chosen.grids, chosen.split, chosen.seeds)))
+    print("\n".join(["", *step_cost.cost_table(Store(chosen.results / "cost.jsonl", step_cost.KEY).cells)]))
 
 
 def main() -> None:
@@ -59,7 +69,10 @@ def main() -> None:
         if name == "score":
             part.add_argument("--arms", nargs="+", help="only these")
             part.add_argument("--settings", help="of the arm, as JSON, in the place of the chosen ones")
-            part.add_argument("--torchao", type=Path, help="the interpreter of torchao's environment")
+    part = verbs.add_parser("cost", help=cost.__doc__)
+    part.set_defaults(verb=cost)
+    part.add_argument("--kinds", nargs="+", default=["full", "qat:int4-g32", "torchao:int4-g32"])
+    part.add_argument("--pairs", type=int, default=9)
     chosen = parser.parse_args()
     chosen.verb(chosen)
 

@@ -1,4 +1,4 @@
-"""torchao's QAT on the rows, steps and rates of the study: `torchao_qat.py JOB`, a file that `study.py` writes.
+"""torchao's QAT on the rows, steps and rates of the study; runs in the environment that `setup.sh` makes.
 
 Rows, order, optimizer, schedule, loss and scorer are strop's, as are the weights it begins with; the linear layers
 inside the blocks are torchao's fake quantizers, and what is scored is the model after torchao's own conversion.
@@ -7,10 +7,7 @@ inside the blocks are torchao's fake quantizers, and what is scored is the model
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import re
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +23,14 @@ from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig, initiali
 from torchao.quantization.qat.linear import FakeQuantizedLinear
 
 from strop.config import TuneConfig
-from strop.data.records import read_records
-from strop.data.samples import prepare
-from strop.evaluation.tasks import exact_match
 from strop.recipes.session import open_session
 from strop.training.loop import train
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from store import to_hex
+PACKAGES = ("torch", "torchao", "transformers")
 
 
 def base_config(grid: str, activations: str | None) -> Any:
-    """torchao's name for a grid: its conversion."""
+    """torchao's name for a grid: its conversion. Its scales are float32, strop's float16 where a group has one."""
     found = re.fullmatch(r"int(\d)(?:-g(\d+))?", grid)
     if found is None:
         raise SystemExit(f"{grid}: torchao's QAT has no such grid")
@@ -60,15 +53,14 @@ def prepare_layers(model: Any, config: Any, *, range_learning: bool) -> None:
     initialize_fake_quantizers(model, (torch.arange(8)[None],))
 
 
-def main() -> None:
-    job = json.loads(Path(sys.argv[1]).read_text())
-    began = time.process_time()
-    settings = {"model": job["model"], "data": job["train"], "method": "full", "output": job["run"], **job["tune"]}
-    session = open_session(TuneConfig.from_flat(settings))
-    model, config = session.model, base_config(job["grid"], job["activations"])
-    prepare_layers(model, config, range_learning=job["range_learning"])
+def tuned_by_torchao(
+    grid: str, settings: dict[str, Any], run: Path, *, activations: str | None, range_learning: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Train as `settings` (of `tune`, method full) say, and convert: the model, and what is known of it."""
+    session = open_session(TuneConfig.from_flat(settings | {"method": "full", "output": str(run)}))
+    model, config = session.model, base_config(grid, activations)
+    prepare_layers(model, config, range_learning=range_learning)
     layers = sum(isinstance(module, FakeQuantizedLinear) for module in model.modules())
-    run = Path(job["run"])
     run.mkdir(parents=True, exist_ok=True)
     train(model, session.stream, [], session.train_settings(), run, export=lambda folder: None)
     ids = torch.arange(3, 67)[None]
@@ -76,24 +68,11 @@ def main() -> None:
     with torch.no_grad():
         trained = model(ids).logits
         quantize_(model.model.layers, QATConfig(config, step="convert"))
-        if any(isinstance(module, FakeQuantizedLinear) for module in model.modules()):
-            raise SystemExit("torchao converted only a part of the layers")
         moved = float((model(ids).logits - trained).abs().max())
-    seconds = time.process_time() - began
-    samples = prepare(read_records(Path(job["test"])), session.tokenizer, max_length=256).samples
-    right = exact_match(model, samples, batch_size=64).tolist()
-    found = {
-        "cpu_seconds": round(seconds, 1),
-        "rows": len(right),
-        "score": sum(right) / len(right),
-        "right": to_hex(right),
+    if any(isinstance(module, FakeQuantizedLinear) for module in model.modules()):
+        raise SystemExit("torchao converted only a part of the layers")
+    return model, {
         "layers": layers,
         "logits_moved_by_conversion": moved,
-        "rows_digest": session.rows_digest(),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "torchao", "transformers")},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-    Path(job["output"]).write_text(json.dumps(found))
-
-
-if __name__ == "__main__":
-    main()
