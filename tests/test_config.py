@@ -68,7 +68,7 @@ def test_adapter_and_grid_settings_are_refused_for_full(key):
 
 
 def test_format_is_refused_for_lora_and_required_for_qat():
-    assert "format: a setting of qlora, qat, and the method is lora" in refused(method="lora", format="nf4")
+    assert "format: a setting of qlora, qat, qat-lora, and the method is lora" in refused(method="lora", format="nf4")
     assert "format: missing" in refused(method="qat")
 
 

@@ -1,9 +1,9 @@
 """What a user may set for `tune`: typed, strict, with the names of the field accepted, every problem reported at once.
 
 In a YAML file and as keyword arguments the settings are flat (`method: lora`, `rank: 8`, `epochs: 2`). Inside they are
-grouped, so that no invalid combination can be held: `TuneConfig.method` is one of `Full`, `Lora`, `QLora`, `Qat`, each
-with its own settings, and `TuneConfig.length` one of `Steps`, `Epochs`, `Minutes`. A setting of another method, an
-unknown key, a wrong type, a key given twice under two names: all of them are collected into one `ConfigError`.
+grouped, so that no invalid combination can be held: `TuneConfig.method` is one of `Full`, `Lora`, `QLora`, `Qat`,
+`QatLora`, each with its own settings, and `TuneConfig.length` one of `Steps`, `Epochs`, `Minutes`. A setting of another
+method, an unknown key, a wrong type, a key given twice under two names: all are collected into one `ConfigError`.
 
 Keyword arguments (the command line's flags) beat the file, which beats the defaults below. `to_yaml` writes what
 `load_config` reads back to an equal `TuneConfig`. What only the model can tell (does the format fit its shapes, do the
@@ -28,7 +28,9 @@ from strop.config.settings import (
     Minutes,
     Optimization,
     Qat,
+    QatLora,
     QLora,
+    Rounded,
     Samples,
     Steps,
     Watch,
@@ -53,6 +55,8 @@ __all__ = [
     "Optimization",
     "QLora",
     "Qat",
+    "QatLora",
+    "Rounded",
     "Samples",
     "Stage",
     "StagesConfig",

@@ -146,6 +146,8 @@ def _build(layers: Iterable[Layer]) -> TuneConfig:
     if group is not None:
         if issubclass(group, LowRank):
             _complete_low_rank(values, origins, problems)
+        elif "alpha" in fields_of(group):
+            _complete_alpha(values)
         take("method", group, fields_of(group))
     length = next((kind for key, kind in LENGTHS.items() if key in values), Epochs)
     take("length", length, fields_of(length))
@@ -167,11 +169,15 @@ def _complete_low_rank(values: dict[str, object], origins: Mapping[str, str], pr
                 problems.append(f"{origins[key]}: {key}: the adapter to train further brings its own; leave it out")
                 del values[key]
         return
+    _complete_alpha(values)
+    if "alpha" not in values and values.get("rank") == "auto":
+        values["alpha"] = None  # twice the rank that will be chosen
+
+
+def _complete_alpha(values: dict[str, object]) -> None:
     rank = values.get("rank")
     if "alpha" not in values and isinstance(rank, int) and not isinstance(rank, bool) and rank > 0:
         values["alpha"] = 2.0 * rank
-    if "alpha" not in values and rank == "auto":
-        values["alpha"] = None  # twice the rank that will be chosen
 
 
 def _sentence(problems: list[str]) -> str:

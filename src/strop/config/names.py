@@ -15,6 +15,7 @@ from strop.config.settings import (
     Minutes,
     Optimization,
     Qat,
+    QatLora,
     QLora,
     Samples,
     Settings,
@@ -24,7 +25,9 @@ from strop.config.settings import (
 
 SHAPE: Final = ("rank", "alpha", "targets", "rank_stabilised")  # what an existing adapter has decided already
 TOP: Final = ("model", "data", "output", "seed", "resume")
-METHODS: Final[Mapping[str, type[Settings]]] = {"full": Full, "lora": Lora, "qlora": QLora, "qat": Qat}
+METHODS: Final[Mapping[str, type[Settings]]] = {
+    "full": Full, "lora": Lora, "qlora": QLora, "qat": Qat, "qat-lora": QatLora,
+}  # fmt: skip
 LENGTHS: Final[Mapping[str, type[Settings]]] = {"max_steps": Steps, "epochs": Epochs, "minutes": Minutes}
 GROUPS: Final[Mapping[str, type[Settings]]] = dict(
     samples=Samples, optimization=Optimization, watch=Watch, machine=Machine

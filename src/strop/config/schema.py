@@ -41,7 +41,7 @@ def json_schema() -> dict[str, object]:
     properties["method"] = {
         "enum": list(METHODS),
         "default": DEFAULT_METHOD,
-        "description": "Trained: every weight, an adapter, one over a quantized base, or a quantized model.",
+        "description": "Trained: every weight, an adapter, one over a quantized base, or either through the rounding.",
     }
     for alias, key in ALIASES.items():
         properties[alias] = cast("dict[str, object]", properties[key]) | {"description": f"The same as {key}."}

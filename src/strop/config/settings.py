@@ -130,15 +130,95 @@ class QLora(LowRank):
     )
 
 
-class Qat(Settings):
+def _share(value: object) -> object:
+    """Read `2%` as 0.02."""
+    if not isinstance(value, str):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(\s*%)?", value.strip())
+    return float(found[1]) / (100 if found[2] else 1) if found else _exponent_text(value)
+
+
+Share: TypeAlias = Annotated[float, BeforeValidator(_share)]
+
+
+class Rounded(Settings):
+    """What `Qat` and `QatLora` share: weights, and inputs where asked, rounded in training as they will be in use."""
+
+    format: str = Field(description="Grid that the weights are trained for, for example int3-g32 or gguf:q4_0.")
+    activations: Literal["int8", "q8_0"] | None = Field(
+        None, description="Round the layers' inputs in training: int8 per token, or as llama.cpp does (q8_0)."
+    )
+    delay: Share = Field(0.0, ge=0, lt=1, description="Share of the steps before the rounding begins.")
+    freeze: Share = Field(0.0, ge=0, lt=1, description="Share of the steps at the end in which the scales stay.")
+
+    @model_validator(mode="after")
+    def _rounds_at_all(self) -> Rounded:
+        if self.delay + self.freeze > 1:
+            raise ValueError(
+                f"delay {self.delay:g} and freeze {self.freeze:g} are more than the run; make them smaller"
+            )
+        return self
+
+
+class Qat(Rounded):
     """Every weight is trained through the quantizer, and the linear layers are stored quantized."""
 
     name: Literal["qat"] = "qat"
-    format: str = Field(description="Grid that the weights are trained for, for example int3-g32.")
     targets: Targets = Field((ALL_LINEAR,), description="Which linear layers are quantized.")
+    scales: Literal["range", "learned", "fixed"] = Field(
+        "range",
+        description="Scales cover the weights on every step, learn with them (LSQ), or stay at the start's.",
+    )
+    scale_rate: Real = Field(1e-3, gt=0, description="Peak rate of learned scales, as a share of where they start.")
+    start: str | None = Field(
+        None, description="Where codes and scales start: a quantized model's folder, or a method of `quantize`."
+    )
+    train: str = Field(
+        "all", pattern=r"^(all|scales|last:[1-9]\d*)$", description="all weights, scales alone, or last:N blocks."
+    )
+    max_moved: Share | None = Field(
+        None, gt=0, le=1, description="Share of a layer's codes that may differ from the start's; scales stay."
+    )
+
+    @model_validator(mode="after")
+    def _together(self) -> Qat:
+        problems: list[str] = []
+        if self.max_moved is not None and self.scales == "learned":
+            problems.append("max_moved keeps the start's scales; leave out scales: learned")
+        if self.train == "scales":
+            for name, given in (("max_moved", self.max_moved), ("delay", self.delay)):
+                if given:
+                    problems.append(f"train: scales moves no code, so {name} means nothing; leave it out")
+            if self.scales != "range":
+                problems.append(f"train: scales learns them in any case; leave out scales: {self.scales}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
 
 
-Method: TypeAlias = Full | Lora | QLora | Qat
+class QatLora(Rounded):
+    """An adapter whose sum with its base goes through the quantizer: merging is exact by construction."""
+
+    name: Literal["qat-lora"] = "qat-lora"
+    rank: int = Field(16, ge=1, description="Rank of B and A.")
+    alpha: Annotated[Real, Field(gt=0)] = Field(
+        32.0, description="The update is scaled by alpha / rank. Default: twice the rank."
+    )
+    targets: Targets = Field((ALL_LINEAR,), description="all-linear, or names, suffixes and patterns of layers.")
+    rank_stabilised: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rsLoRA).")
+    hold: Literal["bf16", "int8", "codes", "zero-points"] = Field(
+        "bf16",
+        description="The frozen base in 16 or 8 bits, or as the format's own codes, whose codes or zero points move.",
+    )
+    max_moved: Share | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Share of a layer's codes that may differ from the base's. Default: all; 5% where codes are held.",
+    )
+
+
+Method: TypeAlias = Full | Lora | QLora | Qat | QatLora
 
 
 class Steps(Settings):

@@ -36,10 +36,9 @@ from strop.files import bnb4, compressed_tensors, expert_tensors, mixed
 from strop.files.folders import atomic_folder, read_json, write_json
 from strop.files.receipts import Receipt
 from strop.files.shards import MAX_SHARD_BYTES, Part, write_shards
-from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_experts import ExpertWeights, expert_weights, quant_experts
-from strop.layers.quantized import QUANTIZED, QuantizedLinear
+from strop.layers.quantized import QUANTIZED, THROUGH_ROUNDING, QuantizedLinear
 from strop.numerics.formats import CodebookFormat
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -107,14 +106,13 @@ def check_savable(model: PreTrainedModel) -> dict[str, Scheme]:
         ModelError, FormatError: as `write_model`.
     """
     for kind, advice in (
-        (LoraLinear, "merge the adapter, or save it alone"),
-        (FakeQuantLinear, "convert the layers first"),
+        (THROUGH_ROUNDING, "convert the layers first"),
+        ((LoraLinear,), "merge the adapter, or save it alone"),
     ):
-        names = [name for name, module in model.named_modules() if isinstance(module, kind)]
-        if names:
-            raise ModelError(
-                f"{names[0]} and {len(names) - 1} more are {kind.__name__}; {advice} (nothing was written)"
-            )
+        found = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, kind)}
+        if found:
+            name, what = next(iter(found.items()))
+            raise ModelError(f"{name} and {len(found) - 1} more are {what}; {advice} (nothing was written)")
     quantized = _quantized(model)
     schemes = {name: module.scheme for name, module in quantized.items()}
     mixed.check_together(list(schemes.values()))

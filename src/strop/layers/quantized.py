@@ -1,4 +1,4 @@
-"""The layers that hold a `QuantizedTensor`, and which of them a scheme asks for."""
+"""The layers that hold a `QuantizedTensor`, those that train towards one, and which of them a scheme asks for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,15 @@ from typing import Final
 
 from torch import Tensor
 
+from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.int8_linear import Int8Linear, OutlierInt8Linear
+from strop.layers.qat_lora_linear import QatLoraLinear
 from strop.layers.quant_linear import QuantLinear
+from strop.layers.scale_linear import ScaleLinear
 from strop.numerics.qtensor import QuantizedTensor
+
+THROUGH_ROUNDING: Final = (FakeQuantLinear, QatLoraLinear, ScaleLinear)
+"""The layers that train through the rounding they will be stored with; each has `to_quant_linear` and `hold`."""
 
 QuantizedLinear = QuantLinear | Int8Linear | OutlierInt8Linear
 """A linear layer over a `QuantizedTensor`, which it gives as `qtensor`."""

@@ -8,19 +8,23 @@ Every change is made in place, one layer at a time; `replace` returns what stood
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from strop.errors import FormatError, TargetError, nearest
 from strop.layers.base import dense_weight, is_linear, linear_bias, linear_shape
 from strop.layers.fake_quant_linear import FakeQuantLinear
+from strop.layers.grids import Grid
+from strop.layers.input_rounding import InputRounding
 from strop.layers.lora_linear import LoraLinear
+from strop.layers.qat_lora_linear import QatLoraLinear
 from strop.layers.quant_experts import QuantExperts
-from strop.layers.quantized import QUANTIZED, quantized_linear
+from strop.layers.quantized import QUANTIZED, THROUGH_ROUNDING, quantized_linear
 from strop.methods import METHODS, Statistics
 from strop.numerics.groups import plan_shape
 from strop.numerics.scheme import Scheme
@@ -158,8 +162,22 @@ def detach_lora(model: nn.Module) -> dict[str, LoraLinear]:
     return adapters
 
 
-def attach_fake_quant(model: nn.Module, scheme: Scheme, targets: str | Sequence[str] = ALL_LINEAR) -> list[str]:
+def attach_fake_quant(
+    model: nn.Module,
+    scheme: Scheme,
+    targets: str | Sequence[str] = ALL_LINEAR,
+    *,
+    grid: Callable[[str, Tensor], Grid] | None = None,
+    inputs: InputRounding | None = None,
+) -> list[str]:
     """Exchange each selected dense layer for a `FakeQuantLinear` over the same weight; returns their names.
+
+    Args:
+        model: the model, changed in place.
+        scheme: the grid's scheme.
+        targets: see `select`.
+        grid: what each layer trains through, by its name and weight; by default the `RangeGrid` of the scheme.
+        inputs: how the layers' inputs are rounded in training.
 
     Raises:
         TargetError: a target matches nothing, or a selected layer is not dense.
@@ -168,18 +186,43 @@ def attach_fake_quant(model: nn.Module, scheme: Scheme, targets: str | Sequence[
     names = _dense_targets(model, scheme, targets)
     for name in names:
         module = model.get_submodule(name)
-        replace(model, name, FakeQuantLinear(dense_weight(module).contiguous(), linear_bias(module), scheme))
+        weight = dense_weight(module).contiguous()
+        own = scheme if grid is None else grid(name, weight)
+        replace(model, name, FakeQuantLinear(weight, linear_bias(module), own, inputs=inputs))
     return names
 
 
+def attach_rounding(
+    model: nn.Module, grid: Callable[[str, LoraLinear], Grid], inputs: InputRounding | None
+) -> list[str]:
+    """Put a `QatLoraLinear` around every `LoraLinear`, so that its sum is rounded; returns the layers' names."""
+    adapters = lora_modules(model)
+    for name, adapter in adapters.items():
+        replace(model, name, QatLoraLinear(adapter, grid(name, adapter), inputs=inputs))
+    return list(adapters)
+
+
+@contextmanager
+def adapters_alone(model: nn.Module) -> Iterator[None]:
+    """Show every `QatLoraLinear` as the `LoraLinear` in it, as it is saved as an adapter."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QatLoraLinear)}
+    try:
+        for name, module in layers.items():
+            replace(model, name, module.adapter)
+        yield
+    finally:
+        for name, module in layers.items():
+            replace(model, name, module)
+
+
 def convert_fake_quant(model: nn.Module) -> list[str]:
-    """Exchange every `FakeQuantLinear` for the `QuantLinear` that stores the values it computed with; returns their
-    names.
+    """Exchange every layer that trains through its rounding for the `QuantLinear` that stores the values it computed
+    with; returns their names.
 
     Raises:
         TargetError: the model has none.
     """
-    fakes = {name: module for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)}
+    fakes = {name: module for name, module in model.named_modules() if isinstance(module, THROUGH_ROUNDING)}
     if not fakes:
         raise TargetError(f"{type(model).__name__} has no fake-quantized layer to convert; attach them before training")
     for name, module in fakes.items():
@@ -249,7 +292,7 @@ def _dense_targets(model: nn.Module, scheme: Scheme, targets: str | Sequence[str
     packed = [
         f"{name} is a {type(module).__name__}"
         for name in names
-        if isinstance(module := model.get_submodule(name), (*QUANTIZED, FakeQuantLinear, LoraLinear))
+        if isinstance(module := model.get_submodule(name), (*QUANTIZED, *THROUGH_ROUNDING, LoraLinear))
     ]
     if packed:
         raise TargetError(

@@ -77,12 +77,12 @@ def stored_scale(scale: Tensor, scheme: Scheme) -> Tensor:
     dtype = scheme.scale_dtype
     magnitude = scale.detach().abs().clamp_(smallest_positive(dtype), torch.finfo(dtype).max)
     stored = torch.copysign(magnitude, scale.detach()).to(dtype).float()
-    return _straight(torch.where(scale.detach() == 0, 0.0, stored), scale)
+    return straight(torch.where(scale.detach() == 0, 0.0, stored), scale)
 
 
 def whole(x: Tensor, lowest: int, highest: int) -> Tensor:
     """X rounded to whole numbers from `lowest` to `highest`, the gradient passing straight through."""
-    return _straight(x.detach().round().clamp_(lowest, highest), x)
+    return straight(x.detach().round().clamp_(lowest, highest), x)
 
 
 def steps_between(weight: Tensor, scheme: Scheme, scale: Tensor) -> Tensor | None:
@@ -134,6 +134,11 @@ def beside(
     least = beyond - 0.49 * unit
     moved = weight + torch.minimum(torch.maximum(2 * (beyond - 0.5 * unit), least), beyond).copysign(way)
     return torch.where(nearest == values, weight, moved)
+
+
+def straight(value: Tensor, x: Tensor) -> Tensor:
+    """`value`, exactly, with the gradient of x."""
+    return cast(Callable[..., Tensor], _Straight.apply)(value, x)  # pyright: ignore[reportUnknownMemberType]
 
 
 class _Round(torch.autograd.Function):
@@ -191,11 +196,6 @@ def _moved(groups: Tensor, offset: Tensor, scale: Tensor) -> Tensor:
 def _summed(sums: Tensor, like: Tensor) -> Tensor:
     """Sums of each group [rows, groups] in the shape of the scales."""
     return sums.sum().view(1, 1) if like.numel() == 1 else sums.view(like.shape)
-
-
-def _straight(value: Tensor, x: Tensor) -> Tensor:
-    """`value`, exactly, with the gradient of x."""
-    return cast(Callable[..., Tensor], _Straight.apply)(value, x)  # pyright: ignore[reportUnknownMemberType]
 
 
 class _Straight(torch.autograd.Function):

@@ -80,6 +80,11 @@ class QuantizedTensor:
             return unpack(self.codes, self.scheme.bits, rows * columns).view(rows, columns)
         return unpack(self.codes, self.scheme.bits, columns)
 
+    def with_codes(self, stored: Tensor) -> QuantizedTensor:
+        """The same scales with other codes, as `stored_codes` gives them: uint8 [out, in]."""
+        codes = stored.reshape(-1) if self.codes.ndim == 1 else stored
+        return dataclasses.replace(self, codes=pack(codes, self.scheme.bits))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the codes stand for, [out, in], computed in float32 and rounded once to `dtype`."""
         scheme = self.scheme

@@ -18,7 +18,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import strop
-from strop.config import Lora, QLora, TuneConfig
+from strop.config import Lora, Method, Qat, QatLora, QLora, Rounded, TuneConfig
 from strop.data.batches import BatchStream
 from strop.data.mixing import Mixture, open_mixture
 from strop.data.packing import packed_attention
@@ -116,6 +116,7 @@ class Session:
             save_steps=config.watch.save_steps,
             patience=config.watch.patience,
             tensorboard=config.watch.tensorboard,
+            **_phases(config.method),
             seed=config.seed,
             identity=self.identity,
         )
@@ -151,6 +152,14 @@ class Session:
                 "python": platform.python_version(),
             },
         }
+
+
+def _phases(method: Method) -> dict[str, float]:
+    """What the loop is told of a method that trains through the rounding."""
+    if not isinstance(method, Rounded):
+        return {}
+    found = {"delay": method.delay, "freeze": method.freeze}
+    return found | ({"scale_rate": method.scale_rate} if isinstance(method, Qat) else {})
 
 
 def open_session(config: TuneConfig, *, reporter: Reporter = SILENT, cache: Path | None = None) -> Session:
@@ -202,7 +211,7 @@ def _resolved(config: TuneConfig, model: PreTrainedModel, reporter: Reporter) ->
         changes["max_length"] = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
     if config.optimization.learning_rate is None:
         width = _width(model)
-        adapters = isinstance(config.method, Lora | QLora)
+        adapters = isinstance(config.method, Lora | QLora | QatLora)
         changes["learning_rate"] = default_learning_rate(width, adapters=adapters)
         reporter.note(
             f"learning rate {changes['learning_rate']:.3g}, the default of {config.method.name} at width {width}"

@@ -34,6 +34,7 @@ from strop.data.batches import Batch, BatchStream
 from strop.data.packing import check_isolation
 from strop.data.templates import Sample
 from strop.errors import DiskFullError, TrainingError
+from strop.layers.grids import FACTORS
 from strop.memory import PeakMemory, steady_allocation
 from strop.precision import autocast, empty_cache
 from strop.progress import SILENT, Reporter
@@ -46,6 +47,7 @@ from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
 from strop.training.optimizers import gradient_norm, make_optimizer, trained_parameters
 from strop.training.recompute import blocks_to_recompute, recomputed
+from strop.training.rounding_schedule import RoundingSchedule
 from strop.training.schedules import rate_share
 from strop.training.settings import Progress, TrainResult, TrainSettings, count_steps
 from strop.training.shapes import at_common_width, positions_of
@@ -129,15 +131,21 @@ class Loop:
                 f"{type(model).__name__} has no parameter that is trained; attach an adapter, or unfreeze"
             )
         self.device = next(model.parameters()).device
+        self.rounding = RoundingSchedule(
+            model, delay=settings.delay, freeze=settings.freeze, scale_rate=settings.scale_rate
+        )
         self.optimizer = make_optimizer(
             settings.optimizer,
             self.parameters,
             learning_rate=settings.learning_rate,
             weight_decay=settings.weight_decay,
+            rates=self.rounding.rates(),
         )
         self.positions = positions_of(model)
-        self.first_step_done = False
-        self.state = TrainState(self.parameters, self.optimizer, stream, settings, run_dir / "checkpoints", reporter)
+        self.first_step_done = self.scales_told = False
+        self.state = TrainState(
+            self.parameters, self.optimizer, self.rounding, stream, settings, run_dir / "checkpoints", reporter
+        )
         self.metrics: MetricsFile | None = None
         batch = self.state.peek()
         if batch.documents is not None:
@@ -214,9 +222,13 @@ class Loop:
             NotFiniteError: loss or gradient is no number; nothing was updated.
         """
         settings, start = self.settings, time.perf_counter()
+        total = self.progress.total_steps
+        self.rounding.before_step(self.step, total)
         batches, loss, supervised = self._gradient()
         if not self.first_step_done:
-            watchdog.check_every_gradient(self.parameters, self.step + 1)
+            unused = self.rounding.rates() if self.step < self.rounding.first_rounded(total) else {}
+            expected = {name: value for name, value in self.parameters.items() if name not in unused}
+            watchdog.check_every_gradient(expected, self.step + 1)
             self.first_step_done = True
         norm = gradient_norm(self.parameters)
         norm_value = float(norm)
@@ -233,13 +245,13 @@ class Loop:
                 f"the gradient has been exactly zero for {watchdog.STILL_STEPS} steps, up to step {self.step + 1}: "
                 "nothing is learned any more"
             )
-        share = rate_share(settings.schedule, self.step, self.progress.total_steps, warmup_ratio=settings.warmup_ratio)
+        share = rate_share(settings.schedule, self.step, total, warmup_ratio=settings.warmup_ratio)
         rate = settings.learning_rate * share
         self.state.whole = False
         if settings.clip_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(list(self.parameters.values()), settings.clip_norm, norm)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = group["peak"] * share
         probe = UpdateProbe(self.parameters) if self.step % watchdog.LOOK_STEPS == 1 else None
         self._update()
         lost = probe.lost_share() if probe is not None else None
@@ -277,6 +289,13 @@ class Loop:
                 "and some weights may have moved, so nothing of it is kept; the checkpoints before it stand. Start "
                 "again with the optimizer adamw-8bit, a smaller method (lora, qlora), or a lower rank."
             ) from error
+        stopped = self.rounding.after_update()
+        if stopped and not self.scales_told:
+            self.scales_told = True
+            self.reporter.note(
+                f"step {self.step + 1}: {stopped:,} learned scales went below {FACTORS[0]:g} or above {FACTORS[1]:g} "
+                "times their start and are stopped there; a lower scale_rate keeps them away from it"
+            )
 
     def _gradient(self) -> tuple[list[Batch], float, int]:
         """The next step's batches with their gradient, in smaller parts where memory runs out."""
@@ -426,14 +445,15 @@ class Loop:
         while True:
             rows = self.progress.eval_batch or self.settings.eval_batch_size
             try:
-                return mean_loss(
-                    self.model,
-                    self.valid,
-                    batch_size=rows,
-                    pad_id=self.stream.pad_id,
-                    head=self.head,
-                    compute_dtype=self.settings.compute_dtype,
-                )
+                with self.rounding.rounding():
+                    return mean_loss(
+                        self.model,
+                        self.valid,
+                        batch_size=rows,
+                        pad_id=self.stream.pad_id,
+                        head=self.head,
+                        compute_dtype=self.settings.compute_dtype,
+                    )
             except (RuntimeError, MemoryError) as error:
                 why = watchdog.why_out_of_memory(error)
             self._halve_evaluation(rows, why)  # out here the exception and the tensors that it held are gone

@@ -12,7 +12,8 @@ one-dimensional parameter.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final, Literal, TypeAlias
+from types import MappingProxyType
+from typing import Any, Final, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -59,19 +60,33 @@ def widen_trained(model: nn.Module) -> None:
 
 
 def make_optimizer(
-    name: OptimizerName, parameters: dict[str, nn.Parameter], *, learning_rate: float, weight_decay: float
+    name: OptimizerName,
+    parameters: dict[str, nn.Parameter],
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> torch.optim.Optimizer:
-    """An optimizer over `parameters` in two groups: matrices with decay, vectors without.
+    """An optimizer over `parameters`: matrices with decay, vectors without, and those that have a rate of their own.
+
+    Each group says under `peak` what its rate is at the peak of the schedule.
 
     Args:
         name: `adamw` is torch's, with fp32 moments; `adamw-8bit` keeps them in 8 bits.
         parameters: By name; the order decides the order of the optimizer's state.
         learning_rate: The first rate; the loop sets each step's own.
         weight_decay: Decoupled decay of the parameters with two dimensions or more.
+        rates: Peak rates of those parameters that have one of their own, by name; they have no decay.
     """
-    matrices = [parameter for parameter in parameters.values() if parameter.dim() >= 2]
-    vectors = [parameter for parameter in parameters.values() if parameter.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    matrices = [value for name, value in parameters.items() if value.dim() >= 2 and name not in rates]
+    vectors = [value for name, value in parameters.items() if value.dim() < 2 and name not in rates]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "weight_decay": weight_decay, "peak": learning_rate},
+        {"params": vectors, "weight_decay": 0.0, "peak": learning_rate},
+    ]
+    for rate in sorted({rates[name] for name in parameters if name in rates}):
+        own = [value for name, value in parameters.items() if rates.get(name) == rate]
+        groups.append({"params": own, "weight_decay": 0.0, "peak": rate})
     groups = [group for group in groups if group["params"]]
     if name == "adamw-8bit":
         return AdamW8bit(groups, lr=learning_rate, betas=BETAS, eps=EPSILON)

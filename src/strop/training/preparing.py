@@ -1,7 +1,10 @@
 """A base opened as a method needs it, and the layers put in place that the method trains.
 
-    full    every weight, fp32 masters                    qlora   an adapter over a base that is rounded while it loads
-    lora    an adapter over the base as it is saved       qat     every weight, the linear ones through their rounding
+    full      every weight, fp32 masters
+    lora      an adapter over the base as it is saved
+    qlora     an adapter over a base that is rounded while it loads
+    qat       every weight, the linear ones through their rounding
+    qat-lora  an adapter, through the rounding of its sum with the base
 
 What does not go together is refused before any weight is read: whole weights of a quantized model, an adapter under
 `full`, a quantized base under `lora`. Data and the loop are not here.
@@ -18,21 +21,22 @@ from typing import Final
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from strop.config import ALL_LINEAR, Full, Lora, Method, Qat, QLora
+from strop.config import ALL_LINEAR, Full, Lora, Method, Qat, QatLora, QLora
 from strop.errors import ConfigError, UsageError
 from strop.files.peft_adapter import AdapterConfig, BaseRecord, base_digest, load_adapter, read_adapter_config
 from strop.files.saving import check_expressible
 from strop.layers.base import linear_shape
 from strop.layers.quant_experts import quant_experts
 from strop.layers.quantized import QUANTIZED
-from strop.layers.surgery import attach_fake_quant, attach_lora, coverage, experts, lora_modules, select
+from strop.layers.surgery import attach_lora, coverage, experts, lora_modules, select
 from strop.models import load
 from strop.models.adapter_base import base_precision, precision_notes
 from strop.models.sources import find_folder, is_adapter, read_config
-from strop.numerics.scheme import Scheme, parse_scheme
+from strop.numerics.scheme import Scheme, parse_format, parse_scheme
 from strop.progress import SILENT, Reporter
-from strop.training.exporting import export_adapter, export_model
+from strop.training.exporting import export_adapter, export_merged, export_model
 from strop.training.optimizers import trained_parameters, widen_trained
+from strop.training.preparing_qat import HELD_IN_8_BITS, put_qat, put_qat_lora
 
 DEFAULT_QLORA_FORMAT: Final = "nf4-dq"
 
@@ -61,6 +65,10 @@ class Base:
         """Writes the model as it stands to a folder, in the form that the method ends in."""
         if isinstance(method, Lora | QLora):
             return lambda folder: export_adapter(self.model, self.tokenizer, folder, base=self.record)
+        if isinstance(method, QatLora):
+            return lambda folder: export_merged(
+                self.model, self.tokenizer, folder, dtype=self.stored_dtype, base=self.record
+            )
         return lambda folder: export_model(self.model, self.tokenizer, folder, dtype=self.stored_dtype)
 
 
@@ -115,9 +123,9 @@ def open_base(
         adapter_folder = find_folder(method.adapter)
         if not is_adapter(adapter_folder):
             raise ConfigError(f"adapter: {method.adapter} holds no adapter_config.json; name an adapter's folder")
-    if adapter_folder is not None and isinstance(method, Full | Qat):
+    if adapter_folder is not None and isinstance(method, Full | Qat | QatLora):
         raise UsageError(
-            f"{model}: is an adapter, and {method.name} trains whole weights; merge it first (strop merge)"
+            f"{model}: is an adapter, and {method.name} trains a whole model; merge it first (strop merge)"
         )
     adapter = read_adapter_config(adapter_folder) if adapter_folder is not None else None
     name = str(model)
@@ -169,19 +177,22 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
     names: list[str] = []
     if isinstance(method, Lora | QLora):
         names = _put_adapters(base, method, seed=seed, reporter=reporter)
+    elif isinstance(method, Qat | QatLora):
+        scheme = parse_format(method.format).scheme
+        shapes = {name: linear_shape(model.get_submodule(name)) for name in select(model, _targets(method))}
+        check_expressible(scheme, shapes, model)
+        if isinstance(method, Qat):
+            names = put_qat(model, scheme, method, _targets(method))
+        else:
+            names = put_qat_lora(model, scheme, method, _targets(method), seed=seed)
     else:
         model.requires_grad_(requires_grad=True)
-        if isinstance(method, Qat):
-            scheme = parse_scheme(method.format)
-            shapes = {name: linear_shape(model.get_submodule(name)) for name in select(model, _targets(method))}
-            check_expressible(scheme, shapes, model)
-            names = attach_fake_quant(model, scheme, _targets(method))
     widen_trained(model)
     parameters = sum(parameter.numel() for parameter in trained_parameters(model).values())
     trained = Trained(names, parameters, _count_parameters(model), scheme)
     reporter.note(f"{parameters:,} of {trained.total_parameters:,} parameters are trained ({trained.share:.2%})")
     if names:
-        what = f"trained through {scheme}" if isinstance(method, Qat) else "adapted"
+        what = f"trained through {scheme}" if isinstance(method, Qat | QatLora) else "adapted"
         reporter.note(f"{len(names)} linear layers, {coverage(model, names):.1%} of the weights, are {what}")
         left = [*experts(model), *quant_experts(model)]
         if left:
@@ -191,6 +202,8 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
 
 def _rounding(folder: Path, method: Method, adapter: AdapterConfig | None, *, quantized: bool) -> Scheme | None:
     """What the base is rounded to while it is loaded; None: it is opened as it is."""
+    if isinstance(method, QatLora):
+        return _held(folder, method, quantized=quantized)
     if not isinstance(method, QLora):
         if quantized:
             raise UsageError(
@@ -204,6 +217,18 @@ def _rounding(folder: Path, method: Method, adapter: AdapterConfig | None, *, qu
         return None
     record = adapter.record if adapter is not None else None
     return parse_scheme(record.format if record is not None and record.format else DEFAULT_QLORA_FORMAT)
+
+
+def _held(folder: Path, method: QatLora, *, quantized: bool) -> Scheme | None:
+    """What the base of an adapter that is rounded with it is held in."""
+    if method.hold in ("codes", "zero-points"):
+        return None if quantized else parse_format(method.format).scheme
+    if quantized:
+        raise UsageError(
+            f"{folder}: its weights are quantized, and hold: {method.hold} adds to dense ones; use hold: codes, which "
+            "moves the codes, or start from the full-precision model"
+        )
+    return parse_scheme(HELD_IN_8_BITS) if method.hold == "int8" else None
 
 
 def _tell_of_another_base(before: BaseRecord, now: BaseRecord, reporter: Reporter) -> None:
@@ -232,7 +257,7 @@ def _put_adapters(base: Base, method: Lora | QLora, *, seed: int, reporter: Repo
     return list(adapters)
 
 
-def _targets(method: Lora | QLora | Qat) -> str | tuple[str, ...]:
+def _targets(method: Lora | QLora | Qat | QatLora) -> str | tuple[str, ...]:
     return ALL_LINEAR if method.targets == (ALL_LINEAR,) else method.targets
 
 

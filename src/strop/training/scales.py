@@ -17,7 +17,6 @@ its blocks dense at a time: activations are made again in the backward pass.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,16 +25,14 @@ from typing import Final
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import PreTrainedModel
 
 from strop.data.batches import Batch
 from strop.errors import TrainingError, UsageError
 from strop.layers.quant_linear import QuantLinear
+from strop.layers.scale_linear import ScaleLinear
 from strop.layers.surgery import blocks
 from strop.methods.reconstruction import BETAS, MEASUREMENTS, in_random_order, to_train_and_measure
-from strop.methods.rounding import stored_scale
-from strop.numerics.groups import restore, split, spread
 from strop.numerics.qtensor import QuantizedTensor
 from strop.training.losses import Head, divergence_sum
 from strop.training.recompute import recomputed
@@ -44,7 +41,6 @@ SCALE_RATE: Final = 3e-3
 """Of a scale's start."""
 GAIN_RATE: Final = 1e-3
 """Of the mean of a gain or bias."""
-_FACTORS: Final = (0.05, 20.0)
 _EPS: Final = 1e-20
 """Above the gradients whose square is no float32 number: below it, what the rows say nothing of would leap."""
 
@@ -104,12 +100,12 @@ def train_scales(
     if not layers:
         raise UsageError("scale_steps: no layer has a scale to train; formats such as int4-g32 and nf4 have")
     training, measuring = to_train_and_measure(len(batches))
-    parts = {name: _Scaled(module) for name, module in layers.items()}
+    parts = {name: ScaleLinear(module) for name, module in layers.items()}
     others = _others(model)
     with recomputed(model), _standing_in(model, parts):
         learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
         model.requires_grad_(requires_grad=False)
-        for parameter in others.values():
+        for parameter in (*(part.factor for part in parts.values()), *others.values()):
             parameter.requires_grad_()
         groups = [{"params": [part.factor for part in parts.values()], "lr": SCALE_RATE}]
         groups += [{"params": [p], "lr": GAIN_RATE * float(p.detach().abs().mean())} for p in others.values()]
@@ -127,7 +123,7 @@ def train_scales(
             before = best = measured()
             if not math.isfinite(before):
                 raise TrainingError("scale_steps: the divergence from full precision is not finite; check the weights")
-            kept: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+            kept: tuple[dict[str, QuantizedTensor], dict[str, Tensor]] = ({}, {})
             optimizer = torch.optim.Adam(groups, betas=BETAS, eps=_EPS)
             rates = [float(group["lr"]) for group in optimizer.param_groups]
             order = in_random_order(training, torch.Generator().manual_seed(seed))
@@ -139,14 +135,14 @@ def train_scales(
                 optimizer.step()
                 optimizer.zero_grad()
                 for part in parts.values():
-                    part.factor.data.clamp_(*_FACTORS)
+                    part.keep_in_bounds()
                 done = step + 1
                 if done * MEASUREMENTS // steps > step * MEASUREMENTS // steps:
                     found = measured()
                     if found < best:
                         best = found
-                        factors = {name: part.stored().clone() for name, part in parts.items()}
-                        kept = factors, {name: p.detach().to(dtype, copy=True).float() for name, p in others.items()}
+                        weights = {name: part.stored() for name, part in parts.items()}
+                        kept = weights, {name: p.detach().to(dtype, copy=True).float() for name, p in others.items()}
                 say(done, f"KL {best:.2e} nats, {before:.2e} at the start")
         finally:
             for name, parameter in others.items():
@@ -155,36 +151,7 @@ def train_scales(
                 parameter.grad = None
             for parameter in learned:
                 parameter.requires_grad_()
-    scales, changed = kept
-    weights = {name: dataclasses.replace(layers[name].qtensor, scale=scale) for name, scale in scales.items()}
-    return TrainedScales(weights, changed, before, best)
-
-
-class _Scaled(nn.Module):
-    """A quantized layer whose scales learn."""
-
-    def __init__(self, layer: QuantLinear) -> None:
-        super().__init__()
-        quantized = layer.qtensor
-        assert quantized.scale is not None
-        self.quantized, self.scheme = quantized, quantized.scheme
-        self.unit = dataclasses.replace(quantized, scale=torch.ones_like(quantized.scale))
-        self.factor = torch.ones(quantized.scale.shape, requires_grad=True)
-        self.bias = layer.bias
-
-    def stored(self) -> Tensor:
-        """The scale in the dtype that the file holds."""
-        assert self.quantized.scale is not None
-        return self._scale().detach().to(self.quantized.scale.dtype)
-
-    def forward(self, x: Tensor) -> Tensor:
-        units = split(self.unit.dequantize(), self.scheme)  # codes less zero points
-        weight = restore(units * spread(self._scale()), self.quantized.shape)
-        return functional.linear(x, weight, self.bias)
-
-    def _scale(self) -> Tensor:
-        assert self.quantized.scale is not None
-        return stored_scale(self.quantized.scale.float() * self.factor, self.scheme)
+    return TrainedScales(*kept, before, best)
 
 
 @contextmanager

@@ -34,6 +34,9 @@ class TrainSettings:
         save_steps: Steps between checkpoints; None: every ten minutes.
         patience: Evaluations without a better one after which the run stops; None: never.
         tensorboard: Whether the metrics are written as event files too.
+        delay: Share of the steps before rounding begins, where layers train through it.
+        freeze: Share of the steps at the end in which the scales stay.
+        scale_rate: Peak rate of learned scales, as a share of their start.
         seed: Of dropout.
         identity: JSON values that must be the same when the run is resumed.
     """
@@ -53,6 +56,9 @@ class TrainSettings:
     save_steps: int | None = None
     patience: int | None = None
     tensorboard: bool = False
+    delay: float = 0.0
+    freeze: float = 0.0
+    scale_rate: float = 1e-3
     seed: int = 0
     identity: Mapping[str, Any] = field(default_factory=dict)
 

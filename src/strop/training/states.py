@@ -27,6 +27,7 @@ from strop.training.checkpoints import (
     set_generator_states,
 )
 from strop.training.optimizers import load_optimizer_tensors, optimizer_tensors
+from strop.training.rounding_schedule import RoundingSchedule
 from strop.training.settings import Progress, TrainSettings
 
 
@@ -36,6 +37,7 @@ class TrainState:
     Attributes:
         parameters: The trained parameters by name.
         optimizer: Over those parameters.
+        rounding: The phases of layers that train through their rounding.
         step: Optimizer steps completed.
         progress: The loop's counters.
         whole: The parameters are those of a completed step.
@@ -47,12 +49,13 @@ class TrainState:
         self,
         parameters: dict[str, nn.Parameter],
         optimizer: torch.optim.Optimizer,
+        rounding: RoundingSchedule,
         stream: BatchStream,
         settings: TrainSettings,
         root: Path,
         reporter: Reporter,
     ) -> None:
-        self.parameters, self.optimizer, self.stream = parameters, optimizer, stream
+        self.parameters, self.optimizer, self.rounding, self.stream = parameters, optimizer, rounding, stream
         self.settings, self.root, self.reporter = settings, root, reporter
         self.device = next(iter(parameters.values())).device
         self.step = 0
@@ -97,7 +100,7 @@ class TrainState:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        weights = {name: parameter.detach() for name, parameter in self.parameters.items()}
+        weights = {name: tensor.detach() for name, tensor in self._tensors().items()}
         optimizer = optimizer_tensors(self.optimizer, self.parameters)
         checkpoint = Checkpoint(self.step, weights, optimizer, generators, state)
         path = save_checkpoint(self.root, checkpoint, spare=self.progress.good_step)
@@ -158,21 +161,26 @@ class TrainState:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Become the state that `checkpoint` holds."""
         with torch.no_grad():
-            for name, parameter in self.parameters.items():
-                parameter.copy_(checkpoint.weights[name])
+            for name, tensor in self._tensors().items():
+                tensor.copy_(checkpoint.weights[name])
         load_optimizer_tensors(self.optimizer, self.parameters, dict(checkpoint.optimizer))
         self.progress = Progress(**checkpoint.state["progress"])
         self.step = self.saved_step = checkpoint.step
+        self.rounding.restored(self.step, self.progress.total_steps)
         self._boundary = (dict(checkpoint.state["stream"]), dict(checkpoint.random))
         self.stream.micro_batch = self.progress.micro_batch or self.stream.batch_size
         self.return_to_boundary()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model: trained parameters, and scales that were held."""
+        return {**self.parameters, **self.rounding.buffers()}
 
     def _check(self, checkpoint: Checkpoint) -> None:
         """Refuse a checkpoint from which this run cannot go on exactly."""
         state = checkpoint.state
         wrong = differences(state["identity"], self.settings.identity)
         shapes = {name: list(tensor.shape) for name, tensor in checkpoint.weights.items()}
-        wrong += differences(shapes, {name: list(tensor.shape) for name, tensor in self.parameters.items()})[:10]
+        wrong += differences(shapes, {name: list(tensor.shape) for name, tensor in self._tensors().items()})[:10]
         if wrong:
             raise TrainingError(
                 f"{self.root}: the run cannot go on exactly, since it began otherwise:\n  "

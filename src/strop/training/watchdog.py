@@ -69,7 +69,7 @@ def check_every_gradient(parameters: Mapping[str, nn.Parameter], step: int) -> N
     Raises:
         TrainingError: at least one has none; they are named.
     """
-    without = [name for name, parameter in parameters.items() if parameter.grad is None]
+    without = [name for name, part in parameters.items() if part.requires_grad and part.grad is None]
     if without:
         shown = "\n  ".join(without[:10]) + (f"\n  and {len(without) - 10} more" if len(without) > 10 else "")
         raise TrainingError(

@@ -19,12 +19,30 @@ def tune(
     ],
     data: DataSets = None,
     method: Annotated[
-        str | None, typer.Option("--method", "-m", help="full, lora, qlora or qat. [default: lora]")
+        str | None, typer.Option("--method", "-m", help="full, lora, qlora, qat or qat-lora. [default: lora]")
     ] = None,
     format: Annotated[
-        str | None, typer.Option("--format", "-f", help="qat and qlora: the grid of the weights.")
+        str | None, typer.Option("--format", "-f", help="qat, qat-lora and qlora: the grid of the weights.")
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", "--output-dir", help="The run's folder.")] = None,
+    scales: Annotated[
+        str | None, typer.Option(help="qat: scales of each step's range, learned (LSQ), or fixed. [default: range]")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="qat: a quantized model's folder whose codes and scales training begins from.")
+    ] = None,
+    train: Annotated[str | None, typer.Option(help="qat: all, scales, or last:N blocks. [default: all]")] = None,
+    hold: Annotated[
+        str | None, typer.Option(help="qat-lora: how the base is held: bf16, int8, codes or zero-points.")
+    ] = None,
+    max_moved: Annotated[
+        str | None, typer.Option(help="Share of a layer's codes that may leave the start's, as 2% or 0.02.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Round inputs in training: int8 (per token), or q8_0 as llama.cpp does.")
+    ] = None,
+    delay: Annotated[str | None, typer.Option(help="Share of the steps before the rounding begins.")] = None,
+    freeze: Annotated[str | None, typer.Option(help="Share of the steps at the end with frozen scales.")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimizer steps.")] = None,
     epochs: Annotated[
         float | None, typer.Option("--epochs", "--num-train-epochs", help="Passes over the data.")
@@ -101,7 +119,7 @@ def tune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved configuration and stop.")] = False,
     json: Json = False,
 ) -> None:
-    """Fine-tune: every weight (full), an adapter (lora, qlora), or through the quantizer (qat).
+    """Fine-tune: every weight (full), an adapter (lora, qlora), or through the quantizer (qat, qat-lora).
 
     Example: strop tune demo --data chats.jsonl --method lora --epochs 3 -o run     strop tune config.yaml
 
