@@ -1,6 +1,6 @@
 """One contender's training steps, each when it is told to: `cost_step.py KIND MODEL ROWS RUN STEPS [--steady]`.
 
-    full    qat:GRID    torchao:GRID    torchao:GRID+int8
+    full   lora   qlora:GRID   qat:GRID   qat:GRID@learned   qat-lora:GRID@HOLD   torchao:GRID   torchao:GRID+int8
 
 Prints a line of JSON when it is ready for a step and waits for a line; then the same with the CPU seconds, the seconds
 and the peak of the step that it did. It is strop's own loop for all of them, bookkeeping included; only the layers
@@ -68,8 +68,8 @@ def main() -> None:
     settings: dict[str, Any] = {
         "model": model,
         "data": rows,
-        "method": "qat" if who == "qat" else "full",
-        "format": grid if who == "qat" else None,
+        "method": "full" if who == "torchao" else who,
+        "format": (grid.partition("@")[0] or None) if who != "torchao" else None,
         "output": run,
         "max_steps": int(steps),
         "learning_rate": 1e-5,
@@ -79,6 +79,9 @@ def main() -> None:
         "valid_fraction": 0.0,
         "dtype": "bfloat16",
     }
+    extra = grid.partition("@")[2]
+    if extra:
+        settings |= {"scales": extra} if who == "qat" else {"hold": extra}
     Path(run).mkdir(parents=True, exist_ok=True)
     steady = steady_allocation() if "--steady" in sys.argv else contextlib.nullcontext()
     with steady, PeakMemory() as memory:
