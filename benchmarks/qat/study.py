@@ -26,14 +26,14 @@ from strop.demo import model_path, task
 from strop.evaluation.tasks import exact_match
 from strop.models import load
 
-TOTAL: Final = 250
+TOTAL: Final = 160
 """Optimizer steps of every arm, 32 rows each."""
-LAST: Final = 90
+LAST: Final = 60
 """The last of them: through the grid where an arm says no other number, and in full precision for the control."""
 ROWS: Final = {"train": 12_000, "valid": 1_000, "test_combinations": 1_000}
 GRIDS: Final = ("int3", "int2-g32", "int2", "int4-g32", "int3-g32")
 POST_TRAINING: Final = ("rtn", "gptq", "blockwise")
-START: Final = {"scale_steps": 100, "max_rows": 512}
+START: Final = {"max_rows": 256}
 
 Settings = Mapping[str, Any]
 

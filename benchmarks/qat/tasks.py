@@ -2,12 +2,12 @@
 
     intent      which of the fourteen actions it is            "wake me at six"      -> "set_alarm"
     time        the time alone, or that there is none          "wake me at six"      -> "06:00"
-    home        lights, volume and songs, as JSON              "volume to ten"       -> {"action": "volume", "level": 10}
+    home        lights, volume and songs, as JSON              "volume ten" -> {"action": "volume", "level": 10}
     keys        timers and workouts, as JSON under other keys  "ten minutes please"  -> {"do": "set_timer", "for": 10}
     words       alarms and reminders, in words                 "wake me at six"      -> "set alarm, time 06:00"
     polite      the action, but no messages or calls           "call anna"           -> "sorry, i do not call people"
-    reversed    weather and events, the last value first       "weather in rome"     -> "rome weather"
-    capitals    translations and routes, in capitals           "the way by bus"      -> "NAVIGATE BUS"
+    reversed    weather and events, the last value first       "rain today in rome?" -> "today rome weather"
+    capitals    translations and routes, in capitals           "to the beach by bus" -> "NAVIGATE BEACH BUS"
 
 Each has 1,500 rows to train on, 500 to try settings on and 500 to judge; no request stands in two of them, and the
 requests differ from task to task.
