@@ -15,13 +15,15 @@ from strop.data.batches import BatchStream
 from strop.data.packing import packed_attention
 from strop.data.templates import IGNORED, Sample
 from strop.files.shards import Part, read_file, write_file
-from strop.layers.surgery import attach_fake_quant, attach_lora, quantize_linears
+from strop.layers.grids import LearnedGrid, RangeGrid
+from strop.layers.surgery import attach_fake_quant, attach_lora, attach_rounding, quantize_linears
+from strop.methods import search
 from strop.numerics.scheme import parse_scheme
 from strop.training.loop import train
 from strop.training.settings import TrainResult, TrainSettings
 from tests.tiny import tiny_model
 
-KINDS = ["full", "lora", "qlora", "qat"]
+KINDS = ["full", "lora", "qlora", "qat", "qat-learned", "qat-lora"]
 
 
 class Killed(BaseException):
@@ -122,6 +124,14 @@ def prepared(kind: str, *, dropout: float = 0.0, rank: int = 4) -> nn.Module:
     elif kind == "qat":
         model.requires_grad_(True)
         attach_fake_quant(model, parse_scheme("int3-g32"))
+    elif kind == "qat-learned":
+        model.requires_grad_(True)
+        scheme = parse_scheme("int3-g32-asym")
+        attach_fake_quant(model, scheme, grid=lambda name, weight: LearnedGrid(search(weight, scheme, None)))
+    elif kind == "qat-lora":
+        attach_lora(model, "all-linear", rank=rank, alpha=8, generator=generator)
+        scheme = parse_scheme("int3-g32")
+        attach_rounding(model, lambda name, adapter: RangeGrid(scheme, (adapter.out_features, adapter.in_features)))
     else:
         if kind == "qlora":
             quantize_linears(model, parse_scheme("nf4-dq"))

@@ -193,7 +193,7 @@ def attach_fake_quant(
 
 
 def attach_rounding(
-    model: nn.Module, grid: Callable[[str, LoraLinear], Grid], inputs: InputRounding | None
+    model: nn.Module, grid: Callable[[str, LoraLinear], Grid], inputs: InputRounding | None = None
 ) -> list[str]:
     """Put a `QatLoraLinear` around every `LoraLinear`, so that its sum is rounded; returns the layers' names."""
     adapters = lora_modules(model)

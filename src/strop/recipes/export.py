@@ -27,7 +27,7 @@ from torch import Tensor
 
 from strop import __version__
 from strop.data.templates import set_chat_template, stop_ids
-from strop.errors import GateError, MissingInputError, ModelError, UsageError
+from strop.errors import FormatError, GateError, MissingInputError, ModelError, UsageError, nearest
 from strop.files.folders import read_json, sha256_file
 from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
 from strop.files.gguf.architectures import Architecture, architecture_of
@@ -52,6 +52,7 @@ from strop.recipes.export_summary import summary
 from strop.recipes.export_tensors import Made, TensorRecord, gguf_tensors
 from strop.recipes.manifest import adapter_digest
 from strop.recipes.merge import merge
+from strop.recipes.probing import rounded_method
 from strop.recipes.recording import record, recorded
 from strop.recipes.rows import Rows
 from strop.runtime.library import library
@@ -102,6 +103,7 @@ def export(
     max_length: int | None = None,
     chat_template: str | os.PathLike[str] | None = None,
     adapter_only: bool = False,
+    embeddings: str | None = None,
     modelfile: bool = False,
     verify: bool = True,
     max_kl: float | None = None,
@@ -119,6 +121,8 @@ def export(
         max_length: most tokens of a row.
         chat_template: for models that have none, as `tune` takes it; it is embedded, and rows are written by it.
         adapter_only: the adapter alone, as a GGUF adapter.
+        embeddings: the type of embedding and head (f16, q8_0, q6_k ...), in the place of what the format chooses; a
+            model that was trained through this very format keeps them as training saw them, in 16 bits, by default.
         modelfile: write an Ollama Modelfile too.
         verify: prove the file before it gets its name.
         max_kl: most nats per token between the file in llama.cpp and the model; the type's own gate by default.
@@ -142,6 +146,7 @@ def export(
     _check_options(folder, name, data=data, adapter_only=adapter_only, modelfile=modelfile)
     if adapter_only:
         return _export_adapter(folder, Path(output), beside, str(model), verify=verify, overwrite=overwrite)
+    ends = _ends(folder, name, embeddings)
     with _whole(folder, target, reporter) as whole:
         source = open_source(whole)
         architecture = architecture_of(source.config)
@@ -160,7 +165,7 @@ def export(
             )
         made_of = {"model": str(model), "base_sha256": base_digest(whole), "origin": origin(folder)}
         made_of["importance"] = None if weighed is None else dict(weighed.rows)
-        plan = _plan(source, architecture, metadata, words, name, made_of, weighed)
+        plan = _plan(source, architecture, metadata, words, name, made_of, weighed, ends)
         for note in plan.notes:
             reporter.note(f"note: {note}")
         with atomic_file(target, overwrite=overwrite) as temporary:
@@ -183,6 +188,26 @@ class _Plan:
     records: dict[str, TensorRecord]
     notes: list[str]
     importance: Mapping[str, Tensor]
+
+
+def _ends(folder: Path, name: str, embeddings: str | None) -> str | None:
+    """The type of embedding and head; None where the format chooses.
+
+    Raises:
+        FormatError: there is no such type.
+        UsageError: the format is written by llama.cpp's quantizer, which chooses itself.
+    """
+    if embeddings is not None:
+        wanted = embeddings.lower().removeprefix("gguf:")
+        if wanted not in FILE_TYPES or wanted == "q4_k_m":
+            raise FormatError(
+                f"--embeddings {embeddings}: unknown{nearest(wanted, FILE_TYPES)}; there are {', '.join(FILE_TYPES)}"
+            )
+        if name in RUNTIME_TYPES:
+            raise UsageError(f"--embeddings: gguf:{name} is written by llama.cpp's own quantizer, which chooses them")
+        return wanted
+    method = rounded_method(folder)
+    return "f16" if method is not None and method.format == f"gguf:{name}" else None
 
 
 def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: bool, modelfile: bool) -> None:
@@ -238,11 +263,13 @@ def _plan(
     name: str,
     made_of: Mapping[str, Any],
     weighed: Importance | None,
+    ends: str | None,
 ) -> _Plan:
     config = source.config
     tied = bool(getattr(config, "tie_word_embeddings", False))
     kind = _full_type(source) if name in RUNTIME_TYPES else name
-    mixture = Mixture(kind, architecture.blocks, architecture.experts, tied and not architecture.table.untied_only)
+    tied_there = tied and not architecture.table.untied_only
+    mixture = Mixture(kind, architecture.blocks, architecture.experts, tied_there, ends)
     importance = {} if weighed is None else weighed.columns
     tensors = gguf_tensors(source, architecture, mixture, tied=tied, importance=importance)
     general = _general(str(made_of["model"]), words.tokens) | {

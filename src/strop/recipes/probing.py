@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from strop.config import load_config
+from strop.config import Rounded, load_config
 from strop.data.mixing import open_mixture
 from strop.data.records import Message, Record
 from strop.data.templates import prompt_ids
@@ -41,6 +41,18 @@ def rows_of_run(run: Path, most: int) -> list[Record]:
                 return []
             return list((splits.valid or splits.test or splits.train)[:most])
     return []
+
+
+def rounded_method(folder: Path) -> Rounded | None:
+    """How the model in a run's folder trained through its rounding; None where it did not, or nothing records it."""
+    for home in (folder, folder.parent):
+        if (home / "config.yaml").is_file():
+            try:
+                method = load_config(home / "config.yaml").method
+            except StropError:
+                return None
+            return method if isinstance(method, Rounded) else None
+    return None
 
 
 def asked_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from strop.config import load_config
 from strop.data.records import Record
@@ -20,11 +21,13 @@ from strop.errors import ModelError, StropError
 from strop.evaluation.engines import FolderEngine, GgufEngine
 from strop.files.gguf.reader import GgufFile
 from strop.files.peft_adapter import read_adapter_config
+from strop.layers.input_rounding import rounding_inputs
+from strop.layers.quantized import QUANTIZED
 from strop.layers.surgery import detach_lora
 from strop.memory import PeakMemory, release_unused_memory, steady_allocation
 from strop.models import OpenedModel, load
 from strop.models.sources import find_folder, is_adapter, read_config
-from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, rows_of_run
+from strop.recipes.probing import PROMPTS, asked_ids, computing_in_fp32, rounded_method, rows_of_run
 from strop.recipes.proof_logits import Effect, Gap, decoded_bytes, free_disk, free_memory, set_aside, write_codes
 from strop.recipes.proof_result import Agreement, Answer, ExportProof
 from strop.recipes.proof_tokens import check_tokens
@@ -119,6 +122,8 @@ class Measured:
         self._untuned: list[Stored] = []
         self._decoded: list[Stored] = []
         self._answers: list[Answer] = []
+        method = rounded_method(self._folder)
+        self._inputs = None if method is None else method.activations
         self._merged_as = "float32"
         self._gaps = {"trained": Gap(), "codes": Gap()}
         self._effect = Effect()
@@ -170,7 +175,7 @@ class Measured:
         opened, self._opened = self._opened, None
         assert opened is not None
         engine = FolderEngine(opened)
-        with computing_in_fp32(opened.model):
+        with computing_in_fp32(opened.model), self._as_trained(opened.model):
             for number, question in enumerate(self._questions):
                 if (number and self._used() > _WRITTEN) or (number >= ANSWERS and question.row is not None):
                     break
@@ -180,7 +185,8 @@ class Measured:
         for prompt in self._prompts:
             if len(self._trained) >= 2 and self._used() > _ASKED:
                 break
-            self._trained += set_aside(opened.model, [prompt], scratch)
+            with self._as_trained(opened.model):
+                self._trained += set_aside(opened.model, [prompt], scratch)
         if len(self._trained) < len(self._questions):
             self._notes.append(f"{len(self._trained)} of {len(self._questions)} prompts fitted the time and the disk")
         self._prompts = self._prompts[: len(self._trained)]
@@ -188,6 +194,16 @@ class Measured:
             self._merged_as = str(opened.model.dtype).removeprefix("torch.")
             detach_lora(opened.model)
             self._untuned = set_aside(opened.model, self._prompts, scratch)
+
+    @contextmanager
+    def _as_trained(self, model: nn.Module) -> Iterator[None]:
+        """The trained model computes as in training: inputs rounded, where training rounded them."""
+        if self._inputs is None:
+            yield
+            return
+        layers = [name for name, module in model.named_modules() if isinstance(module, QUANTIZED)]
+        with rounding_inputs(model, layers, self._inputs):
+            yield
 
     def _answer(self, engine: FolderEngine, question: Question, *, beside: bool) -> None:
         """Let the trained model write, the file beside it; without a row what was written is asked too."""

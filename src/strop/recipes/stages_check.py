@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer
 
-from strop.config import ALL_LINEAR, Full, Lora, LowRank, Qat, QLora, Stage, StagesConfig, TuneConfig, data_name
+from strop.config import ALL_LINEAR, Full, Lora, LowRank, QLora, Rounded, Stage, StagesConfig, TuneConfig, data_name
 from strop.data.mixing import Mixture, open_mixture
 from strop.data.records import Record
 from strop.data.samples import prepare
@@ -26,7 +26,7 @@ from strop.files.saving import check_expressible
 from strop.layers.base import linear_shape
 from strop.layers.surgery import plan_linears, select
 from strop.models.sources import find_folder, has_tokenizer, is_adapter, read_config
-from strop.numerics.scheme import parse_scheme
+from strop.numerics.scheme import parse_format, parse_scheme
 from strop.planner.parameters import open_shape
 from strop.progress import SILENT, Reporter
 from strop.recipes.forgetting import HeldOut
@@ -142,8 +142,8 @@ def _start(stage: Stage, settings: TuneConfig, state: _State, problems: list[str
             f"({state.quantized}); leave format out"
         )
     state.adapter = low_rank
-    if isinstance(method, Full | Qat):
-        state.quantized = method.format if isinstance(method, Qat) else None
+    if isinstance(method, Full | Rounded):
+        state.quantized = method.format if isinstance(method, Rounded) else None
     state.whose = stage.name
     return plan
 
@@ -154,10 +154,10 @@ def _check_layers(settings: TuneConfig, skeleton: nn.Module) -> None:
     if isinstance(method, Full):
         return
     names = list(select(skeleton, ALL_LINEAR if method.targets == (ALL_LINEAR,) else method.targets))
-    if isinstance(method, Qat):
+    if isinstance(method, Rounded):
         shapes = {name: linear_shape(skeleton.get_submodule(name)) for name in names}
-        check_expressible(parse_scheme(method.format), shapes, skeleton)
-        plan_linears(skeleton, parse_scheme(method.format), names)
+        check_expressible(parse_format(method.format).scheme, shapes, skeleton)
+        plan_linears(skeleton, parse_format(method.format).scheme, names)
     elif isinstance(method, QLora) and method.format is not None:
         plan_linears(skeleton, parse_scheme(method.format), list(select(skeleton, ALL_LINEAR)))
 

@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import LowRank, Qat, TuneConfig, load_config, to_yaml
+from strop.config import LowRank, Rounded, TuneConfig, load_config, to_yaml
 from strop.errors import ConfigError, MissingInputError, UsageError
 from strop.files.folders import MANIFEST, read_json, write_json
 from strop.memory import PeakMemory, steady_allocation
@@ -99,7 +99,9 @@ class Run:
         from strop.recipes.export import export
 
         method = self.config.method
-        chosen = format or (method.format if isinstance(method, Qat) and method.format.startswith("gguf:") else None)
+        chosen = format or (
+            method.format if isinstance(method, Rounded) and method.format.startswith("gguf:") else None
+        )
         if chosen is None:
             raise UsageError(f"{self.path}: was trained for no GGUF format; say which to write: format='gguf:q8_0'")
         return export(self.path, output, format=chosen, **options)

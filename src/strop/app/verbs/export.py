@@ -30,6 +30,10 @@ def export(
     adapter_only: Annotated[
         bool, typer.Option("--adapter-only", help="An adapter alone, as a GGUF adapter, instead of merged.")
     ] = False,
+    embeddings: Annotated[
+        str | None,
+        typer.Option("--embeddings", "--token-embedding-type", help="Type of embedding and head: f16, q8_0, q6_k ..."),
+    ] = None,
     modelfile: Annotated[bool, typer.Option("--modelfile", help="Write an Ollama Modelfile beside it.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify/--no-verify", help="Prove the file before it gets its name.")
@@ -59,6 +63,7 @@ def export(
         max_length=max_length,
         chat_template=chat_template,
         adapter_only=adapter_only,
+        embeddings=embeddings,
         modelfile=modelfile,
         verify=verify,
         max_kl=max_kl,

@@ -32,6 +32,7 @@ RUNTIME_TYPES: Final = {
 }  # fmt: skip
 """What llama.cpp's own quantizer writes, where it is installed."""
 
+_ENDS: Final = ("token_embd.weight", "output.weight")
 _PLAIN: Final = ("f32", "f16", "bf16")
 _KEPT: Final = re.compile(r"(position_embd|blk\.\d+\.ffn_gate_inp(_shexp)?)\.weight")
 
@@ -53,20 +54,23 @@ class Mixture:
         blocks: of the model.
         experts: of a block; 0 without.
         tied: whether the embedding is the head.
+        ends: the type of embedding and head, in the place of the format's own choice.
     """
 
     name: str
     blocks: int
     experts: int
     tied: bool
+    ends: str | None = None
 
     def choose(self, tensor: str, shape: Sequence[int]) -> Chosen:
         """The type of a tensor, by its name in the file and its shape (the row last)."""
         if len(shape) < 2 or not tensor.endswith(".weight") or _KEPT.fullmatch(tensor):
             return Chosen("f32")
-        if self.name in _PLAIN:
-            return Chosen(self.name)
-        wanted = self._wanted(tensor)
+        wanted = self.ends if self.ends is not None and tensor in _ENDS else self.name
+        if wanted in _PLAIN:
+            return Chosen(wanted)
+        wanted = wanted if wanted != self.name else self._wanted(tensor)
         fitting = fallback(wanted, shape[-1])
         if fitting != wanted:
             return Chosen(fitting, f"rows of {shape[-1]} values are no whole blocks of {wanted}")
