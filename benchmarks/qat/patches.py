@@ -40,7 +40,7 @@ def shared_base(work: Path) -> tuple[Path, Path]:
     if not file.exists():
         shutil.rmtree(folder, ignore_errors=True)
         strop.quantize(model_path(), "int4-g32-full", output=folder)
-        strop.export(folder, file, format=FORMAT, verify=False)
+        strop.export(folder, file, format=FORMAT, embeddings="f16", verify=False)  # as a tuned model has them
     return folder, file
 
 
