@@ -30,6 +30,8 @@ TOTAL: Final = 160
 """Optimizer steps of every arm, 32 rows each."""
 LAST: Final = 60
 """The last of them: through the grid where an arm says no other number, and in full precision for the control."""
+CONTROL_RATE: Final = 5e-4
+"""The control's peak rate in its last steps, chosen on the development rows like every arm's."""
 ROWS: Final = {"train": 12_000, "valid": 1_000, "test_combinations": 1_000}
 GRIDS: Final = ("int3", "int2-g32", "int2", "int4-g32", "int3-g32")
 POST_TRAINING: Final = ("rtn", "gptq", "blockwise")
@@ -75,7 +77,10 @@ class Study:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         trains = arm.startswith(("qat", "torchao"))
-        begin = self.first(seed, TOTAL - settings.get("steps", LAST)) if trains else self.control(seed)
+        begin = self.first(seed, TOTAL - settings.get("steps", LAST)) if trains else None
+        begin = begin or self.control(
+            seed, settings.get("learning_rate", CONTROL_RATE) if arm == "full" else CONTROL_RATE
+        )
         known: Cell = {}
         with cpu_seconds() as taken:
             if arm.startswith("torchao"):
@@ -98,10 +103,10 @@ class Study:
         """The bundled model after its first steps."""
         return self._tune(self.work / f"seed-{seed}" / f"first-{steps}", model_path(), seed, steps, 1e-3, "full")
 
-    def control(self, seed: int) -> Path:
+    def control(self, seed: int, rate: float = CONTROL_RATE) -> Path:
         """After all steps, in full precision."""
         start = self.first(seed, TOTAL - LAST)
-        return self._tune(self.work / f"seed-{seed}" / "control", start, seed, LAST, 5e-4, "full")
+        return self._tune(self.work / f"seed-{seed}" / f"control-{rate:g}", start, seed, LAST, rate, "full")
 
     def _tune(
         self, folder: Path, model: Path, seed: int, steps: int, rate: float, method: str, **settings: Any
