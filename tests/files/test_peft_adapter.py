@@ -368,6 +368,21 @@ def test_an_adapter_that_serves_only_merged_is_refused_unmerged(tmp_path: Path) 
     assert load_adapter(tiny_model("llama"), tmp_path / "adapter", to_merge=True).merge_only
 
 
+@pytest.mark.parametrize("lost", ["strop_base.json", "adapter_config.json"])
+def test_the_mark_of_an_adapter_that_serves_only_merged_stands_in_both_files(tmp_path: Path, lost: str) -> None:
+    save_adapter(trained(), tmp_path / "adapter", base=BASE, merge_only=True)
+    if lost == "strop_base.json":
+        (tmp_path / "adapter" / lost).unlink()
+    else:
+        edit(tmp_path / "adapter", merge_only=None)
+    assert read_adapter_config(tmp_path / "adapter").merge_only
+    with pytest.raises(ModelError, match="trained to be merged"):
+        load_adapter(tiny_model("llama"), tmp_path / "adapter")
+    edit(tmp_path / "adapter", merge_only="yes")
+    with pytest.raises(FileFormatError, match="true or false"):
+        read_adapter_config(tmp_path / "adapter")
+
+
 def test_folders_without_an_adapter_and_pickled_ones_are_told_apart(tmp_path: Path) -> None:
     with pytest.raises(MissingInputError, match=r"adapter_config\.json"):
         load_adapter(tiny_model("llama"), tmp_path)

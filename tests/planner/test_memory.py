@@ -12,7 +12,8 @@ from tests.tiny import FAMILIES, tiny_config
 from transformers import AutoModelForCausalLM
 
 from strop.errors import FormatError
-from strop.layers.surgery import attach_fake_quant, attach_lora, quantize_linears
+from strop.layers.grids import RangeGrid
+from strop.layers.surgery import attach_fake_quant, attach_lora, attach_rounding, quantize_linears
 from strop.numerics.scheme import parse_scheme
 from strop.planner.activations import Precision, blocks
 from strop.planner.fit import changes_to_fit, missing_bytes
@@ -115,6 +116,11 @@ def opened(family: str, method: str, dtype: torch.dtype, layers: int, attention:
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if method == "qat":
         attach_fake_quant(model, parse_scheme("int4-g32"))
+    elif method == "qat-lora":
+        model.to(dtype)
+        attach_lora(model, rank=8, alpha=16.0, generator=torch.Generator().manual_seed(0))
+        scheme = parse_scheme("int4-g32")
+        attach_rounding(model, lambda name, adapter: RangeGrid(scheme, (adapter.out_features, adapter.in_features)))
     elif method != "full":
         model.to(dtype)
         if method == "qlora":
@@ -126,7 +132,7 @@ def opened(family: str, method: str, dtype: torch.dtype, layers: int, attention:
 
 @pytest.mark.parametrize("attention", ["fused", "plain"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("method", ["full", "lora", "qlora", "qat"])
+@pytest.mark.parametrize("method", ["full", "lora", "qlora", "qat", "qat-lora"])
 def test_what_a_llama_block_keeps_is_predicted_to_2_percent(method: Method, dtype: str, attention: str) -> None:
     length = 128
     step = Step(length=length, rank=8, dtype=dtype, format="int4-g32", attention=attention)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_method_has_its_bytes_its_disk_and_its_floor(folder: Path) -> None:
     found = plan_model(folder, device="H200").to_dict()
-    assert list(found["methods"]) == ["full", "full-bf16", "lora", "qlora", "qlora-int4-g32", "qat"]
+    assert list(found["methods"]) == ["full", "full-bf16", "lora", "qlora", "qlora-int4-g32", "qat", "qat-lora"]
     for method in found["methods"].values():
         for name in ("weights_bytes", "gradients_bytes", "optimizer_bytes", "activations_bytes", "logits_bytes"):
             assert method[name] > 0

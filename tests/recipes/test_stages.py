@@ -100,6 +100,17 @@ def test_each_stage_starts_from_the_last_ones_result(run, home):
     assert StagesRun.open(run.path).to_dict() == run.to_dict()
 
 
+@pytest.mark.parametrize("format", ["int4-g32", "gguf:q4_0"])
+def test_the_last_stage_may_be_an_adapter_through_the_rounding(home, tmp_path, format):
+    ship = SHIP | {"method": "qat-lora", "format": format, "rank": 4}
+    run = tune_stages(settings(home, tmp_path / "all", TASK, ship))
+    assert run.report["stages"][1]["start"] == "merged: the adapter of task into its base, then qat-lora"
+    last = strop.load(run.path / run.report["stages"][-1]["model"])
+    assert sum(isinstance(module, QuantLinear) for module in last.model.modules()) == 14
+    with pytest.raises(UsageError, match="ends in quantized ones"):
+        tune_stages(settings(home, tmp_path / "further", TASK, ship, DOMAIN))
+
+
 def test_an_adapter_is_trained_further_unless_its_shape_is_given_anew(home, tmp_path):
     more = {"name": "more", "data": "notes.jsonl", "method": "lora", "max_steps": 2}
     wider = {"name": "wider", "data": "chats.jsonl", "method": "lora", "rank": 8, "max_steps": 2}

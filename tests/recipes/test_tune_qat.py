@@ -21,6 +21,7 @@ from strop.recipes.merge import merge
 from strop.recipes.quantize import quantize
 from strop.training.checkpoints import newest_checkpoint
 from tests.recipes.helpers import Notes, short, tensors
+from tests.tiny import tiny_folder
 
 GRIDS = ["int8", "int4", "int4-g32", "int3-g32", "int2-g32", "nf4", "gguf:q4_0", "gguf:q8_0", "mxfp4"]
 NAMES = {"q_proj": "attn_q", "up_proj": "ffn_up", "down_proj": "ffn_down"}
@@ -298,3 +299,44 @@ def test_layers_stay_lora_in_the_saved_adapter_and_in_no_model(base, data, tmp_p
     model = strop.load(run.path).model
     assert not lora_modules(model)
     assert not any(isinstance(module, LoraLinear) for module in model.modules())
+
+
+# --- a grid that only a GGUF file holds -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows are whole superblocks."""
+    return tiny_folder(
+        tmp_path_factory.mktemp("wide"), "llama", hidden_size=256, intermediate_size=256, num_hidden_layers=2,
+        head_dim=64, dtype=torch.bfloat16,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["qat", "qat-lora"])
+def test_superblocks_are_trained_and_the_run_holds_the_file_itself(wide, data, tmp_path, method):
+    run = short(wide, data, tmp_path / "run", method=method, format="gguf:q4_k", max_steps=4, save_steps=4,
+                learning_rate=1e-2)  # fmt: skip
+    file = run.last_path / "model.gguf"
+    reopened = _quantized(run.last_path)
+    assert len(reopened) == 14
+    dense = dict(strop.load(wide, dtype=torch.float32).model.named_modules())
+    latent, scheme = _latent(run), parse_format("gguf:q4_k").scheme
+    for name, stored in reopened.items():
+        if method == "qat":
+            weight = latent[f"{name}.weight"]
+        else:
+            weight = (
+                dense[name].weight.detach() + latent[f"{name}.adapter.lora_B"] @ latent[f"{name}.adapter.lora_A"] * 2.0
+            )
+        assert _equal(stored, quantize_tensor(weight, scheme)), name
+    assert GgufFile.open(file).tensors["token_embd.weight"].type == "f16"
+    run.export(tmp_path / "model.gguf", verify=False)
+    assert (tmp_path / "model.gguf").read_bytes() == (run.best_path / "model.gguf").read_bytes()
+    assert (tmp_path / "model.gguf.json").is_file() or any(tmp_path.glob("model.gguf.*"))
+    if method == "qat-lora":
+        assert read_adapter_config(run.last_path / "adapter").merge_only
+    with pytest.raises(UsageError, match=r"trained as gguf:q4_k"):
+        run.export(tmp_path / "other.gguf", format="gguf:q8_0", verify=False)
+    with pytest.raises(UsageError, match="leave targets out"):
+        short(wide, data, tmp_path / "some", method=method, format="gguf:q4_k", targets="up_proj")

@@ -171,7 +171,7 @@ class Qat(Rounded):
     )
     scale_rate: Real = Field(1e-3, gt=0, description="Peak rate of learned scales, as a share of where they start.")
     start: str | None = Field(
-        None, description="Where codes and scales start: a quantized model's folder, or a method of `quantize`."
+        None, description="Where codes and scales start: a folder of this model quantized to the format."
     )
     train: str = Field(
         "all", pattern=r"^(all|scales|last:[1-9]\d*)$", description="all weights, scales alone, or last:N blocks."

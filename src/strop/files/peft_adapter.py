@@ -12,8 +12,8 @@ something else, in silence.
 
 An adapter belongs to the base that it was trained on, in the precision that it was trained on. `strop_base.json`
 records both; opening it says where the precision differs (`models.adapter_base`), `merge` where the files do. An
-adapter that was trained to be merged into a quantized base carries `"merge_only": true` there and is refused unmerged,
-where it would answer worse than the base alone.
+adapter that was trained to be merged into a quantized base carries `"merge_only": true` there and in
+adapter_config.json, and is refused unmerged, where it would answer worse than the base alone.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ from strop.layers.surgery import linear_modules, lora_modules, replace
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 RECORD = "strop_base.json"
+MERGE_ONLY = "merge_only"
+"""The mark of an adapter that serves only merged, in both files: either may be lost."""
 
 _KEY = re.compile(r"base_model\.model\.(?P<layer>.+)\.lora_(?P<half>[AB])\.weight")
 
@@ -172,7 +174,8 @@ def write_adapter(model: nn.Module, folder: Path, *, base: BaseRecord, merge_onl
         halves = {"lora_A": module.lora_A.detach(), "lora_B": module.lora_B.detach()}
         parts.append(Part.of({f"base_model.model.{name}.{half}.weight": tensor for half, tensor in halves.items()}))
     write_file(folder / WEIGHTS, parts, metadata={"format": "pt"})
-    write_json(folder / CONFIG, _config(model, adapters, base))
+    mark = {MERGE_ONLY: True} if merge_only else {}  # PEFT says that it does not know the key, and so that there is one
+    write_json(folder / CONFIG, _config(model, adapters, base) | mark)
     record = {"base": _absolute(base.base), "format": base.format, "digest": base.digest, "precision": base.precision}
     record["merge_only"] = merge_only
     write_json(folder / RECORD, record)
@@ -218,6 +221,8 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     if problems:
         raise FileFormatError(f"{path}: {'; '.join(problems)}")
     record, merge_only = _read_record(folder)
+    if not isinstance(fields.get(MERGE_ONLY) or False, bool):
+        raise FileFormatError(f"{path}: {MERGE_ONLY} is {fields[MERGE_ONLY]!r}, true or false is needed")
     return AdapterConfig(
         base=_resolve(folder, base) if base else "",
         rank=int(fields["r"]),
@@ -227,7 +232,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         targets=targets if isinstance(targets, str) else tuple(fields["target_modules"]),
         fields=fields,
         record=record,
-        merge_only=merge_only,
+        merge_only=merge_only or bool(fields.get(MERGE_ONLY)),
     )
 
 

@@ -24,6 +24,7 @@ _READ = {
     "layers_to_transform",
     "layers_pattern",
     "use_rslora",
+    "merge_only",
 }
 """Settings that are read."""
 

@@ -99,6 +99,24 @@ def write_model(
         tokenizer.save_pretrained(folder)
 
 
+def checkpoint_tensors(model: PreTrainedModel) -> tuple[dict[str, Tensor], dict[str, QuantizedTensor]]:
+    """A model's weights under the names of its checkpoint: dense tensors, and codes by the weight they stand for.
+
+    Raises:
+        FormatError: experts are quantized, which stand in no such list.
+    """
+    if quant_experts(model):
+        raise FormatError("the experts are quantized; they have no place among a model's plain weights")
+    quantized = _quantized(model)
+    dense = {
+        name: tensor.detach()
+        for part in _reverted(model, _dense_state(model, quantized), whole=False)
+        for name, tensor in part.make().items()
+    }
+    codes = {f"{_checkpoint_name(model, name)}.weight": module.qtensor for name, module in quantized.items()}
+    return dense, codes
+
+
 def check_savable(model: PreTrainedModel) -> dict[str, Scheme]:
     """Refuse, before anything is written, a model that no format of ours can hold; return its layers' schemes.
 

@@ -22,10 +22,11 @@ from strop.files.gguf import is_gguf
 from strop.files.gguf.reader import GgufFile
 from strop.models.gguf_base import METHOD, open_gguf
 
+TRAINED_FILE = "model.gguf"
+"""The model of a run that trained on a grid which only a GGUF file holds."""
+
 RUN_PARTS = ("best", "last", "model")
 """Where a run's folder keeps its model, in the order in which they are looked for."""
-
-"""What GGUF files' names end in, in either case."""
 
 BUNDLED = "demo"
 """The name of the model that comes with strop, wherever no folder of that name lies in the way."""
@@ -140,6 +141,8 @@ def _model_part(folder: Path) -> Path:
     for part in parts:
         if (part / "config.json").is_file() or is_adapter(part):
             return part
+        if part is not folder and (part / TRAINED_FILE).is_file():
+            return part / TRAINED_FILE
     files = sorted(path for path in folder.iterdir() if is_gguf(path) and path.is_file())
     if len(files) == 1:
         return files[0]

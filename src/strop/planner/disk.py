@@ -20,7 +20,7 @@ def run_bytes(shape: ModelShape, plan: MemoryPlan) -> int:
     """Return the disk that a run of this plan needs at its fullest."""
     if plan.method in ("lora", "qlora"):
         exported = 4 * plan.trainable_parameters
-    elif plan.method == "qat":
+    elif plan.method in ("qat", "qat-lora"):
         exported, _ = format_bytes(shape, parse_scheme(plan.step.format))
     else:
         exported = 2 * shape.parameters

@@ -2,7 +2,8 @@
 
 Within a method: one row at a time (accumulation keeps the step the same), checkpointing (one more forward pass, the
 same result), moments in 8 bits, shorter rows, a lower rank. Where all of them together are not enough, the next method
-down is tried: full fine-tuning, then LoRA, then QLoRA. A change that saves less than 1% of the peak is left out.
+down is tried: full fine-tuning, then LoRA, then QLoRA; QAT of
+every weight, then of an adapter. A change that saves less than 1% of the peak is left out.
 """
 
 from __future__ import annotations
@@ -11,12 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from strop.planner.memory import RUNTIME_BYTES, MemoryPlan, Method, Step, plan_memory
+from strop.planner.memory import ADAPTERS, RUNTIME_BYTES, MemoryPlan, Method, Step, plan_memory
 from strop.planner.parameters import LinearShape, ModelShape
 
 SHORTEST_ROW = 256
 LOWEST_RANK = 4
-_NEXT_METHOD: dict[Method, Method] = {"full": "lora", "full-bf16": "lora", "qat": "lora", "lora": "qlora"}
+_NEXT_METHOD: dict[Method, Method] = {
+    "full": "lora",
+    "full-bf16": "lora",
+    "qat": "qat-lora",
+    "lora": "qlora",
+}
 _WORTH = 0.99
 
 
@@ -105,12 +111,16 @@ def _moves(method: Method, step: Step) -> Iterator[tuple[str, Step]]:
     if step.length > SHORTEST_ROW:
         shorter = max(step.length // 2, SHORTEST_ROW)
         yield f"rows of {shorter:,} tokens", replace(step, length=shorter)
-    if method in ("lora", "qlora") and step.rank > LOWEST_RANK:
+    if method == "qat-lora" and not step.held:
+        yield "the base held as the format's own codes (hold: codes)", replace(step, held=step.format)
+    if method in ADAPTERS and step.rank > LOWEST_RANK:
         lower = max(step.rank // 2, LOWEST_RANK)
         yield f"rank {lower}", replace(step, rank=lower)
 
 
 def _describe(plan: MemoryPlan) -> str:
+    if plan.method == "qat-lora":
+        return f"an adapter of rank {plan.step.rank} through the rounding, in place of training every weight"
     if plan.method == "lora":
         return f"LoRA of rank {plan.step.rank} in place of training every weight"
     return f"QLoRA: the frozen weights in {plan.step.format}"

@@ -10,6 +10,7 @@ For a model of N parameters, P of them in its linear layers, in products of b by
 | qat | 16 N, as full |
 | lora | b a frozen parameter; 16 a trained one |
 | qlora | the same, with the linear layers' weights in the bits of their format |
+| qat-lora | as lora, or as qlora where the base is held in fewer bits; three fp32 copies of the largest layer |
 | copies | in bf16, 2 for every fp32 weight that enters a product (linear, adapter, head); qat in fp32: 4 P |
 | activations | `activations.Block.kept_bytes` a token and block; of a recomputed block its input only |
 | backward of one block | the gradients at its widest point; where it is recomputed also what it computes again |
@@ -43,8 +44,10 @@ from strop.planner.process import SESSION_BYTES, pooled_bytes, products_bytes
 from strop.training.losses import CHUNK_LOGITS
 from strop.training.optimizers import OptimizerName
 
-Method = Literal["full", "full-bf16", "lora", "qlora", "qat"]
+Method = Literal["full", "full-bf16", "lora", "qlora", "qat", "qat-lora"]
 METHODS: tuple[Method, ...] = get_args(Method)
+ADAPTERS: tuple[Method, ...] = ("lora", "qlora", "qat-lora")
+"""Methods that leave the base as it is."""
 
 GIB = 2**30
 RUNTIME_BYTES = 400 * 10**6
@@ -63,7 +66,8 @@ class Step:
         checkpointing: keep blocks' inputs only, and compute the rest again in the backward pass.
         recomputed: how many blocks do so with checkpointing, the first ones; None: all.
         rank: the adapters' rank (lora, qlora).
-        format: the grid of the linear layers (qlora, qat).
+        format: the grid of the linear layers (qlora, qat, qat-lora).
+        held: what the base of qat-lora is held in; empty: in `dtype`.
         dtype: what weights and activations are computed in.
         attention: `fused` never holds the scores, `plain` keeps them.
         optimizer: with moments in fp32, or in 8 bits.
@@ -80,6 +84,7 @@ class Step:
     recomputed: int | None = None
     rank: int = 16
     format: str = "nf4-dq"
+    held: str = ""
     dtype: Dtype = "bfloat16"
     attention: Attention = "fused"
     optimizer: OptimizerName = "adamw"
@@ -147,9 +152,9 @@ class MemoryPlan:
         fields = asdict(self)
         step = fields.pop("step")
         fields["kept_wide"] = list(self.kept_wide)
-        if self.method not in ("qlora", "qat"):
+        if self.method not in ("qlora", "qat", "qat-lora"):
             step.pop("format")
-        if self.method not in ("lora", "qlora"):
+        if self.method not in ADAPTERS:
             step.pop("rank")
         return fields | {"peak_bytes": self.peak_bytes, "step": step}
 
@@ -169,7 +174,7 @@ def plan_memory(
         FormatError: `step.format` is not a format.
     """
     adapted = shape.linears if adapted is None else adapted
-    trains_all = method not in ("lora", "qlora")
+    trains_all = method not in ADAPTERS
     trained = shape.parameters if trains_all else lora_parameters(adapted, step.rank)
     element = step.element_bytes
     kept_wide: tuple[str, ...] = ()
@@ -179,8 +184,8 @@ def plan_memory(
         weights, gradients, optimizer = 4 * trained, 4 * trained, 8 * trained
     else:
         frozen = element * shape.parameters
-        if method == "qlora":
-            saved, kept_wide = _saved_by_format(shape, parse_scheme(step.format), element, shape.experts)
+        if method == "qlora" or (method == "qat-lora" and step.held):
+            saved, kept_wide = _saved_by_format(shape, parse_scheme(step.held or step.format), element, shape.experts)
             frozen -= saved
         weights, gradients, optimizer = frozen + 4 * trained, 4 * trained, 8 * trained
     if step.optimizer == "adamw-8bit" and method != "full-bf16":
@@ -202,7 +207,7 @@ def plan_memory(
         activations_bytes=activations,
         logits_bytes=LOGIT_BYTES * at_once,
         block_backward_bytes=working,
-        scratch_bytes=element * largest if method == "qlora" else 0,
+        scratch_bytes=_scratch_bytes(method, element, largest),
         session_bytes=SESSION_BYTES if on_cpu else 0,
         products_bytes=products_bytes(
             shape,
@@ -222,6 +227,13 @@ def plan_memory(
         trial_bytes=4 * trained if step.tried else 0,
         kept_wide=kept_wide,
     )
+
+
+def _scratch_bytes(method: Method, element: int, largest: int) -> int:
+    """Return the bytes of the largest layer, dense: once, or the sum in fp32, rounded, and in the products' dtype."""
+    if method == "qat-lora":
+        return (4 + 4 + element) * largest
+    return element * largest if method == "qlora" else 0
 
 
 def format_bytes(shape: ModelShape, scheme: Scheme, element_bytes: int = 2) -> tuple[int, tuple[str, ...]]:
@@ -258,8 +270,8 @@ def _copies_bytes(shape: ModelShape, method: Method, step: Step, adapted: Sequen
     """Return the bytes of the copies in which fp32 weights enter a product, until the backward pass is over."""
     if method == "full-bf16":
         return 0
-    if method in ("lora", "qlora"):
-        return 0 if step.dtype == "float32" else 2 * lora_parameters(adapted, step.rank)
+    if method in ADAPTERS:  # that of qat-lora is added to the weight, and enters no product itself
+        return 0 if step.dtype == "float32" or method == "qat-lora" else 2 * lora_parameters(adapted, step.rank)
     if step.dtype == "float32":
         return 4 * shape.linear_weights if method == "qat" else 0
     return 2 * (shape.linear_weights + shape.expert_weights + shape.head_parameters)
@@ -271,10 +283,10 @@ def _activation_bytes(shape: ModelShape, method: Method, step: Step, adapted: Se
     precision = Precision(
         product_bytes=step.element_bytes,
         residual_bytes=4 if masters else step.element_bytes,
-        trained=method not in ("lora", "qlora"),
+        trained=method not in ADAPTERS,
     )
     ranks: Counter[str] = Counter()
-    if not precision.trained:
+    if not precision.trained and method != "qat-lora":
         for linear in adapted:
             ranks[block_of(linear.name)] += step.rank
     kept: list[float] = []

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,33 +24,30 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
-from strop import __version__
-from strop.data.templates import set_chat_template, stop_ids
-from strop.errors import FormatError, GateError, MissingInputError, ModelError, UsageError, nearest
-from strop.files.folders import read_json, sha256_file
+from strop.errors import FormatError, GateError, MissingInputError, UsageError, nearest
+from strop.files.folders import sha256_file
 from strop.files.gguf.adapters import adapter_metadata, adapter_tensors
-from strop.files.gguf.architectures import Architecture, architecture_of
+from strop.files.gguf.architectures import architecture_of
 from strop.files.gguf.blocks import Bytes
-from strop.files.gguf.mixtures import FILE_TYPES, RUNTIME_TYPES, Mixture, parse_export_format
+from strop.files.gguf.mixtures import FILE_TYPES, RUNTIME_TYPES, parse_export_format
+from strop.files.gguf.reader import GgufFile
 from strop.files.gguf.rope import Value
-from strop.files.gguf.sentencepiece import read_sentencepiece
-from strop.files.gguf.vocabulary import Vocabulary, vocabulary, vocabulary_of_pieces
+from strop.files.gguf.vocabulary import Vocabulary
 from strop.files.gguf.writer import TensorToWrite, atomic_file, check_disk, check_file_target, file_bytes, write_gguf
 from strop.files.peft_adapter import base_digest, read_adapter_config
-from strop.models.opening import open_tokenizer
-from strop.models.sources import find_folder, is_adapter, read_config
+from strop.models.sources import TRAINED_FILE, find_folder, is_adapter, read_config
 from strop.pages.atomic import write_whole
 from strop.progress import SILENT, Reporter
 from strop.recipes.export_beside import CARD, MODELFILE, RECEIPT, card, modelfile, origin
 from strop.recipes.export_check import read_back
-from strop.recipes.export_importance import Importance, measure_importance
+from strop.recipes.export_importance import measure_importance
+from strop.recipes.export_plan import FilePlan, general_keys, plan_file, vocabulary_of
 from strop.recipes.export_proof import prove_export
 from strop.recipes.export_runtime import quantize_in_runtime
-from strop.recipes.export_source import Source, open_source
+from strop.recipes.export_source import open_source
 from strop.recipes.export_summary import summary
-from strop.recipes.export_tensors import Made, TensorRecord, gguf_tensors
+from strop.recipes.export_tensors import HOW, Made, TensorRecord
 from strop.recipes.manifest import adapter_digest
 from strop.recipes.merge import merge
 from strop.recipes.probing import rounded_method
@@ -57,7 +55,6 @@ from strop.recipes.recording import record, recorded
 from strop.recipes.rows import Rows
 from strop.runtime.library import library
 
-_QUANTIZATION_VERSION: Final = 2
 _STOP_KEYS: Final = ("eos_token_id", "eot_token_id", "eom_token_id")
 _ROUNDING: Final = frozenset({*FILE_TYPES, *RUNTIME_TYPES} - {"f32", "f16", "bf16", "q8_0"})
 """Formats whose encoding an importance of the columns changes."""
@@ -143,6 +140,11 @@ def export(
     folder = find_folder(model)
     if max_kl is not None and not verify:
         raise UsageError("--max-kl is judged by the proof; leave --no-verify out")
+    if folder.name == TRAINED_FILE and folder.is_file():
+        return _export_trained(
+            folder, Path(output), beside, str(model), name, verify=verify, max_kl=max_kl, overwrite=overwrite,
+            reporter=reporter,
+        )  # fmt: skip
     _check_options(folder, name, data=data, adapter_only=adapter_only, modelfile=modelfile)
     if adapter_only:
         return _export_adapter(folder, Path(output), beside, str(model), verify=verify, overwrite=overwrite)
@@ -151,7 +153,7 @@ def export(
         source = open_source(whole)
         architecture = architecture_of(source.config)
         metadata = architecture.metadata(source.config)  # refuses what llama.cpp computes otherwise, before any work
-        words, tokenizer = _vocabulary(source, chat_template)
+        words, tokenizer = vocabulary_of(source, chat_template)
         weighed = None
         if data is not None:
             weighed = measure_importance(
@@ -165,7 +167,7 @@ def export(
             )
         made_of = {"model": str(model), "base_sha256": base_digest(whole), "origin": origin(folder)}
         made_of["importance"] = None if weighed is None else dict(weighed.rows)
-        plan = _plan(source, architecture, metadata, words, name, made_of, weighed, ends)
+        plan = plan_file(source, architecture, metadata, words, name, made_of, weighed, ends)
         for note in plan.notes:
             reporter.note(f"note: {note}")
         with atomic_file(target, overwrite=overwrite) as temporary:
@@ -177,17 +179,6 @@ def export(
         result = ExportResult(Path(output), list(plan.records.values()), proof.lines, beside, receipt)
         _write_beside(result, words, tokenizer, source.config)
     return result
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """Everything that will be in the file."""
-
-    metadata: dict[str, Value]
-    to_write: list[TensorToWrite]
-    records: dict[str, TensorRecord]
-    notes: list[str]
-    importance: Mapping[str, Tensor]
 
 
 def _ends(folder: Path, name: str, embeddings: str | None) -> str | None:
@@ -235,65 +226,7 @@ def _check_options(folder: Path, name: str, *, data: Rows | None, adapter_only: 
             ) from error
 
 
-def _vocabulary(source: Source, chat_template: str | os.PathLike[str] | None) -> tuple[Vocabulary, Any]:
-    """The vocabulary, and the tokenizer where transformers opens it; a SentencePiece file alone does as well."""
-    rows = source.shape(architecture_of(source.config).embedding_name(source.names))[0]
-    file = source.folder / "tokenizer.model"
-    pieces = read_sentencepiece(file) if file.is_file() else None
-    try:
-        tokenizer = open_tokenizer(source.folder)
-    except ModelError:
-        if pieces is None:
-            raise
-        words = vocabulary_of_pieces(pieces, rows=rows, stops=_stops(source.folder, None))
-        words.notes.append(
-            "the tokenizer was read from tokenizer.model, as transformers opens none here; there is no chat template"
-        )
-        return words, None
-    if chat_template is not None:
-        set_chat_template(tokenizer, os.fspath(chat_template))
-    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer), pieces=pieces), tokenizer
-
-
-def _plan(
-    source: Source,
-    architecture: Architecture,
-    metadata: dict[str, Value],
-    words: Vocabulary,
-    name: str,
-    made_of: Mapping[str, Any],
-    weighed: Importance | None,
-    ends: str | None,
-) -> _Plan:
-    config = source.config
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    kind = _full_type(source) if name in RUNTIME_TYPES else name
-    tied_there = tied and not architecture.table.untied_only
-    mixture = Mixture(kind, architecture.blocks, architecture.experts, tied_there, ends)
-    importance = {} if weighed is None else weighed.columns
-    tensors = gguf_tensors(source, architecture, mixture, tied=tied, importance=importance)
-    general = _general(str(made_of["model"]), words.tokens) | {
-        "general.architecture": architecture.name,
-        "general.type": "model",
-        "general.file_type": {**FILE_TYPES, **RUNTIME_TYPES}[name],
-        "general.quantization_version": _QUANTIZATION_VERSION,
-        "strop.provenance": json.dumps(made_of),
-    }
-    notes = [*architecture.notes(config), *words.notes]
-    return _Plan(general | metadata | words.metadata(), tensors.to_write, tensors.records, notes, importance)
-
-
-def _full_type(source: Source) -> str:
-    """The type that holds every weight of a folder exactly."""
-    if source.container is None:
-        kinds = {source.dtype(name) for name in source.names}
-        for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "f16")):
-            if kinds == {dtype}:
-                return name
-    return "f32"
-
-
-def _make(path: Path, plan: _Plan, name: str, *, verify: bool, reporter: Reporter) -> list[str]:
+def _make(path: Path, plan: FilePlan, name: str, *, verify: bool, reporter: Reporter) -> list[str]:
     """Write a file and prove it; returns what was proved."""
     if name in RUNTIME_TYPES:
         quantize_in_runtime(path, plan.metadata, plan.to_write, plan.records, name, plan.importance, reporter=reporter)
@@ -310,6 +243,53 @@ def _write(path: Path, metadata: Mapping[str, Value], tensors: list[TensorToWrit
             write_gguf(file, metadata, tensors, told=lambda done, tensor: reporter.advance(done, tensor=tensor))
     finally:
         reporter.finish()
+
+
+def _export_trained(
+    file: Path,
+    output: Path,
+    beside: list[Path],
+    model: str,
+    name: str,
+    *,
+    verify: bool,
+    max_kl: float | None,
+    overwrite: bool,
+    reporter: Reporter,
+) -> ExportResult:
+    """The very file that a run trained, under its new name once it is proved.
+
+    Raises:
+        UsageError: another format is asked for, or options that only another writing could meet.
+        GateError: the proof failed.
+    """
+    method = rounded_method(file.parent)
+    if method is None or method.format != f"gguf:{name}" or len(beside) > 2:
+        trained = "no format that is recorded" if method is None else method.format
+        raise UsageError(f"{file}: is a file already, trained as {trained}; it is exported in that format, as it is")
+    read = GgufFile.open(file)
+    records = [
+        TensorRecord(
+            tensor.name, tensor.type, tensor.shape, (), how=HOW[1] if tensor.type == name else HOW[0],
+            nbytes=tensor.nbytes,
+        )
+        for tensor in read.tensors.values()
+    ]  # fmt: skip
+    with atomic_file(output, overwrite=overwrite) as temporary:
+        shutil.copyfile(file, temporary)
+        run = _run(temporary, output.name, model, verify=verify, max_kl=max_kl, reporter=reporter)
+        made_of = {"model": model, "base_sha256": base_digest(file), "origin": origin(file.parent), "importance": None}
+        made_of["model_path"] = os.path.abspath(file.parent)
+        proof = _Proof(["the file that was trained, byte for byte", *run.lines], run.run)
+        receipt = _receipt(temporary, f"gguf:{name}", made_of, [], proof, {one.name: one for one in records})
+    result = ExportResult(output, records, proof.lines, beside, receipt)
+    for path in beside:
+        if path.name.endswith(RECEIPT):
+            write_whole(path, [json.dumps(receipt, indent=2, allow_nan=False), "\n"])
+        else:
+            template = "tokenizer.chat_template" in read.metadata
+            write_whole(path, [card(output.name, receipt, summary(records), prompt=template, adapter=False)])
+    return result
 
 
 @dataclass(frozen=True)
@@ -368,7 +348,9 @@ def _export_adapter(
     base = find_folder(config.base)
     architecture = architecture_of(read_config(base)[0])
     made_of = {"model": model, "base_sha256": adapter_digest(folder), "origin": origin(folder), "importance": None}
-    metadata = _general(model, []) | adapter_metadata(architecture, config) | {"strop.provenance": json.dumps(made_of)}
+    metadata = (
+        general_keys(model, []) | adapter_metadata(architecture, config) | {"strop.provenance": json.dumps(made_of)}
+    )
     tensors = adapter_tensors(folder, architecture, config)
     records = {one.name: TensorRecord(one.name, one.type, one.shape, ()) for one in tensors}
     watched = [
@@ -446,24 +428,3 @@ def _whole(folder: Path, target: Path, reporter: Reporter) -> Iterator[Path]:
         for line in result.lines()[:-1]:
             reporter.note(line)
         yield result.path
-
-
-def _stops(folder: Path, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's end, those of generation_config.json, those of the chat template."""
-    stops = [tokenizer.eos_token_id] if tokenizer is not None and tokenizer.eos_token_id is not None else []
-    if (folder / "generation_config.json").is_file():
-        given = read_json(folder / "generation_config.json").get("eos_token_id")
-        stops += [number for number in (given if isinstance(given, list) else [given]) if isinstance(number, int)]
-    if tokenizer is not None and tokenizer.chat_template:
-        stops += stop_ids(tokenizer)
-    return list(dict.fromkeys(stops))
-
-
-def _general(model: str, tokens: list[str]) -> dict[str, Value]:
-    """The file's own keys. llama.cpp treats models by some names as if they had certain tokens: those are avoided."""
-    title = Path(model).resolve().name or model
-    needed = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
-    for part in ("phi-3", "phi3", "modern-bert"):
-        if part in title.lower() and not needed <= set(tokens):
-            title = title.lower().replace(part, part[:3] + "_" + part[3:].lstrip("-"))
-    return {"general.name": title, "general.quantized_by": f"strop {__version__}"}

@@ -7,10 +7,10 @@ one some rows), never a model.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
@@ -23,6 +23,102 @@ from strop.numerics.qtensor import QuantizedTensor
 
 PIECE_BYTES: Final = 8 << 20
 """Bytes of a dense tensor that are read at a time."""
+
+
+class Weights(Protocol):
+    """A model's weights under the names of its checkpoint: a folder's, or those of a model in memory."""
+
+    @property
+    def folder(self) -> Path:
+        """Where its tokenizer lies."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """Its configuration."""
+        ...
+
+    @property
+    def container(self) -> Container | None:
+        """Who reads its quantized layers from a file; None where nobody needs to."""
+        ...
+
+    @property
+    def names(self) -> list[str]:
+        """Every weight, quantized ones as the weight that they stand for."""
+        ...
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight is codes."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A weight's shape, [out, in] where it is quantized."""
+        ...
+
+    def dtype(self, name: str) -> torch.dtype:
+        """A dense weight's dtype."""
+        ...
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """A quantized weight, its codes bit for bit."""
+        ...
+
+    def dense(self, name: str) -> Tensor:
+        """A dense weight, whole."""
+        ...
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """A dense weight's rows, a bounded number at a time."""
+        ...
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """The weights of a model in memory.
+
+    Attributes:
+        folder: where its tokenizer lies.
+        config: its configuration.
+        tensors: its dense weights, by the checkpoint's names.
+        codes: its quantized ones, by the names of the weights that they stand for.
+        container: none.
+    """
+
+    folder: Path
+    config: Any
+    tensors: Mapping[str, Tensor]
+    codes: Mapping[str, QuantizedTensor]
+    container: None = None
+
+    @property
+    def names(self) -> list[str]:
+        """See `Weights`."""
+        return [*self.tensors, *self.codes]
+
+    def is_quantized(self, name: str) -> bool:
+        """See `Weights`."""
+        return name in self.codes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """See `Weights`."""
+        return self.codes[name].shape if name in self.codes else tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """See `Weights`."""
+        return self.tensors[name].dtype
+
+    def quantized(self, name: str) -> QuantizedTensor:
+        """See `Weights`."""
+        return self.codes[name]
+
+    def dense(self, name: str) -> Tensor:
+        """See `Weights`."""
+        return self.tensors[name]
+
+    def rows(self, name: str) -> Iterator[Tensor]:
+        """See `Weights`."""
+        yield self.tensors[name]
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from strop.files.gguf.blocks import decode, encode
 from strop.files.gguf.mixtures import Chosen, Mixture
 from strop.files.gguf.transcoding import transcode
 from strop.files.gguf.writer import Bytes, TensorToWrite
-from strop.recipes.export_source import Source
+from strop.recipes.export_source import Weights
 
 PIECE_VALUES: Final = 1 << 18
 """Values whose loss is weighed at a time."""
@@ -132,7 +132,7 @@ class Tensors:
 
 
 def gguf_tensors(
-    source: Source,
+    source: Weights,
     architecture: Architecture,
     mixture: Mixture,
     *,
@@ -169,7 +169,7 @@ def gguf_tensors(
     return Tensors(made, records)
 
 
-def _shape(source: Source, planned: Planned) -> tuple[int, ...]:
+def _shape(source: Weights, planned: Planned) -> tuple[int, ...]:
     piece = planned.pieces[0]
     shape = source.shape(piece.source)
     if piece.expert is not None:
@@ -190,7 +190,7 @@ def _made(record: TensorRecord, pieces: Callable[[], Iterator[Made]]) -> Iterato
 
 
 def _pieces(
-    source: Source,
+    source: Weights,
     architecture: Architecture,
     planned: Planned,
     chosen: Chosen,
@@ -217,7 +217,7 @@ def _pieces(
 
 
 def _of_codes(
-    source: Source,
+    source: Weights,
     architecture: Architecture,
     piece: Piece,
     chosen: Chosen,

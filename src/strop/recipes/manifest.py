@@ -20,7 +20,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from strop.config import DataPart, TuneConfig, data_name
+from strop.config import DataPart, QatLora, TuneConfig, data_name
 from strop.data.readers import EXTENSIONS, extension_of
 from strop.data.records import Record
 from strop.data.store import sample_lengths
@@ -174,6 +174,7 @@ def predicted_memory(session: Session, settings: TrainSettings, *, tried: int = 
         recomputed=settings.checkpointing if isinstance(settings.checkpointing, int) else None,
         rank=adapter.rank if adapter is not None else int(getattr(method, "rank", 16)),
         format=session.trained.scheme.name if session.trained.scheme is not None else "nf4-dq",
+        held=session.base.scheme.name if isinstance(method, QatLora) and session.base.scheme is not None else "",
         dtype="bfloat16" if str(session.dtype) == "torch.bfloat16" else "float32",
         attention="plain" if session.attention == "eager" else "fused",
         optimizer=config.optimization.optimizer,

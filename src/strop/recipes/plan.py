@@ -18,7 +18,7 @@ from strop.numerics.scheme import parse_scheme
 from strop.planner.disk import run_bytes
 from strop.planner.fit import Change, changes_to_fit, missing_bytes
 from strop.planner.hardware import Machine, Rate, fastest_rate, named_rate, this_machine
-from strop.planner.memory import MemoryPlan, Method, Step, format_bytes, plan_memory
+from strop.planner.memory import ADAPTERS, MemoryPlan, Method, Step, format_bytes, plan_memory
 from strop.planner.parameters import (
     LinearShape,
     ModelShape,
@@ -395,7 +395,9 @@ def plan_model(
     for number, format in enumerate(QLORA_FORMATS):
         label = "qlora" if number == 0 else f"qlora-{format}"
         methods.append(_method_plan(shape, "qlora", label, _in_format(step, format), adapted, machine, rate))
-    methods.append(_method_plan(shape, "qat", "qat", _in_format(step, QAT_FORMAT), adapted, machine, rate))
+    in_qat = _in_format(step, QAT_FORMAT)
+    methods.append(_method_plan(shape, "qat", "qat", in_qat, adapted, machine, rate))
+    methods.append(_method_plan(shape, "qat-lora", "qat-lora", in_qat, adapted, machine, rate))
     files = {"bf16": 2 * shape.parameters}
     files |= {format: format_bytes(shape, parse_scheme(format))[0] for format in FILE_FORMATS}
     return ModelPlan(
@@ -451,7 +453,7 @@ def _method_plan(
         shape,
         rows=step.rows,
         length=step.length,
-        adapters=adapted if method in ("lora", "qlora") else None,
+        adapters=adapted if method in ADAPTERS else None,
         rank=step.rank,
         checkpointing=step.checkpointing,
     )

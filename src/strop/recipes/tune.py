@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -29,6 +29,7 @@ from strop.memory import PeakMemory, steady_allocation
 from strop.progress import SILENT, Reporter
 from strop.recipes import rank as rank_recipe
 from strop.recipes.doctor import check_start
+from strop.recipes.export_trained import gguf_exporter, only_gguf_holds
 from strop.recipes.manifest import finish_manifest, run_manifest, save_manifest
 from strop.recipes.rank import RankChoice, choose_rank
 from strop.recipes.session import MAY_DIFFER, Session, open_session
@@ -313,7 +314,7 @@ def _run(
             valid_set.samples if valid_set is not None else [],
             settings,
             run_dir,
-            export=session.base.exporter(config.method),
+            export=_exporter(session),
             resume=config.resume,
             memory=memory,
             reporter=reporter,
@@ -324,6 +325,14 @@ def _run(
         shutil.rmtree(run_dir / CACHE, ignore_errors=True)  # nothing is left to resume
         finish_manifest(run_dir, measured_bytes=peak_bytes)
     return Run(run_dir, report)
+
+
+def _exporter(session: Session) -> Callable[[Path], None]:
+    """Writes the model as it stands, in the form that the method ends in."""
+    base, method = session.base, session.config.method
+    if isinstance(method, Rounded) and only_gguf_holds(method):
+        return gguf_exporter(base.model, method, source=session.config.model, base=base.record, dtype=base.stored_dtype)
+    return base.exporter(method)
 
 
 def _write_report(run_dir: Path, report: Mapping[str, Any]) -> None:

@@ -26,8 +26,10 @@ from strop.errors import ConfigError, UsageError
 from strop.files.peft_adapter import AdapterConfig, BaseRecord, base_digest, load_adapter, read_adapter_config
 from strop.files.saving import check_expressible
 from strop.layers.base import linear_shape
+from strop.layers.grids import LearnedGrid
 from strop.layers.quant_experts import quant_experts
 from strop.layers.quantized import QUANTIZED
+from strop.layers.scale_linear import ScaleLinear
 from strop.layers.surgery import attach_lora, coverage, experts, lora_modules, select
 from strop.models import load
 from strop.models.adapter_base import base_precision, precision_notes
@@ -180,7 +182,13 @@ def put_layers(base: Base, method: Method, *, seed: int, reporter: Reporter = SI
     elif isinstance(method, Qat | QatLora):
         scheme = parse_format(method.format).scheme
         shapes = {name: linear_shape(model.get_submodule(name)) for name in select(model, _targets(method))}
-        check_expressible(scheme, shapes, model)
+        if scheme.super_size is None:
+            check_expressible(scheme, shapes, model)
+        elif method.targets != (ALL_LINEAR,):
+            raise UsageError(
+                f"targets: {method.format} is written as a GGUF file, where other layers would be rounded untrained; "
+                "leave targets out"
+            )
         if isinstance(method, Qat):
             names = put_qat(model, scheme, method, _targets(method))
         else:
@@ -262,11 +270,13 @@ def _targets(method: Lora | QLora | Qat | QatLora) -> str | tuple[str, ...]:
 
 
 def _count_parameters(model: PreTrainedModel) -> int:
-    """Parameters as they are counted before any packing."""
+    """Parameters as they are counted before any packing; scales are none."""
     quantized = [module for module in model.modules() if isinstance(module, QUANTIZED)]
     experts = quant_experts(model).values()
-    packed = {id(value) for module in [*quantized, *experts] for value in module.parameters()}
+    scaled = [module for module in model.modules() if isinstance(module, ScaleLinear)]
+    grids = [module for module in model.modules() if isinstance(module, LearnedGrid)]
+    packed = {id(value) for part in [*quantized, *experts, *scaled, *grids] for value in part.parameters()}
     count = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
-    for module in quantized:
+    for module in [*quantized, *scaled]:
         count += module.in_features * module.out_features + (0 if module.bias is None else module.bias.numel())
     return count + sum(module.count * module.in_features * module.out_features for module in experts)

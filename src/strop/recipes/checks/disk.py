@@ -25,7 +25,7 @@ def exported_bytes(session: Session) -> int:
         return 4 * trained.parameters
     element = torch.finfo(session.base.stored_dtype).bits // 8
     whole = element * trained.total_parameters
-    if session.config.method.name == "qat" and trained.scheme is not None:
+    if session.config.method.name in ("qat", "qat-lora") and trained.scheme is not None:
         shapes = [linear_shape(session.model.get_submodule(name)) for name in trained.layers]
         whole -= round(sum((8 * element - trained.scheme.bits_per_weight(s)) * math.prod(s) / 8 for s in shapes))
     return whole
