@@ -30,7 +30,7 @@ TOTAL: Final = 160
 """Optimizer steps of every arm, 32 rows each."""
 LAST: Final = 60
 """The last of them: through the grid where an arm says no other number, and in full precision for the control."""
-CONTROL_RATE: Final = 5e-4
+CONTROL_RATE: Final = 1e-3
 """The control's peak rate in its last steps, chosen on the development rows like every arm's."""
 ROWS: Final = {"train": 12_000, "valid": 1_000, "test_combinations": 1_000}
 GRIDS: Final = ("int3", "int2-g32", "int2", "int4-g32", "int3-g32")
