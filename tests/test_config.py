@@ -141,7 +141,7 @@ def test_every_alias_sets_its_key(alias, key):
         "targets": ["q_proj"], "rank_stabilised": True, "adapter": "a", "max_steps": 7, "epochs": 2.0, "max_length": 77,
         "packing": True, "chat_template": "chatml", "valid_fraction": 0.5, "learning_rate": 0.5, "schedule": "linear",
         "clip_norm": 0.5, "batch_size": 3, "accumulation": 4, "eval_steps": 5, "save_steps": 6, "patience": 7,
-        "checkpointing": "all", "optimizer": "adamw-8bit", "dtype": "float32", "seed": 9,
+        "checkpointing": "all", "optimizer": "adamw-8bit", "dtype": "float32", "seed": 9, "teacher": "t",
     }  # fmt: skip
     settings_by_alias = {name: value for name, value in BASE.items() if name != key}
     assert load_config(None, settings_by_alias | {alias: values[key]}).flat()[key] == values[key]

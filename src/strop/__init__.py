@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from strop.recipes.export import export
     from strop.recipes.generate import predict
     from strop.recipes.merge import merge
+    from strop.recipes.patch import apply, diff
     from strop.recipes.plan import plan
     from strop.recipes.prove import prove
     from strop.recipes.prove_result import Fail, Pass, Undecided
@@ -34,7 +35,9 @@ _HOMES = {
     "QuantizedTensor": "strop.numerics.qtensor",
     "Scheme": "strop.numerics.scheme",
     "Undecided": "strop.recipes.prove_result",
+    "apply": "strop.recipes.patch",
     "compare": "strop.recipes.compare",
+    "diff": "strop.recipes.patch",
     "doctor": "strop.recipes.doctor",
     "export": "strop.recipes.export",
     "load": "strop.models",
@@ -56,7 +59,9 @@ __all__ = [  # noqa: RUF022  the version stands last
     "QuantizedTensor",
     "Scheme",
     "Undecided",
+    "apply",
     "compare",
+    "diff",
     "doctor",
     "export",
     "load",

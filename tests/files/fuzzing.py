@@ -1,4 +1,4 @@
-"""GGUF and safetensors files that are almost right: built field by field, a few fields then broken.
+"""GGUF and safetensors files, and patches of GGUF files, that are almost right: a few of their fields are broken.
 
 `make_gguf` and `make_safetensors` give the bytes of a file for a seed's draws. Most of the damage keeps the structure
 (a count, a length, an offset, a kind, a text is another one; an entry comes twice, is gone, or has moved), for bytes
@@ -25,6 +25,8 @@ from strop.files.gguf.reader import GgufFile
 from strop.files.gguf.types import BY_NUMBER, TYPES
 from strop.files.shards import DTYPES, read_file, read_header
 from strop.memory import resident_bytes
+
+from .patch_fuzzing import make_patch, read_patch
 
 SECONDS_OF_A_CASE = 10
 BYTES_OF_ALL = 256 << 20
@@ -225,6 +227,7 @@ def read_safetensors(path: Path) -> None:
 KINDS: dict[str, tuple[Callable[[random.Random], bytes], Callable[[Path], None]]] = {
     "gguf": (make_gguf, read_gguf),
     "safetensors": (make_safetensors, read_safetensors),
+    "patch": (make_patch, read_patch),
 }
 
 

@@ -20,6 +20,7 @@ from strop.layers.surgery import attach_fake_quant, attach_lora, attach_rounding
 from strop.methods import search
 from strop.numerics.scheme import parse_scheme
 from strop.training.loop import train
+from strop.training.objective import LABELS, Objective
 from strop.training.settings import TrainResult, TrainSettings
 from tests.tiny import tiny_model
 
@@ -89,6 +90,7 @@ def run_loop(
     reporter: Notes | None = None,
     stream: BatchStream | None = None,
     batch: dict[str, Any] | None = None,
+    objective: Objective = LABELS,
     **changes: Any,
 ) -> TrainResult:
     """Train with small defaults; RUN/best and RUN/last hold the trained tensors."""
@@ -106,6 +108,7 @@ def run_loop(
         settings,
         run_dir,
         export=export,
+        objective=objective,
         resume=resume,
         reporter=reporter or Notes(),
     )

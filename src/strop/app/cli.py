@@ -106,7 +106,8 @@ def _root(
 
 for _function in (verbs.plan, verbs.tune, verbs.quantize, verbs.compare, verbs.export, verbs.chat, verbs.demo):
     app.command(rich_help_panel="Verbs")(_guarded(_function))
-for _function in (verbs.prove, verbs.doctor, verbs.predict, verbs.serve, verbs.merge, verbs.verify, verbs.selftest):
+_MORE = (verbs.prove, verbs.doctor, verbs.predict, verbs.serve, verbs.merge, verbs.diff, verbs.apply, verbs.verify)
+for _function in (*_MORE, verbs.selftest):
     app.command(rich_help_panel="More")(_guarded(_function))
 for _function in (verbs.bits, verbs.affine, verbs.tensor):
     explain.command()(_guarded(_function))

@@ -12,7 +12,19 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from strop.config.names import ALIASES, DEFAULT_METHOD, GROUPS, KEYS, LENGTHS, METHODS, SHAPE, TOP, fields_of
-from strop.config.settings import Epochs, Length, LowRank, Machine, Method, Optimization, Samples, Top, Watch
+from strop.config.settings import (
+    Distillation,
+    Epochs,
+    Length,
+    LowRank,
+    Machine,
+    Method,
+    Optimization,
+    Samples,
+    Serving,
+    Top,
+    Watch,
+)
 from strop.errors import ConfigError, MissingInputError, nearest
 
 
@@ -23,6 +35,8 @@ class TuneConfig(Top):
     length: Length
     samples: Samples
     optimization: Optimization
+    distillation: Distillation
+    serving: Serving
     watch: Watch
     machine: Machine
 
@@ -50,7 +64,8 @@ class TuneConfig(Top):
         if not isinstance(self.data, str):
             result["data"] = [part.model_dump() for part in self.data]
         result["method"] = self.method.name
-        for group in (self.method, self.length, self.samples, self.optimization, self.watch, self.machine):
+        shared = (self.samples, self.optimization, self.distillation, self.serving, self.watch, self.machine)
+        for group in (self.method, self.length, *shared):
             brought = SHAPE if isinstance(group, LowRank) and group.adapter is not None else ()
             for key, value in group.model_dump(exclude={"name", *brought}).items():
                 result[key] = list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
@@ -148,6 +163,9 @@ def _build(layers: Iterable[Layer]) -> TuneConfig:
             _complete_low_rank(values, origins, problems)
         elif "alpha" in fields_of(group):
             _complete_alpha(values)
+        if values.get("rank") == "auto" and "kv_cache" in values:
+            problems.append(f"{origins['kv_cache']}: kv_cache: rank auto races without it; name the rank")
+        _complete_teacher(values, cast("str", method), origins, problems)
         take("method", group, fields_of(group))
     length = next((kind for key, kind in LENGTHS.items() if key in values), Epochs)
     take("length", length, fields_of(length))
@@ -178,6 +196,38 @@ def _complete_alpha(values: dict[str, object]) -> None:
     rank = values.get("rank")
     if "alpha" not in values and isinstance(rank, int) and not isinstance(rank, bool) and rank > 0:
         values["alpha"] = 2.0 * rank
+
+
+def _complete_teacher(values: dict[str, object], method: str, origins: Mapping[str, str], problems: list[str]) -> None:
+    """Fill in what a teacher needs; refuse its settings without one, and one from whom nothing could be learned."""
+    teacher = values.get("teacher")
+    if teacher is None:
+        for key in [key for key in fields_of(Distillation) if key in values]:
+            del values[key]
+            problems.append(f"{origins[key]}: {key}: says how to learn from a teacher; name one (teacher: base)")
+        return
+    values.setdefault("distill", 1.0)
+    values.setdefault("teacher_logits", "auto")
+    origin = origins["teacher"]
+    if values.get("rank") == "auto":
+        problems.append(f"{origin}: teacher: rank auto races on the labels alone, without it; name the rank")
+    if teacher != "base":
+        return
+    if values.get("adapter") is not None:
+        problems.append(
+            f"{origin}: teacher: base is the model without the adapter that is trained further; name that adapter's "
+            "folder as the teacher"
+        )
+    if method == "lora" and values["teacher_logits"] == "disk":
+        problems.append(
+            f"{origins['teacher_logits']}: teacher_logits: base under lora is the model itself with its adapters "
+            "switched off, which takes no memory beside it; set auto or memory"
+        )
+    if method in ("full", "lora") and values["distill"] == 1:
+        problems.append(
+            f"{origin}: teacher: base answers as the model does before training, so that with distill 1 {method} has "
+            "nothing to learn; set distill below 1, which holds the training near the base, or name another teacher"
+        )
 
 
 def _sentence(problems: list[str]) -> str:

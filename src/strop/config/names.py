@@ -8,6 +8,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from strop.config.settings import (
+    Distillation,
     Epochs,
     Full,
     Lora,
@@ -18,6 +19,7 @@ from strop.config.settings import (
     QatLora,
     QLora,
     Samples,
+    Serving,
     Settings,
     Steps,
     Watch,
@@ -30,7 +32,12 @@ METHODS: Final[Mapping[str, type[Settings]]] = {
 }  # fmt: skip
 LENGTHS: Final[Mapping[str, type[Settings]]] = {"max_steps": Steps, "epochs": Epochs, "minutes": Minutes}
 GROUPS: Final[Mapping[str, type[Settings]]] = dict(
-    samples=Samples, optimization=Optimization, watch=Watch, machine=Machine
+    samples=Samples,
+    optimization=Optimization,
+    distillation=Distillation,
+    serving=Serving,
+    watch=Watch,
+    machine=Machine,
 )
 DEFAULT_METHOD: Final = "lora"
 
@@ -57,6 +64,7 @@ OTHER_NAMES: Final[Mapping[str, str]] = {
     "clip_norm": "max_grad_norm",
     "batch_size": "per_device_train_batch_size micro_batch_size",
     "accumulation": "gradient_accumulation_steps grad_accumulation_steps",
+    "teacher": "teacher_model teacher_model_name_or_path",
     "eval_steps": "steps_per_eval",
     "save_steps": "save_every",
     "patience": "early_stopping_patience",

@@ -56,6 +56,8 @@ def json_schema() -> dict[str, object]:
     lengths = [name for key in LENGTHS for name in _names(key)]
     one_length = [{"required": [name]} for name in lengths]
     rules.append({"oneOf": [*one_length, {"not": {"anyOf": one_length}}]})
+    of_teacher = [{"required": [name]} for key in ("distill", "teacher_logits") for name in _names(key)]
+    rules.append({"if": {"anyOf": of_teacher}, "then": {"anyOf": [{"required": [n]} for n in _names("teacher")]}})
     properties["stages"] = {
         "type": "array",
         "minItems": 1,

@@ -287,6 +287,34 @@ class Optimization(Settings):
     accumulation: int = Field(1, ge=1, description="Micro-batches in an optimizer step.")
 
 
+class Distillation(Settings):
+    """A teacher: loss = (1 - distill) * cross-entropy + distill * KL(teacher || student)."""
+
+    teacher: str | None = Field(
+        None,
+        min_length=1,
+        description="A model to learn from: a folder, a hub id, or base (the model itself before training).",
+    )
+    distill: Real | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="With a teacher: its share of the loss, 0 to 1; 1 uses no labels. Default: 1.",
+    )
+    teacher_logits: Literal["auto", "memory", "disk"] | None = Field(
+        None,
+        description="With a teacher: beside the student in memory, or its top logits on disk. Default: auto, the less.",
+    )
+
+
+class Serving(Settings):
+    """How the model will be served, computed so in training already."""
+
+    kv_cache: Literal["int8", "int4"] | None = Field(
+        None, description="Round keys and values in training as --kv-cache of chat and compare does: int8 or int4."
+    )
+
+
 class Watch(Settings):
     """When the run is evaluated, saved and stopped early."""
 

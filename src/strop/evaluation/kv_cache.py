@@ -71,13 +71,13 @@ class KVFormat:
 
     def bytes_per_token(self, heads: int, key_size: int, value_size: int) -> float:
         """Bytes that a rounded token takes in one layer, keys and values together."""
-        values = heads * grouped_bytes(value_size, bits=self.bits, group=_channels(self, value_size))
+        values = heads * grouped_bytes(value_size, bits=self.bits, group=channels(self, value_size))
         if self.name == "int8":
             return values + heads * grouped_bytes(key_size, bits=8, group=key_size)
         return values + heads * key_size * grouped_bytes(STRIDE, bits=4, group=STRIDE) / STRIDE
 
 
-def _channels(form: KVFormat, size: int) -> int:
+def channels(form: KVFormat, size: int) -> int:
     """Channels of a token's value that share a scale."""
     return STRIDE if form.name == "int4" and size % STRIDE == 0 else size
 
@@ -138,7 +138,7 @@ class RoundedLayer(CacheLayerMixin):
         if self.form.window:
             keys = keys.unflatten(2, (-1, STRIDE)).transpose(-1, -2)  # [.., tokens, size] -> [.., groups, size, 32]
         new_keys = Grouped.of(keys, bits=self.form.bits, group=keys.shape[-1])
-        new_values = Grouped.of(values, bits=self.form.bits, group=_channels(self.form, values.shape[-1]))
+        new_values = Grouped.of(values, bits=self.form.bits, group=channels(self.form, values.shape[-1]))
         self.rounded_keys = new_keys if self.rounded_keys is None else self.rounded_keys.joined(new_keys, 2)
         self.rounded_values = new_values if self.rounded_values is None else self.rounded_values.joined(new_values, 2)
         self.rounded += count

@@ -62,6 +62,7 @@ class LoraLinear(nn.Module):
         self.out_features, self.in_features = linear_shape(base)
         self.rank, self.alpha, self.dropout, self.rank_stabilised = rank, alpha, dropout, rank_stabilised
         self.scaling = alpha / math.sqrt(rank) if rank_stabilised else alpha / rank
+        self.switched_off = False  # set for as long as the base alone is to answer (a teacher's turn)
         self.base = base.requires_grad_(requires_grad=False)
         device = next(base.parameters()).device
         if device.type == "meta":
@@ -76,6 +77,8 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """X [..., in] -> [..., out] in the dtype that the base answers in."""
         y = self.base(x)
+        if self.switched_off:
+            return y
         dtype = compute_dtype(x)
         change = x.to(dtype)
         if self.training and self.dropout > 0.0:

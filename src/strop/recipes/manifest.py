@@ -16,6 +16,7 @@ import json
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
@@ -33,8 +34,10 @@ from strop.planner.hardware import this_machine
 from strop.planner.memory import MemoryPlan, Step, plan_memory
 from strop.planner.parameters import LinearShape, open_shape
 from strop.recipes.session import Session
+from strop.recipes.teacher import BASE, TeacherSource
 from strop.training.settings import TrainSettings, count_steps
 from strop.training.shapes import common_width, positions_of
+from strop.training.teachers import ModelTeacher
 
 FORMAT: Final = 1
 SELF: Final = "manifest_sha256"
@@ -112,6 +115,7 @@ def run_manifest(session: Session, run_dir: Path, settings: TrainSettings, *, tr
     """
     config, report = session.config, session.report()
     predicted = predicted_memory(session, settings, tried=tried)
+    teacher = _teacher_record(session.teacher, run_dir)
     return {
         "format": FORMAT,
         "kind": "run",
@@ -121,6 +125,7 @@ def run_manifest(session: Session, run_dir: Path, settings: TrainSettings, *, tr
             "rows": {"samples": session.train_set.report.samples, "sha256": session.rows_digest()},
             "base": base_record(session.base.record.base, run_dir),
             "adapter": None if session.base.adapter is None else _adapter_record(config, run_dir),
+            **({} if teacher is None else {"teacher": teacher}),
             "template": {"sha256": template_hash(session.tokenizer)},
             "configuration": {"sha256": configuration_digest(config)},
         },
@@ -184,7 +189,12 @@ def predicted_memory(session: Session, settings: TrainSettings, *, tried: int = 
         eval_shapes=_evaluated_shapes(session, settings.eval_batch_size),
         steady=settings.max_memory is not None,
     )
-    return plan_memory(shape, method.name, step, adapted=adapted or None)
+    plan = plan_memory(shape, method.name, step, adapted=adapted or None)
+    teacher = session.objective.teacher
+    if not isinstance(teacher, ModelTeacher):
+        return plan
+    beside = sum(parameter.nbytes for parameter in teacher.model.parameters())
+    return replace(plan, weights_bytes=plan.weights_bytes + beside)
 
 
 def _trained_shapes(session: Session) -> int:
@@ -239,6 +249,13 @@ def _adapter_record(config: TuneConfig, run_dir: Path) -> dict[str, Any]:
     folder = find_folder(place)
     assert is_adapter(folder)
     return {"name": str(place), **place_record(folder, run_dir), "sha256": adapter_digest(folder)}
+
+
+def _teacher_record(teacher: TeacherSource | None, run_dir: Path) -> dict[str, Any] | None:
+    """What taught; `base` is recorded as the base already."""
+    if teacher is None or teacher.name == BASE:
+        return None
+    return {"name": teacher.name, **place_record(teacher.folder, run_dir), "sha256": teacher.digest}
 
 
 def adapter_digest(folder: Path) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,21 +26,26 @@ from strop.data.samples import SampleSet
 from strop.data.store import rendered, sample_lengths, samples_digest
 from strop.data.templates import Sample, set_chat_template
 from strop.errors import ConfigError
+from strop.evaluation.kv_cache import KVFormat
+from strop.evaluation.kv_rounding import KVRounding
+from strop.models.opening import open_tokenizer
+from strop.models.sources import read_config
 from strop.precision import choose_device, compute_dtype
 from strop.progress import SILENT, Reporter
+from strop.recipes.teacher import TeacherSource, cached_teacher, find_teacher, row_length, student_folder
 from strop.training.events import require_tensorboard
+from strop.training.objective import Objective
 from strop.training.optimizers import default_learning_rate
 from strop.training.preparing import Base, Trained, open_base, put_layers
 from strop.training.settings import TrainSettings, count_steps
 from strop.training.shapes import common_width, positions_of
-
-DEFAULT_MAX_LENGTH: Final = 1024
+from strop.training.teachers import Teacher
 
 EAGER_LENGTH: Final[Mapping[torch.dtype, int]] = {torch.bfloat16: 512, torch.float32: 128}
 """On a CPU, rows up to so many tokens train faster with plain attention than with torch's fused one."""
 
-MAY_DIFFER: Final = ("model", "data", "output", "resume", "save_steps", "device", "tensorboard")
-"""Settings that a resumed run may have otherwise; the rows and the base's weights are compared by digest."""
+MAY_DIFFER: Final = ("model", "data", "teacher", "output", "resume", "save_steps", "device", "tensorboard")
+"""Settings that a resumed run may have otherwise; rows, and the weights of base and teacher, are compared by digest."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class Session:
         train_set: the rows to train on, rendered.
         valid_set: the rows to choose by; None where there are none.
         stream: the training data, at their beginning.
+        objective: what is minimised, the teacher in it.
+        teacher: where the teacher comes from; None without one.
         attention: the model's attention implementation.
         device: where it runs.
         dtype: of the products.
@@ -67,6 +74,8 @@ class Session:
     train_set: SampleSet
     valid_set: SampleSet | None
     stream: BatchStream
+    objective: Objective
+    teacher: TeacherSource | None
     attention: str
     device: torch.device
     dtype: torch.dtype
@@ -87,6 +96,7 @@ class Session:
         return {
             **{key: value for key, value in self.config.flat().items() if key not in MAY_DIFFER},
             "base": self.base.record.digest,
+            **({"teacher": self.teacher.digest} if self.teacher is not None else {}),
             "attention": self.attention,
             "valid_samples": _digest(self.valid_set.samples if self.valid_set is not None else []),
         }
@@ -140,6 +150,7 @@ class Session:
                 "train": self.train_set.report.to_dict(),
                 "valid": valid_set.report.to_dict() if valid_set is not None else None,
             },
+            **({"teacher": self.teacher.report()} if self.teacher is not None else {}),
             "compute_dtype": str(self.dtype).removeprefix("torch."),
             "stored_dtype": str(base.stored_dtype).removeprefix("torch."),
             "attention": self.attention,
@@ -162,33 +173,101 @@ def _phases(method: Method) -> dict[str, float]:
     return found | ({"scale_rate": method.scale_rate} if isinstance(method, Qat) else {})
 
 
-def open_session(config: TuneConfig, *, reporter: Reporter = SILENT, cache: Path | None = None) -> Session:
+def open_session(
+    config: TuneConfig,
+    *,
+    reporter: Reporter = SILENT,
+    cache: Path | None = None,
+    teacher_cache: Path | None = None,
+) -> Session:
     """Open, read, render and attach, as `config` says.
 
     Args:
         config: the settings; those that only the model can tell are filled in.
         reporter: told of findings.
         cache: a folder in which rendered rows are kept, and found again; None leaves nothing on the disk.
+        teacher_cache: a folder in which a teacher's top logits are kept; None runs a teacher beside the student.
 
     Raises:
-        ConfigError, MissingInputError, DataError, ModelError, FormatError, TargetError: as the steps raise them.
+        ConfigError, UsageError, MissingInputError, DataError, ModelError, FormatError, TargetError: as the steps raise
+            them.
     """
     if config.watch.tensorboard:
         require_tensorboard()
     device = choose_device(config.machine.device)
     dtype = compute_dtype(config.machine.dtype, device)
     data = _read(config, reporter)
+    source, rows, teacher = find_teacher(config, disk=teacher_cache is not None), None, None
+    if source is not None and source.way == "disk" and teacher_cache is not None:
+        rows, teacher = _read_by_teacher(config, source, data, device, dtype, reporter, cache, teacher_cache)
+        source = source if teacher is not None else replace(source, way="memory")
     base = open_base(config.model, config.method, device=device, dtype=dtype, reporter=reporter)
     model, tokenizer = base.model, base.tokenizer
     if config.samples.chat_template is not None:
         set_chat_template(tokenizer, config.samples.chat_template)
-    config = _resolved(config, model, reporter)
+    config = _resolved(config, model, source, reporter)
     trained = put_layers(base, config.method, seed=config.seed, reporter=reporter)
-    train_set, valid_set = _prepare(config, data, tokenizer, reporter, cache)
+    train_set, valid_set = rows or _prepare(config, data, tokenizer, reporter, cache)
     attention = _choose_attention(config, model, train_set, device, dtype)
     stream = _stream(config, model, tokenizer, data.draw(train_set.samples))
+    objective = _objective(config, source, teacher, model, dtype)
     _tell_length(config, stream, positions_of(model), reporter)
-    return Session(config, base, trained, data, train_set, valid_set, stream, attention, device, dtype)
+    return Session(
+        config, base, trained, data, train_set, valid_set, stream, objective, source, attention, device, dtype
+    )
+
+
+def _objective(
+    config: TuneConfig,
+    source: TeacherSource | None,
+    teacher: Teacher | None,
+    model: PreTrainedModel,
+    dtype: torch.dtype,
+) -> Objective:
+    """What is minimised, with a teacher that has not spoken yet opened beside the student.
+
+    Raises:
+        ModelError, TrainingError: the model's keys and values cannot be rounded.
+    """
+    samples, rounding = config.samples, None
+    assert samples.max_length is not None
+    if config.serving.kv_cache is not None:
+        rounding = KVRounding(model, KVFormat(config.serving.kv_cache), samples.max_length)
+    if source is not None and teacher is None:
+        teacher = source.beside(model, packed_length=samples.max_length if samples.packing else None, dtype=dtype)
+    return Objective(teacher, config.distillation.distill or 0.0, rounding)
+
+
+def _read_by_teacher(
+    config: TuneConfig,
+    source: TeacherSource,
+    data: Mixture,
+    device: torch.device,
+    dtype: torch.dtype,
+    reporter: Reporter,
+    cache: Path | None,
+    teacher_cache: Path,
+) -> tuple[tuple[SampleSet, SampleSet | None], Teacher | None]:
+    """The rows, and what the teacher says of them, before the student is opened; None where the disk has no room."""
+    student, _ = student_folder(config)
+    tokenizer = open_tokenizer(student)
+    if config.samples.chat_template is not None:
+        set_chat_template(tokenizer, config.samples.chat_template)
+    config = config.replace(max_length=row_length(config, positions_of(read_config(student)[0])))
+    train_set, valid_set = _prepare(config, data, tokenizer, reporter, cache)
+    teacher = cached_teacher(
+        source,
+        teacher_cache,
+        [train_set.samples, *([valid_set.samples] if valid_set is not None else [])],
+        tokenizer,
+        may_refuse=config.distillation.teacher_logits == "disk",
+        again=config.resume,
+        batch_size=max(8, config.optimization.batch_size),
+        device=device,
+        dtype=dtype,
+        reporter=reporter,
+    )
+    return (train_set, valid_set), teacher
 
 
 def _read(config: TuneConfig, reporter: Reporter) -> Mixture:
@@ -201,14 +280,18 @@ def _read(config: TuneConfig, reporter: Reporter) -> Mixture:
     return data
 
 
-def _resolved(config: TuneConfig, model: PreTrainedModel, reporter: Reporter) -> TuneConfig:
-    """The settings with those filled in that only the model can tell."""
+def _resolved(
+    config: TuneConfig, model: PreTrainedModel, source: TeacherSource | None, reporter: Reporter
+) -> TuneConfig:
+    """The settings with those filled in that only the model, or the disk, can tell."""
     limit, length = positions_of(model), config.samples.max_length
     if length is not None and limit is not None and length > limit:
         raise ConfigError(f"max_length: got {length}; {config.model} has {limit} positions; set {limit} or less")
     changes: dict[str, Any] = {}
     if length is None:
-        changes["max_length"] = min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+        changes["max_length"] = row_length(config, limit)
+    if source is not None:  # a resumed run asks in the same way
+        changes["teacher_logits"] = "disk" if source.way == "disk" else "memory"
     if config.optimization.learning_rate is None:
         width = _width(model)
         adapters = isinstance(config.method, Lora | QLora | QatLora)

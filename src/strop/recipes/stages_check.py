@@ -31,7 +31,7 @@ from strop.planner.parameters import open_shape
 from strop.progress import SILENT, Reporter
 from strop.recipes.forgetting import HeldOut
 from strop.recipes.rank import LEAST_ROWS, too_few_rows
-from strop.recipes.session import DEFAULT_MAX_LENGTH
+from strop.recipes.teacher import BASE, check_teacher, row_length
 from strop.training.shapes import positions_of
 
 
@@ -91,6 +91,7 @@ def check_stages(config: StagesConfig, *, reporter: Reporter = SILENT) -> Ready:
     splits: dict[str, Mixture] = {}
     for stage in config.stages:
         settings = stage.config(config.model)
+        check.trying(stage, lambda settings=settings: _check_named_teacher(settings, home))
         plan = _start(stage, settings, state, check.problems)
         plans[stage.name] = plan
         check.trying(stage, lambda settings=settings: _check_layers(settings, skeleton))
@@ -131,6 +132,12 @@ def _start(stage: Stage, settings: TuneConfig, state: _State, problems: list[str
                 "adapter further (leave rank, alpha and targets out), or quantize in a later stage"
             )
         state.adapter = False
+    if settings.distillation.teacher == BASE and (state.adapter or state.quantized):
+        lies = "an adapter that is trained further" if state.adapter else f"quantized weights ({state.quantized})"
+        problems.append(
+            f"{where}: teacher: base is a model in full precision before training, and {whose} ends in {lies}; name "
+            "the teacher's folder"
+        )
     if state.quantized and not state.adapter and not isinstance(method, QLora) and not plan.startswith("merged"):
         problems.append(
             f"{where}: {method.name} needs dense weights, and {whose} ends in quantized ones ({state.quantized}); use "
@@ -146,6 +153,13 @@ def _start(stage: Stage, settings: TuneConfig, state: _State, problems: list[str
         state.quantized = method.format if isinstance(method, Rounded) else None
     state.whose = stage.name
     return plan
+
+
+def _check_named_teacher(settings: TuneConfig, student: Path) -> None:
+    """Whether a teacher that has a name reads the tokens that the model reads."""
+    name = settings.distillation.teacher
+    if name not in (None, BASE):
+        check_teacher(find_folder(name), student)
 
 
 def _check_layers(settings: TuneConfig, skeleton: nn.Module) -> None:
@@ -184,7 +198,7 @@ def _length(settings: TuneConfig, skeleton: Any) -> int:
     limit, length = positions_of(skeleton), settings.samples.max_length
     if length is not None and limit is not None and length > limit:
         raise ConfigError(f"max_length: got {length}; the model has {limit} positions; set {limit} or less")
-    return length or min(DEFAULT_MAX_LENGTH, limit or DEFAULT_MAX_LENGTH)
+    return row_length(settings, limit)
 
 
 def _render(settings: TuneConfig, splits: Mixture, tokenizer: Any, length: int) -> HeldOut:

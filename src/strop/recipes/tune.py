@@ -5,6 +5,7 @@
     RUN/run.json         what was trained on what, and what came of it
     RUN/manifest.json    hashes of all that went in and came out (`verify`)
     RUN/cache            the rendered rows, until the run is finished
+    RUN/teacher          a teacher's top logits, as long
     RUN/rank.json, .png  how `rank: auto` chose (`rank.py`)
 
 The steps: settings checked, model opened, data rendered and counted, layers put in place, the loop, the account. What
@@ -40,6 +41,7 @@ from strop.training.metrics import read_metrics
 from strop.training.recompute import blocks_to_recompute
 
 CACHE: Final = "cache"
+TEACHER: Final = "teacher"
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,12 @@ class Run:
                 f"validation loss {result['best_valid_loss']:.4f} at step {result['best_step']:,} (the best), "
                 f"{result['valid_loss']:.4f} at the last"
             )
+        if self.metrics and "valid_divergence" in self.metrics[-1]:
+            last, share = self.metrics[-1], self.config.distillation.distill or 0.0
+            lines.append(
+                f"that loss is {1 - share:.0%} of the labels' and {share:.0%} of the divergence from the teacher; at "
+                f"the last the labels' is {last['valid_label_loss']:.4f}, the divergence {last['valid_divergence']:.4f}"
+            )
         lines.append(f"the model: {self.best_path}")
         return lines
 
@@ -190,7 +198,7 @@ def tune_from_config(config: TuneConfig, *, reporter: Reporter = SILENT) -> Run:
             if isinstance(config.method, LowRank) and config.method.rank == "auto":
                 choice = _raced(config, run_dir, reporter)
                 config = config.replace(rank=choice.rank)
-            session = open_session(config, reporter=reporter, cache=run_dir / CACHE)
+            session = open_session(config, reporter=reporter, cache=run_dir / CACHE, teacher_cache=run_dir / TEACHER)
             checks = check_start(session, run_dir, reporter=reporter)
         return _run(session, checks, run_dir, memory, reporter, choice)
 
@@ -215,7 +223,7 @@ def _check_free(run_dir: Path) -> None:
         raise UsageError(f"{run_dir}: is a link to nothing; choose another output")
     if run_dir.exists() and not run_dir.is_dir():
         raise UsageError(f"{run_dir}: is a file, and a run is a folder; choose another output")
-    if not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} <= {CACHE}:
+    if not run_dir.is_dir() or {path.name for path in run_dir.iterdir()} <= {CACHE, TEACHER}:
         return
     kept = [name for name in ("best", "last", "checkpoints") if (run_dir / name).exists()]
     if kept or not (run_dir / "run.json").is_file():
@@ -238,6 +246,8 @@ def _resumed(config: TuneConfig, run_dir: Path) -> tuple[TuneConfig, Run | None]
     saved, asked = load_config(file).flat(), config.flat()
     if asked.get("rank") == "auto" and (run_dir / rank_recipe.FILE).is_file():  # it was chosen when the run began
         asked = {"alpha": saved.get("alpha")} | asked | {"rank": saved.get("rank")}
+    if asked.get("teacher_logits") == "auto":  # what it came to depends on the disk
+        asked |= {"teacher_logits": saved.get("teacher_logits")}
     wrong = differences(
         {key: saved.get(key) for key in asked if key not in MAY_DIFFER},
         {key: value for key, value in asked.items() if key not in MAY_DIFFER},
@@ -271,12 +281,13 @@ def _raced(config: TuneConfig, run_dir: Path, reporter: Reporter) -> RankChoice:
 
 @contextmanager
 def _leaving_nothing(run_dir: Path) -> Iterator[None]:
-    """Rows that were rendered for a run that is refused are not left behind."""
+    """Rows that were rendered for a run that is refused are not left behind; what a teacher said of them may be."""
     there = run_dir.exists()
     try:
         yield
-    except BaseException:
-        if not there:
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt) and (run_dir / TEACHER).is_dir()
+        if not there and not stopped:  # the same command again goes on where the teacher was stopped
             shutil.rmtree(run_dir, ignore_errors=True)
         raise
 
@@ -304,7 +315,9 @@ def _run(
         settings = session.train_settings()
         if settings.checkpointing == "auto":
             with steady_allocation():
-                blocks = blocks_to_recompute(session.model, session.stream, settings, memory, reporter)
+                blocks = blocks_to_recompute(
+                    session.model, session.stream, settings, memory, reporter, session.objective
+                )
             settings = replace(settings, checkpointing=blocks)
         tried = next((check["figures"]["shapes"] for check in checks if check["name"] == "accumulation"), 0)
         save_manifest(run_dir, run_manifest(session, run_dir, settings, tried=tried))
@@ -315,6 +328,7 @@ def _run(
             settings,
             run_dir,
             export=_exporter(session),
+            objective=session.objective,
             resume=config.resume,
             memory=memory,
             reporter=reporter,
@@ -322,7 +336,8 @@ def _run(
         peak_bytes = memory.peak_bytes
         report |= {"finished": True, "result": asdict(result), "peak_bytes": peak_bytes}
         _write_report(run_dir, report)
-        shutil.rmtree(run_dir / CACHE, ignore_errors=True)  # nothing is left to resume
+        for name in (CACHE, TEACHER):  # nothing is left to resume
+            shutil.rmtree(run_dir / name, ignore_errors=True)
         finish_manifest(run_dir, measured_bytes=peak_bytes)
     return Run(run_dir, report)
 

@@ -29,6 +29,7 @@ from strop.recipes.manifest import (
     paths_below,
     records_digest,
 )
+from strop.recipes.teacher import teacher_digest
 
 What = Literal["changed", "missing", "added"]
 
@@ -213,7 +214,11 @@ def _check_inputs(result: Verification, inputs: Mapping[str, Any]) -> None:
             _check_data_files(result, data)
         else:
             _check_records(result, data)
-    digests: tuple[tuple[str, Callable[[Path], str]], ...] = (("base", base_digest), ("adapter", adapter_digest))
+    digests: tuple[tuple[str, Callable[[Path], str]], ...] = (
+        ("base", base_digest),
+        ("adapter", adapter_digest),
+        ("teacher", teacher_digest),
+    )
     for what, digest in digests:
         record = inputs.get(what)
         if record is None:

@@ -12,7 +12,8 @@ from torch import nn
 from strop.data.batches import BatchStream, eval_batches
 from strop.data.templates import Sample
 from strop.precision import autocast
-from strop.training.losses import Head, token_loss_sum
+from strop.training.losses import Head
+from strop.training.objective import Objective
 from strop.training.shapes import at_common_width, positions_of
 
 EVALUATIONS: Final = 10
@@ -28,34 +29,40 @@ def evaluation_interval(total_steps: int, stream: BatchStream, samples: Sequence
 
 
 @torch.no_grad()
-def mean_loss(
+def mean_losses(
     model: nn.Module,
     samples: Sequence[Sample],
+    objective: Objective,
     *,
     batch_size: int,
     pad_id: int,
     head: Head | None,
     compute_dtype: torch.dtype,
-) -> float:
+) -> dict[str, float]:
     """Mean nats per supervised token over the rows, without dropout; the model is left in the mode of training.
+
+    Returns `valid_loss`, which is what `objective` minimises; beside a teacher also `valid_label_loss` and
+    `valid_divergence`.
 
     Args:
         model: A causal language model on its device.
         samples: The rows.
+        objective: What the run minimises.
         batch_size: Rows computed at once.
         pad_id: Any valid token id.
         head: The model's pieces from `find_head`.
         compute_dtype: Of the products.
     """
     device, limit = next(model.parameters()).device, positions_of(model)
-    total, tokens = 0.0, 0
+    sums: dict[str, float] = {}
+    tokens = 0
     model.eval()
     try:
         for batch in eval_batches(samples, batch_size, pad_id=pad_id):
             with autocast(device, compute_dtype):
-                loss_sum, count = token_loss_sum(model, at_common_width(batch, limit=limit), head=head)
-            total += float(loss_sum)
-            tokens += count
+                found = objective.measured(model, at_common_width(batch, limit=limit), head=head)
+            sums = {name: sums.get(name, 0.0) + value for name, value in found.items()}
+            tokens += batch.supervised_tokens
     finally:
         model.train()
-    return total / tokens
+    return {f"valid_{name}": value / tokens for name, value in sums.items()}

@@ -40,11 +40,12 @@ from strop.precision import autocast, empty_cache
 from strop.progress import SILENT, Reporter
 from strop.training import watchdog
 from strop.training.events import NAME as EVENTS_NAME
-from strop.training.held_out import evaluation_interval, mean_loss
+from strop.training.held_out import evaluation_interval, mean_losses
 from strop.training.interrupts import InterruptGuard
-from strop.training.losses import find_head, token_loss_sum
+from strop.training.losses import find_head
 from strop.training.metrics import NAME as METRICS_NAME
 from strop.training.metrics import MetricsFile
+from strop.training.objective import LABELS, Objective
 from strop.training.optimizers import gradient_norm, make_optimizer, trained_parameters
 from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.rounding_schedule import RoundingSchedule
@@ -69,6 +70,7 @@ def train(
     run_dir: Path,
     *,
     export: Export,
+    objective: Objective = LABELS,
     resume: bool = False,
     memory: PeakMemory | None = None,
     reporter: Reporter = SILENT,
@@ -82,6 +84,7 @@ def train(
         settings: Everything else that decides the run.
         run_dir: The run's folder.
         export: Called with RUN/best and RUN/last.
+        objective: What is minimised.
         resume: Go on from the newest whole checkpoint; from the beginning where there is none.
         memory: A running measurement whose peak goes into the metrics; None starts one.
         reporter: Told of progress, skipped checkpoints and early ends.
@@ -100,10 +103,10 @@ def train(
         torch.manual_seed(settings.seed)
         if settings.max_memory is not None:
             stack.enter_context(steady_allocation())  # what is freed must not count against the budget
-        stack.enter_context(recomputed(model, blocks_to_recompute(model, stream, settings, memory, reporter)))
-        was_training = model.training
-        stack.callback(model.train, was_training)
-        run = Loop(model, stream, list(valid_samples), settings, run_dir, export, memory, guard, reporter)
+        blocks = blocks_to_recompute(model, stream, settings, memory, reporter, objective)
+        stack.enter_context(recomputed(model, blocks))
+        stack.callback(model.train, model.training)
+        run = Loop(model, stream, list(valid_samples), settings, run_dir, export, objective, memory, guard, reporter)
         stack.callback(run.close)
         return run.go(resume=resume)
 
@@ -119,11 +122,12 @@ class Loop:
         settings: TrainSettings,
         run_dir: Path,
         export: Export,
+        objective: Objective,
         memory: PeakMemory,
         guard: InterruptGuard,
         reporter: Reporter,
     ) -> None:
-        self.model, self.stream, self.valid, self.settings = model, stream, valid, settings
+        self.model, self.stream, self.valid, self.settings, self.objective = model, stream, valid, settings, objective
         self.run_dir, self.export, self.memory, self.guard, self.reporter = run_dir, export, memory, guard, reporter
         self.parameters = trained_parameters(model)
         if not self.parameters:
@@ -151,6 +155,7 @@ class Loop:
         if batch.documents is not None:
             check_isolation(model, batch.to(self.device))
         self.head = find_head(model, batch)
+        objective.check(batch)
         self.state.note_boundary()
 
     @property
@@ -376,7 +381,8 @@ class Loop:
         for batch in batches:
             self.guard.check()
             with autocast(self.device, self.settings.compute_dtype):
-                loss_sum, _ = token_loss_sum(self.model, at_common_width(batch, limit=self.positions), head=self.head)
+                common = at_common_width(batch, limit=self.positions)
+                loss_sum = self.objective.loss_sum(self.model, common, head=self.head)
             value = float(loss_sum.detach())
             if not math.isfinite(value):
                 rows = [index for row in batch.rows for index in row]
@@ -404,7 +410,7 @@ class Loop:
         last = self.step == progress.total_steps
         row["peak_bytes"] = self._peak_bytes()
         if self.valid and (last or self.step % self._eval_steps() == 0):
-            row["valid_loss"] = self._evaluate_and_keep_best()
+            row |= self._evaluate_and_keep_best()
             row |= self._marks(None)
         if isinstance(settings.length, Minutes) and not last and self._overtime(settings.length):
             progress.ended = "the time was up"
@@ -421,9 +427,9 @@ class Loop:
         if due or (armed and progress.good_step is None):  # the watchdog needs a state to return to
             self.state.save(scheduled=progress.high == 0)
 
-    def _evaluate_and_keep_best(self) -> float:
-        progress = self.progress
-        loss = self.evaluate()
+    def _evaluate_and_keep_best(self) -> dict[str, float]:
+        progress, losses = self.progress, self.evaluate()
+        loss = losses["valid_loss"]
         if not math.isfinite(loss):
             self.state.whole = False  # a state whose loss is not a number is not worth keeping
             raise TrainingError(f"step {self.step}: the loss on the validation rows is {loss}. {self._advice()}")
@@ -431,29 +437,26 @@ class Loop:
         if progress.best_valid_loss is None or loss < progress.best_valid_loss:
             self.export(self.run_dir / "best")
             progress.best_valid_loss, progress.best_step, progress.worse_evaluations = loss, self.step, 0
-            return loss
+            return losses
         progress.worse_evaluations += 1
         if self.settings.patience is not None and progress.worse_evaluations >= self.settings.patience:
             progress.ended = f"no better evaluation for {progress.worse_evaluations} times"
             self.reporter.note(
                 f"stopped early after {self.step} steps: {progress.ended}; the best was step {progress.best_step}"
             )
-        return loss
+        return losses
 
-    def evaluate(self) -> float:
-        """Mean nats per supervised token over the validation rows, in smaller batches where memory runs out."""
+    def evaluate(self) -> dict[str, float]:
+        """`mean_losses` of the validation rows, in smaller batches where memory runs out."""
         while True:
             rows = self.progress.eval_batch or self.settings.eval_batch_size
             try:
+                dtype, pad_id = self.settings.compute_dtype, self.stream.pad_id
                 with self.rounding.rounding():
-                    return mean_loss(
-                        self.model,
-                        self.valid,
-                        batch_size=rows,
-                        pad_id=self.stream.pad_id,
-                        head=self.head,
-                        compute_dtype=self.settings.compute_dtype,
-                    )
+                    return mean_losses(
+                        self.model, self.valid, self.objective, batch_size=rows, pad_id=pad_id, head=self.head,
+                        compute_dtype=dtype,
+                    )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 why = watchdog.why_out_of_memory(error)
             self._halve_evaluation(rows, why)  # out here the exception and the tensors that it held are gone

@@ -1,6 +1,10 @@
-"""The loss of a micro-batch: cross-entropy summed over supervised tokens, never a mean.
+"""The loss of a micro-batch: summed over supervised tokens, never a mean.
 
-    loss_sum = - sum over supervised positions t of log p(token_t | tokens before t)        [nats]
+    loss_sum = sum over supervised positions t of (1 - d) * CE_t + d * KL_t                              [nats]
+    CE_t     = - log q(token_t | tokens before t)                            q: the model that is trained
+    KL_t     = sum over tokens v of p(v) * (log p(v) - log q(v))             p: the teacher, if there is one
+
+d is 0 without a teacher.
 
 The caller divides by the supervised tokens of the whole optimizer step, so that accumulation, ragged lengths and
 packing do not change what a token weighs (a mean of means would). Labels are not shifted: the label at t is predicted
@@ -53,7 +57,70 @@ class TokenBatch(Protocol):
         ...
 
 
-_LossOf: TypeAlias = "Callable[[Head, Tensor, Tensor], Tensor]"
+class Wanted(Protocol):
+    """What a teacher says at supervised tokens; see `strop.training.teachers`."""
+
+    def __getitem__(self, part: slice, /) -> Wanted:
+        """Of some of the tokens."""
+        ...
+
+    def divergence_sum(self, logits: Tensor) -> Tensor:
+        """KL(teacher || student) summed, of the student's logits [tokens, vocabulary]; tokens may be added behind."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The supervised tokens of a batch, brought to a common number (`shapes.py`).
+
+    Attributes:
+        places: [tokens], of the positions [rows * (length - 1)] that predict them; those added repeat the first.
+        labels: [tokens], -100 where added.
+        supervised: how many are no additions; they come first.
+    """
+
+    places: Tensor
+    labels: Tensor
+    supervised: int
+
+    @classmethod
+    def of(cls, batch: TokenBatch, device: torch.device) -> Kept:
+        """Find them in a batch."""
+        labels = batch.labels[:, 1:].reshape(-1).to(device)  # [rows, length] -> [rows * (length - 1)]
+        places = (labels != IGNORED).nonzero().flatten()
+        supervised, added = len(places), round_up(len(places), smallest_step=16) - len(places)
+        if supervised:  # the added ones carry no label
+            places = functional.pad(places, (0, added), value=int(places[0]))
+        labels = functional.pad(labels[places[:supervised]], (0, len(places) - supervised), value=IGNORED)
+        return cls(places, labels, supervised)
+
+    def rows(self, states: Tensor) -> Tensor:
+        """States or logits [rows, length, size] at the places that predict: [tokens, size]."""
+        before = states[:, :-1]
+        return before.reshape(-1, before.shape[-1])[self.places]
+
+
+@dataclass(frozen=True)
+class _Targets:
+    """What the logits of some tokens are held against."""
+
+    labels: Tensor
+    wanted: Wanted | None
+    share: float
+
+    def __getitem__(self, part: slice) -> _Targets:
+        return _Targets(self.labels[part], None if self.wanted is None else self.wanted[part], self.share)
+
+    def loss_sum(self, logits: Tensor) -> Tensor:
+        if self.wanted is None or self.share == 0.0:
+            return _cross_entropy_sum(logits, self.labels)
+        divergence = self.wanted.divergence_sum(wide(logits))
+        if self.share == 1.0:
+            return divergence
+        return (1.0 - self.share) * _cross_entropy_sum(logits, self.labels) + self.share * divergence
+
+
+_LossOf: TypeAlias = "Callable[[Head, Tensor, Any], Tensor]"
 """(head, hidden states, targets) to a sum."""
 
 Finish: TypeAlias = Callable[[Tensor], Tensor]
@@ -106,7 +173,7 @@ def find_head(model: nn.Module, batch: TokenBatch) -> Head | None:
     try:
         with torch.no_grad():
             rows = len(batch.labels)
-            inputs = _on(batch.inputs(), next(model.parameters()).device)
+            inputs = on_device(batch.inputs(), next(model.parameters()).device)
             inputs = {name: value[:1] if _of_rows(value, rows) else value for name, value in inputs.items()}
             hidden = getattr(base(**inputs), "last_hidden_state", None)
             if hidden is None:
@@ -121,45 +188,72 @@ def find_head(model: nn.Module, batch: TokenBatch) -> Head | None:
     return None
 
 
-def token_loss_sum(model: nn.Module, batch: TokenBatch, *, head: Head | None = None) -> tuple[Tensor, int]:
-    """Cross-entropy of one micro-batch, summed over its supervised tokens.
+def token_loss_sum(
+    model: nn.Module, batch: TokenBatch, *, head: Head | None = None, wanted: Wanted | None = None, share: float = 0.0
+) -> tuple[Tensor, int]:
+    """The loss of one micro-batch, summed over its supervised tokens.
 
     Args:
         model: A causal language model whose forward returns `.logits` [rows, length, vocabulary].
         batch: Token ids and labels.
         head: The model's two pieces from `find_head`; None computes all logits through the model itself.
+        wanted: What a teacher says at the batch's supervised tokens, in the order of `Kept`.
+        share: d, from 0 (labels alone) to 1 (teacher alone).
 
     Returns:
         The sum (a scalar with gradient, fp32 or fp64) and the number of supervised tokens. With no supervised token
         the sum is zero, still attached to the graph.
     """
     device = next(model.parameters()).device
-    inputs = _on(batch.inputs(), device)
-    targets = batch.labels[:, 1:].reshape(-1).to(device)  # [rows, length] -> [rows * (length - 1)]
-    kept = (targets != IGNORED).nonzero().flatten()
-    supervised, added = len(kept), round_up(len(kept), smallest_step=16) - len(kept)
-    if supervised:  # a common number of rows (see shapes.py); the added ones carry no label
-        kept = functional.pad(kept, (0, added), value=int(kept[0]))
-    targets = functional.pad(targets[kept[:supervised]], (0, len(kept) - supervised), value=IGNORED)
+    inputs = on_device(batch.inputs(), device)
+    kept = Kept.of(batch, device)
+    targets = _Targets(kept.labels, wanted, share)
     if head is None:
-        logits = model(**inputs).logits[:, :-1]
-        return _cross_entropy_sum(logits.reshape(-1, logits.shape[-1])[kept], targets), supervised
-    hidden = head.base(**inputs).last_hidden_state[:, :-1]
-    hidden = hidden.reshape(-1, hidden.shape[-1])[kept]  # [rows, length - 1, hidden] -> [tokens, hidden]
+        return targets.loss_sum(kept.rows(model(**inputs).logits)), kept.supervised
+    hidden = kept.rows(head.base(**inputs).last_hidden_state)
     rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
     if hidden.requires_grad and torch.is_grad_enabled() and not head.trained:
-        return _FrozenHeadLoss.apply(hidden, targets, head, rows, _labelled_sum), supervised
-    if len(kept) <= rows:
-        return _cross_entropy_sum(head.logits(hidden), targets), supervised
+        return _FrozenHeadLoss.apply(hidden, targets, head, rows, _targets_sum), kept.supervised
+    if len(hidden) <= rows:
+        return _targets_sum(head, hidden, targets), kept.supervised
 
-    def chunk_sum(part: Tensor, part_targets: Tensor) -> Tensor:
-        return _cross_entropy_sum(head.logits(part), part_targets)
+    def chunk_sum(part: Tensor, part_targets: _Targets) -> Tensor:
+        return _targets_sum(head, part, part_targets)
 
-    total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
-    for start in range(0, len(kept), rows):
+    total = _zero(hidden)
+    for start in range(0, len(hidden), rows):
         part, part_targets = hidden[start : start + rows], targets[start : start + rows]
         total = total + checkpoint(chunk_sum, part, part_targets, use_reentrant=False, preserve_rng_state=False)
-    return total, supervised
+    return total, kept.supervised
+
+
+@torch.no_grad()
+def measured_sums(
+    model: nn.Module, batch: TokenBatch, wanted: Wanted, *, head: Head | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """The two parts of the loss apart, without gradient: cross-entropy, divergence, supervised tokens.
+
+    Args:
+        model: As for `token_loss_sum`.
+        batch: Token ids and labels.
+        wanted: What the teacher says at the batch's supervised tokens.
+        head: The model's two pieces; None computes all logits through the model itself.
+    """
+    device = next(model.parameters()).device
+    inputs = on_device(batch.inputs(), device)
+    kept = Kept.of(batch, device)
+    if head is None:
+        states, rows = kept.rows(model(**inputs).logits), max(1, len(kept.places))
+    else:
+        states = kept.rows(head.base(**inputs).last_hidden_state)
+        rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
+    entropy, divergence = _zero(states), _zero(states)
+    for start in range(0, len(states), rows):
+        part = states[start : start + rows]
+        logits = wide(part if head is None else head.logits(part))
+        entropy += _cross_entropy_sum(logits, kept.labels[start : start + rows])
+        divergence += wanted[start : start + rows].divergence_sum(logits)
+    return entropy, divergence, kept.supervised
 
 
 def divergence_sum(head: Head, hidden: Tensor, wanted: Tensor) -> Tensor:
@@ -184,9 +278,9 @@ class _FrozenHeadLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, head: Head, rows: int, loss_of: _LossOf) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Any, head: Head, rows: int, loss_of: _LossOf) -> Tensor:
         gradient = torch.empty_like(hidden)
-        total = hidden.new_zeros((), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        total = _zero(hidden)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_()
             with torch.enable_grad():
@@ -202,15 +296,25 @@ class _FrozenHeadLoss(torch.autograd.Function):
         return gradient * upstream[0].to(gradient.dtype), None, None, None, None
 
 
-def _labelled_sum(head: Head, hidden: Tensor, targets: Tensor) -> Tensor:
-    return _cross_entropy_sum(head.logits(hidden), targets)
+def _targets_sum(head: Head, hidden: Tensor, targets: _Targets) -> Tensor:
+    return targets.loss_sum(head.logits(hidden))
 
 
 def _divergence_sum(head: Head, hidden: Tensor, wanted: Tensor) -> Tensor:
     with torch.no_grad():
-        expected = torch.log_softmax(_wide(head.logits(wanted)), dim=-1)
-    found = torch.log_softmax(_wide(head.logits(hidden)), dim=-1)
-    return functional.kl_div(found, expected, log_target=True, reduction="sum")
+        expected = wide(head.logits(wanted))
+    return logits_divergence_sum(expected, wide(head.logits(hidden)))
+
+
+def logits_divergence_sum(expected: Tensor, found: Tensor) -> Tensor:
+    """KL(softmax(expected) || softmax(found)) summed over tokens; both logits [tokens, vocabulary], fp32 or fp64."""
+    with torch.no_grad():
+        wanted = torch.log_softmax(expected, dim=-1)
+    return functional.kl_div(torch.log_softmax(found, dim=-1), wanted, log_target=True, reduction="sum")
+
+
+def _zero(states: Tensor) -> Tensor:
+    return states.new_zeros((), dtype=torch.float64 if states.dtype == torch.float64 else torch.float32)
 
 
 def _of_rows(value: Any, rows: int) -> bool:
@@ -219,10 +323,11 @@ def _of_rows(value: Any, rows: int) -> bool:
 
 def _cross_entropy_sum(logits: Tensor, targets: Tensor) -> Tensor:
     """Logits [tokens, vocabulary], targets [tokens] -> scalar, computed in fp32 at least."""
-    return functional.cross_entropy(_wide(logits), targets, ignore_index=IGNORED, reduction="sum")
+    return functional.cross_entropy(wide(logits), targets, ignore_index=IGNORED, reduction="sum")
 
 
-def _wide(logits: Tensor) -> Tensor:
+def wide(logits: Tensor) -> Tensor:
+    """In fp32, or fp64 where they are."""
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -231,5 +336,6 @@ def _vocabulary(projection: nn.Module) -> int:
     return int(weight.shape[0]) if isinstance(weight, Tensor) else 1
 
 
-def _on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def on_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A forward pass's keyword arguments, their tensors on a device."""
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}

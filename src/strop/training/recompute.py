@@ -24,7 +24,8 @@ from strop.layers.surgery import block_lists
 from strop.memory import PeakMemory, release_unused_memory
 from strop.precision import autocast
 from strop.progress import Reporter
-from strop.training.losses import Head, TokenBatch, find_head, token_loss_sum
+from strop.training.losses import Head, find_head
+from strop.training.objective import LABELS, Objective
 from strop.training.optimizers import OptimizerName, state_bytes, trained_parameters
 from strop.training.settings import TrainSettings
 from strop.training.shapes import at_common_width, positions_of
@@ -69,7 +70,12 @@ def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def blocks_to_recompute(
-    model: nn.Module, stream: BatchStream, settings: TrainSettings, memory: PeakMemory, reporter: Reporter
+    model: nn.Module,
+    stream: BatchStream,
+    settings: TrainSettings,
+    memory: PeakMemory,
+    reporter: Reporter,
+    objective: Objective = LABELS,
 ) -> int | None:
     """The number of blocks that a run's settings ask for; None: all of them.
 
@@ -88,6 +94,7 @@ def blocks_to_recompute(
         optimizer=settings.optimizer,
         compute_dtype=settings.compute_dtype,
         memory=memory,
+        objective=objective,
     )
     reporter.note(f"{count} of {len(repeated_blocks(model))} blocks are recomputed, to stay within max_memory")
     return count
@@ -106,12 +113,13 @@ def _largest_batch(stream: BatchStream) -> Batch:
 
 def blocks_for_budget(
     model: nn.Module,
-    batch: TokenBatch,
+    batch: Batch,
     budget_bytes: int,
     *,
     optimizer: OptimizerName,
     compute_dtype: torch.dtype,
     memory: PeakMemory,
+    objective: Objective = LABELS,
 ) -> int:
     """How many blocks to recompute so that a step fits: as many as the budget demands, and no more.
 
@@ -127,6 +135,7 @@ def blocks_for_budget(
         optimizer: which; none of its state is there yet.
         compute_dtype: of the products.
         memory: a running measurement; its baseline counts as zero.
+        objective: what is minimised; a teacher counts in.
 
     Raises:
         TrainingError: not even all blocks recomputed fit; names the least that would do.
@@ -134,10 +143,14 @@ def blocks_for_budget(
     blocks = repeated_blocks(model)
     total = len(blocks)
     head = find_head(model, batch)
+    objective.check(batch)
     coming = state_bytes(optimizer, trained_parameters(model))
 
     def measure(count: int) -> int:
-        return probe_bytes(model, batch, count, head=head, compute_dtype=compute_dtype, memory=memory) + coming
+        held = probe_bytes(
+            model, batch, count, head=head, compute_dtype=compute_dtype, memory=memory, objective=objective
+        )
+        return held + coming
 
     least = measure(total)
     if least > budget_bytes:
@@ -146,7 +159,7 @@ def blocks_for_budget(
             f"takes {least:,} bytes. Allow {least:,} or more, or take a smaller batch_size or max_length, the method "
             "qlora, or the optimizer adamw-8bit"
         )
-    each = max(1, _kept_bytes(model, blocks[-1], batch, head, compute_dtype))
+    each = max(1, _kept_bytes(model, blocks[-1], batch, head, compute_dtype, objective))
     count = max(0, total - 1 - (budget_bytes - least) // each)  # the least has one block's activations in it
     while count < total and measure(count) > budget_bytes:
         count += 1
@@ -155,12 +168,13 @@ def blocks_for_budget(
 
 def probe_bytes(
     model: nn.Module,
-    batch: TokenBatch,
+    batch: Batch,
     count: int,
     *,
     head: Head | None,
     compute_dtype: torch.dtype,
     memory: PeakMemory,
+    objective: Objective = LABELS,
 ) -> int:
     """The most bytes held during one forward and backward pass with `count` blocks recomputed."""
     device = next(model.parameters()).device
@@ -173,7 +187,7 @@ def probe_bytes(
                 torch.cuda.reset_peak_memory_stats(device)
             with PeakMemory(memory.baseline_bytes) as probe:
                 with autocast(device, compute_dtype):
-                    loss, _ = token_loss_sum(model, batch, head=head)
+                    loss = objective.loss_sum(model, batch, head=head)
                 loss.backward()
             return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else probe.peak_bytes
     finally:
@@ -183,7 +197,12 @@ def probe_bytes(
 
 
 def _kept_bytes(
-    model: nn.Module, block: nn.Module, batch: TokenBatch, head: Head | None, compute_dtype: torch.dtype
+    model: nn.Module,
+    block: nn.Module,
+    batch: Batch,
+    head: Head | None,
+    compute_dtype: torch.dtype,
+    objective: Objective,
 ) -> int:
     """Bytes that autograd saves for the backward pass of one block, parameters left out, each storage once."""
     device = next(model.parameters()).device
@@ -207,7 +226,7 @@ def _kept_bytes(
         with _random_states_kept(device), recomputed(model, len(repeated_blocks(model)) - 1):
             model.train()
             with autocast(device, compute_dtype):
-                token_loss_sum(model, batch, head=head)
+                objective.loss_sum(model, batch, head=head)
     finally:
         del block.forward
         model.train(training)

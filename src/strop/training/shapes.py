@@ -66,7 +66,7 @@ def at_common_width(batch: Batch, *, limit: int | None) -> Batch:
 
 
 def positions_of(model: Any) -> int | None:
-    """The positions that a model has; None where it names no limit."""
-    config = getattr(model, "config", None)
+    """The positions that a model, or its configuration, has; None where it names no limit."""
+    config = model if hasattr(model, "get_text_config") else getattr(model, "config", None)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None) if config is not None else None
     return limit if isinstance(limit, int) and limit > 0 else None

@@ -25,6 +25,7 @@ from strop.memory import PeakMemory
 from strop.progress import SILENT
 from strop.training.interrupts import InterruptGuard
 from strop.training.loop import Loop
+from strop.training.objective import LABELS, Objective
 from strop.training.recompute import blocks_to_recompute, recomputed
 from strop.training.settings import TrainSettings
 
@@ -178,13 +179,16 @@ class _Movements:
 
 
 @contextlib.contextmanager
-def trial(model: nn.Module, stream: BatchStream, settings: TrainSettings) -> Iterator[Trial]:
+def trial(
+    model: nn.Module, stream: BatchStream, settings: TrainSettings, objective: Objective = LABELS
+) -> Iterator[Trial]:
     """Open the loop for a few steps, and undo all of them in the end.
 
     Args:
         model: as for `train`.
         stream: the training data.
         settings: the run's.
+        objective: what is minimised.
 
     Raises:
         TrainingError: as the loop's beginning raises it.
@@ -198,10 +202,11 @@ def trial(model: nn.Module, stream: BatchStream, settings: TrainSettings) -> Ite
             guard = stack.enter_context(InterruptGuard())
             memory = stack.enter_context(PeakMemory())
             torch.manual_seed(settings.seed)
-            stack.enter_context(recomputed(model, blocks_to_recompute(model, stream, settings, memory, SILENT)))
+            blocks = blocks_to_recompute(model, stream, settings, memory, SILENT, objective)
+            stack.enter_context(recomputed(model, blocks))
             stack.callback(model.train, model.training)
             bare = replace(settings, schedule="constant", warmup_ratio=0.0)
-            one = Trial(model, stream, [], bare, Path("trial"), _export_nothing, memory, guard, SILENT)
+            one = Trial(model, stream, [], bare, Path("trial"), _export_nothing, objective, memory, guard, SILENT)
             one.kept = kept
             stack.callback(one.close)
             yield one

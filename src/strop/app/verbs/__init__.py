@@ -9,6 +9,7 @@ from strop.app.verbs.demo import demo
 from strop.app.verbs.doctor import doctor
 from strop.app.verbs.explain import affine, bits, tensor
 from strop.app.verbs.export import export
+from strop.app.verbs.patch import apply, diff
 from strop.app.verbs.plan import plan
 from strop.app.verbs.prove import prove
 from strop.app.verbs.quantize import quantize
@@ -19,10 +20,12 @@ from strop.app.verbs.verify import verify
 
 __all__ = [
     "affine",
+    "apply",
     "bits",
     "chat",
     "compare",
     "demo",
+    "diff",
     "doctor",
     "export",
     "merge",

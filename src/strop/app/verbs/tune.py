@@ -84,6 +84,19 @@ def tune(
     chat_template: Annotated[
         str | None, typer.Option(help="chatml, plain or a jinja file, for bases that have none.")
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="A model to learn from: a folder, a hub id, or base: itself before training."),
+    ] = None,
+    distill: Annotated[
+        float | None, typer.Option(help="The teacher's share of the loss; 1 uses no labels. [default: 1]")
+    ] = None,
+    teacher_logits: Annotated[
+        str | None, typer.Option(help="memory: the teacher runs beside; disk: its top logits; or auto, the less.")
+    ] = None,
+    kv_cache: Annotated[
+        str | None, typer.Option("--kv-cache", help="Round keys and values as chat --kv-cache does: int8 or int4.")
+    ] = None,
     optimizer: Annotated[
         str | None, typer.Option("--optimizer", "--optim", help="adamw, or adamw-8bit: moments in 8 bits.")
     ] = None,

@@ -20,14 +20,16 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 import numpy as np
 
 from strop.errors import DiskFullError, UsageError
 from strop.files.folders import sync
-from strop.files.gguf.rope import Value
 from strop.files.gguf.types import type_named
+
+if TYPE_CHECKING:
+    from strop.files.gguf.rope import Value  # loads torch
 
 ALIGNMENT: Final = 32
 _MAGIC: Final = b"GGUF"

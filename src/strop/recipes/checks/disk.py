@@ -14,6 +14,7 @@ from strop.planner.disk import fullest_bytes
 from strop.recipes.checks.finding import Finding
 from strop.recipes.checks.words import size
 from strop.recipes.session import Session
+from strop.training.teacher_cache import CachedTeacher
 
 _TIGHT = 1.25
 
@@ -47,6 +48,8 @@ def check_disk(session: Session, run_dir: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     there = sum(file.stat().st_size for file in run_dir.rglob("*") if file.is_file()) if run_dir.is_dir() else 0
     needed = fullest_bytes(exported_bytes(session), session.trained.parameters) + cached_bytes(session)
+    if isinstance(session.objective.teacher, CachedTeacher):
+        needed += session.objective.teacher.bytes
     needed = max(0, needed - there)
     figures = {"needed_bytes": needed, "free_bytes": free}
     said = f"the run writes up to {size(needed)}; {size(free)} are free"

@@ -92,7 +92,7 @@ def check_learning(session: Session, seen: Seen, *, steps: bool, packed_apart: b
         return []
     findings: list[Finding] = []
     try:
-        with trial(session.model, session.stream, session.train_settings()) as one:
+        with trial(session.model, session.stream, session.train_settings(), session.objective) as one:
             findings += _accumulation(session, one, seen)
             if steps:
                 findings += _steps(session, seen, one.take_steps([0, seen.largest_step]))
