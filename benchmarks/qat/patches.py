@@ -30,7 +30,7 @@ FORMAT: Final = "gguf:q4_0"
 KEY = ("seed", "task", "arm", "settings", "split")
 SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "adapter": {"method": "lora", "max_steps": 100, "learning_rate": 5e-3, "rank": 16},
-    "patch": {"method": "qat", "max_steps": 100, "learning_rate": 1e-3, "max_moved": 0.02},
+    "patch": {"method": "qat", "max_steps": 100, "learning_rate": 3e-3, "max_moved": 0.03},
 }
 
 
