@@ -118,6 +118,8 @@ def patch_table(cells: list[Cell], split: str, seed: int) -> list[str]:
         adapter, patch = arms["adapter"], arms["patch"]
         one, other = (from_hex(cell["right"], cell["rows"]) for cell in (adapter, patch))
         gap = compare_proportions(one, other)
+        assert gap.low is not None  # as there are rows
+        assert gap.high is not None
         lines.append(
             f"| {task} | {100 * adapter['score']:.1f} | {100 * patch['score']:.1f} | {100 * gap.estimate:+.1f} "
             f"({100 * gap.low:+.1f} to {100 * gap.high:+.1f}) | {patch['patch_bytes']:,} | "
