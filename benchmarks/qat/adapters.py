@@ -47,7 +47,7 @@ def measure(work: Path, store: Store, rows: Path, seed: int, arm: str, settings:
         else:
             strop.export(run.best_path, file, format=FORMAT, verify=False)
         test = _rows(rows / "test.jsonl", folder / "asked.jsonl")
-        proof = measure_export(file, source, data=test, seconds=600)
+        proof = measure_export(file, source, data=test, seconds=150)
         score = strop.compare([str(source), str(file)], test, task="exact-match", speed=False, max_rows=TEST_ROWS)
         trained, runtime = (model.score for model in score.models)
         assert trained is not None
