@@ -302,8 +302,9 @@ def _targets_sum(head: Head, hidden: Tensor, targets: _Targets) -> Tensor:
 
 def _divergence_sum(head: Head, hidden: Tensor, wanted: Tensor) -> Tensor:
     with torch.no_grad():
-        expected = wide(head.logits(wanted))
-    return logits_divergence_sum(expected, wide(head.logits(hidden)))
+        expected = torch.log_softmax(wide(head.logits(wanted)), dim=-1)
+    found = torch.log_softmax(wide(head.logits(hidden)), dim=-1)  # the logits themselves are gone by now
+    return functional.kl_div(found, expected, log_target=True, reduction="sum")
 
 
 def logits_divergence_sum(expected: Tensor, found: Tensor) -> Tensor:
