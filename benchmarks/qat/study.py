@@ -28,7 +28,7 @@ from strop.models import load
 
 TOTAL: Final = 160
 """Optimizer steps of every arm, 32 rows each."""
-LAST: Final = 60
+LAST: Final = 120
 """The last of them: through the grid where an arm says no other number, and in full precision for the control."""
 CONTROL_RATE: Final = 1e-3
 """The control's peak rate in its last steps, chosen on the development rows like every arm's."""
