@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -146,3 +147,25 @@ def assert_equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) 
     assert left.keys() == right.keys()
     different = [name for name in left if not torch.equal(left[name], right[name])]
     assert not different
+
+
+def goes_on_after_a_kill(run: Callable[..., nn.Module], folder: Path, *, step: int = 3) -> None:
+    """Assert that a run which is killed after a step and resumed ends in the bits of the run in one go.
+
+    Args:
+        run: takes the name of the run's folder and what `run_loop` takes beside it; returns the model.
+        folder: where those folders lie.
+        step: after which it is killed.
+    """
+
+    def kill(done: int) -> None:
+        if done == step:
+            raise Killed
+
+    straight = run("straight")
+    with pytest.raises(Killed):
+        run("killed", reporter=Notes(kill))
+    resumed = run("killed", resume=True)
+    assert_equal(trained_tensors(resumed), trained_tensors(straight))
+    for name in ("best", "last"):
+        assert_equal(exported(folder / "killed" / name), exported(folder / "straight" / name))

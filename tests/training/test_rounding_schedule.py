@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -16,7 +18,7 @@ from strop.training.rounding_schedule import RoundingSchedule
 from strop.training.settings import Progress
 from strop.training.watchdog import forget
 from tests.tiny import tiny_model
-from tests.training.helpers import Killed, Notes, assert_equal, exported, run_loop, trained_tensors
+from tests.training.helpers import Notes, goes_on_after_a_kill, run_loop
 
 ASYM = parse_scheme("int3-g32-asym")
 
@@ -105,18 +107,12 @@ def test_frozen_scales_stay_to_the_end_and_others_do_not(tmp_path, kind):
 def test_a_run_killed_in_any_phase_goes_on_bit_for_bit(tmp_path, kind, step):
     settings = {"save_steps": 1, "delay": 0.0 if kind == "scales" else 0.4, "freeze": 0.4, "learning_rate": 1e-2}
 
-    def kill(done: int) -> None:
-        if done == step:
-            raise Killed
+    def run(name: str, **more: Any) -> torch.nn.Module:
+        model = _model(kind)
+        run_loop(model, tmp_path / name, **settings, **more)
+        return model
 
-    straight, resumed = _model(kind), _model(kind)
-    run_loop(straight, tmp_path / "straight", **settings)
-    with pytest.raises(Killed):
-        run_loop(_model(kind), tmp_path / "killed", reporter=Notes(kill), **settings)
-    run_loop(resumed, tmp_path / "killed", resume=True, **settings)
-    assert_equal(trained_tensors(resumed), trained_tensors(straight))
-    for name in ("best", "last"):
-        assert_equal(exported(tmp_path / "killed" / name), exported(tmp_path / "straight" / name))
+    goes_on_after_a_kill(run, tmp_path, step=step)
 
 
 def test_a_learned_scale_that_is_driven_out_of_its_bounds_is_told_once(tmp_path):

@@ -25,12 +25,10 @@ from tests.training.helpers import (
     KINDS,
     Killed,
     Notes,
-    assert_equal,
-    exported,
+    goes_on_after_a_kill,
     prepared,
     ragged_samples,
     run_loop,
-    trained_tensors,
 )
 
 MADE_OF = {"teacher": "t", "rows": ["r"], "tokenizer": "k"}
@@ -282,17 +280,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_in_one_go(tmp_path, kind, pac
         )  # fmt: skip
         return model
 
-    def kill(step: int) -> None:
-        if step == 3:
-            raise Killed
-
-    straight = run("straight")
-    with pytest.raises(Killed):
-        run("killed", reporter=Notes(kill))
-    resumed = run("killed", resume=True)
-    assert_equal(trained_tensors(resumed), trained_tensors(straight))
-    for name in ("best", "last"):
-        assert_equal(exported(tmp_path / "killed" / name), exported(tmp_path / "straight" / name))
+    goes_on_after_a_kill(run, tmp_path)
 
 
 def test_smaller_micro_batches_find_their_rows(tmp_path):

@@ -22,10 +22,8 @@ from strop.training.teachers import HiddenWanted, ModelTeacher, SwitchedOffTeach
 from tests.tiny import tiny_model
 from tests.training.helpers import (
     KINDS,
-    Killed,
-    Notes,
     assert_equal,
-    exported,
+    goes_on_after_a_kill,
     prepared,
     ragged_samples,
     run_loop,
@@ -225,17 +223,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_run_in_one_go(tmp_path, kind, pac
         run_loop(model, tmp_path / name, objective=teaching(model, kind, packing=packing), **settings, **more)
         return model
 
-    def kill(step: int) -> None:
-        if step == 3:
-            raise Killed
-
-    straight = run("straight")
-    with pytest.raises(Killed):
-        run("killed", reporter=Notes(kill))
-    resumed = run("killed", resume=True)
-    assert_equal(trained_tensors(resumed), trained_tensors(straight))
-    for name in ("best", "last"):
-        assert_equal(exported(tmp_path / "killed" / name), exported(tmp_path / "straight" / name))
+    goes_on_after_a_kill(run, tmp_path)
     told = ("step", "loss", "valid_loss", "valid_divergence", "valid_label_loss")
     rows = [
         [{key: row.get(key) for key in told} for row in read_metrics(tmp_path / name / "metrics.jsonl")]

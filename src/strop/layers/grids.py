@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, Final, Protocol, cast
 
@@ -32,6 +33,14 @@ from strop.numerics.scheme import Scheme
 
 FACTORS: Final = (0.05, 20.0)
 """How far a learned scale goes from its start, as multiples of it; so it never vanishes and never changes sign."""
+
+
+@torch.no_grad()
+def bound_factors(factor: Tensor) -> int:
+    """Bring factors of learned scales back within `FACTORS`, in place; returns how many had left them."""
+    outside = int(((factor < FACTORS[0]) | (factor > FACTORS[1])).sum())
+    factor.clamp_(*FACTORS)
+    return outside
 
 
 class Grid(Protocol):
@@ -176,8 +185,7 @@ class LearnedGrid(nn.Module):
     @torch.no_grad()
     def keep_in_bounds(self) -> int:
         """See `Grid`."""
-        outside = int(((self.factor < FACTORS[0]) | (self.factor > FACTORS[1])).sum())
-        self.factor.clamp_(*FACTORS)
+        outside = bound_factors(self.factor)
         if self.zero is not None:
             self.zero.clamp_(0, self._steps())
         return outside
@@ -193,7 +201,38 @@ class LearnedGrid(nn.Module):
         return self.scheme.format.steps
 
 
-class MovesGrid(nn.Module):
+class _FromStart(nn.Module):
+    """What grids that keep a start's scales have alike: nothing to hold or to bound, and values of what is stored.
+
+    Args:
+        start: the weight on its grid.
+        what: is done to it, for the error.
+
+    Raises:
+        FormatError: the start's scales are codes themselves.
+    """
+
+    def __init__(self, start: QuantizedTensor, what: str) -> None:
+        super().__init__()
+        self.scheme, self.start = start.scheme, _with_real_scales(start, what)
+
+    @abstractmethod
+    def settled(self, weight: Tensor) -> QuantizedTensor:
+        """See `Grid`."""
+
+    def rounded(self, weight: Tensor) -> Tensor:
+        """See `Grid`."""
+        return straight(self.settled(weight).dequantize(weight.dtype), weight)
+
+    def hold(self, weight: Tensor) -> None:
+        """The scales stay in any case."""
+
+    def keep_in_bounds(self) -> int:
+        """Nothing is learned here."""
+        return 0
+
+
+class MovesGrid(_FromStart):
     """The start's scales, and the start's codes but for the few that want to move most.
 
     A code moves where the weight lies nearest to another; where more than `share` of a layer's codes would, those whose
@@ -209,13 +248,8 @@ class MovesGrid(nn.Module):
     """
 
     def __init__(self, start: QuantizedTensor, share: float) -> None:
-        super().__init__()
-        self.scheme, self.start = start.scheme, _with_real_scales(start, "moves are counted")
+        super().__init__(start, "moves are counted")
         self.limit = int(share * start.shape[0] * start.shape[1])
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """See `Grid`."""
-        return straight(self.settled(weight).dequantize(weight.dtype), weight)
 
     @torch.no_grad()
     def settled(self, weight: Tensor) -> QuantizedTensor:
@@ -232,15 +266,8 @@ class MovesGrid(nn.Module):
         after[moved[stays]] = before[moved[stays]]
         return start.with_codes(after.view(start.shape))
 
-    def hold(self, weight: Tensor) -> None:
-        """The scales stay in any case."""
 
-    def keep_in_bounds(self) -> int:
-        """Nothing is learned here."""
-        return 0
-
-
-class CodeMoves(nn.Module):
+class CodeMoves(_FromStart):
     """The start's scales, and its codes moved where a change of its values is among the largest.
 
         u = (w - start) / s        the `share` of the layer with the largest |u| moves by max(1, round(|u|)) codes
@@ -262,15 +289,10 @@ class CodeMoves(nn.Module):
     """
 
     def __init__(self, start: QuantizedTensor, share: float) -> None:
-        super().__init__()
         if not isinstance(start.scheme.format, IntFormat):
             raise FormatError(f"{start.scheme}: codes are moved by steps on grids of integers, such as int4-g32")
-        self.scheme, self.start = start.scheme, _with_real_scales(start, "codes are moved")
+        super().__init__(start, "codes are moved")
         self.share, self.progress = share, 1.0
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """See `Grid`."""
-        return straight(self.settled(weight).dequantize(weight.dtype), weight)
 
     @torch.no_grad()
     def settled(self, weight: Tensor) -> QuantizedTensor:
@@ -284,15 +306,8 @@ class CodeMoves(nn.Module):
         codes[places] += (change.abs().round_().clamp_(1, form.steps).copysign_(change)).to(torch.int16)
         return self.start.with_codes(codes.clamp_(0, form.steps).to(torch.uint8).view(self.start.shape))
 
-    def hold(self, weight: Tensor) -> None:
-        """The scales stay in any case."""
 
-    def keep_in_bounds(self) -> int:
-        """Nothing is learned here."""
-        return 0
-
-
-class ZeroMoves(nn.Module):
+class ZeroMoves(_FromStart):
     """The start's codes and scales, and its zero points moved where a group's mean change is among the largest.
 
         v = mean over the group of (w - start) / s        z' = z - sign(v) * max(1, round(|v|)) for the `share` largest
@@ -313,17 +328,12 @@ class ZeroMoves(nn.Module):
     """
 
     def __init__(self, start: QuantizedTensor, share: float) -> None:
-        super().__init__()
         if start.zero_point is None:
             raise FormatError(
                 f"{start.scheme}: has no zero points to move; int4-g32-asym has, and --hold codes needs none"
             )
-        self.scheme, self.start = start.scheme, _with_real_scales(start, "zero points are moved")
+        super().__init__(start, "zero points are moved")
         self.share, self.progress = share, 1.0
-
-    def rounded(self, weight: Tensor) -> Tensor:
-        """See `Grid`."""
-        return straight(self.settled(weight).dequantize(weight.dtype), weight)
 
     @torch.no_grad()
     def settled(self, weight: Tensor) -> QuantizedTensor:
@@ -343,13 +353,6 @@ class ZeroMoves(nn.Module):
         size = self.scheme.group_size or x.shape[-1]
         groups = x.unflatten(-1, (-1, size))
         return groups.mean(dim=-1, keepdim=True).expand_as(groups).flatten(-2)
-
-    def hold(self, weight: Tensor) -> None:
-        """The scales stay in any case."""
-
-    def keep_in_bounds(self) -> int:
-        """Nothing is learned here."""
-        return 0
 
 
 def _with_real_scales(start: QuantizedTensor, what: str) -> QuantizedTensor:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from strop.errors import FormatError
 from strop.layers.base import compute_dtype, extra_repr
-from strop.layers.grids import FACTORS
+from strop.layers.grids import bound_factors
 from strop.layers.input_rounding import InputRounding
 from strop.layers.quant_linear import QuantLinear
 from strop.methods.rounding import stored_scale
@@ -86,12 +86,9 @@ class ScaleLinear(nn.Module):
         """Let the scales stay as they are from now on."""
         self.factor.requires_grad = False
 
-    @torch.no_grad()
     def keep_in_bounds(self) -> int:
         """After an optimizer's step: no scale vanishes or turns; how many had to be stopped."""
-        outside = int(((self.factor < FACTORS[0]) | (self.factor > FACTORS[1])).sum())
-        self.factor.clamp_(*FACTORS)
-        return outside
+        return bound_factors(self.factor)
 
     def extra_repr(self) -> str:
         """Shape, scheme and bias, for printing."""

@@ -161,7 +161,8 @@ def export(
         source = open_source(whole)
         architecture = architecture_of(source.config)
         metadata = architecture.metadata(source.config)  # refuses what llama.cpp computes otherwise, before any work
-        words, tokenizer = vocabulary_of(source, chat_template)
+        rows = source.shape(architecture.embedding_name(source.names))[0]
+        words, tokenizer = vocabulary_of(whole, rows, chat_template)
         weighed = None
         if data is not None:
             weighed = measure_importance(
@@ -293,10 +294,9 @@ def _export_trained(
     result = ExportResult(output, records, proof.lines, beside, receipt)
     for path in beside:
         if path.name.endswith(RECEIPT):
-            write_whole(path, [json.dumps(receipt, indent=2, allow_nan=False), "\n"])
+            _write_receipt(path, result)
         else:
-            template = "tokenizer.chat_template" in read.metadata
-            write_whole(path, [card(output.name, receipt, summary(records), prompt=template, adapter=False)])
+            _write_card(path, result, prompt="tokenizer.chat_template" in read.metadata)
     return result
 
 
@@ -410,7 +410,7 @@ def _write_beside(result: ExportResult, words: Vocabulary | None, tokenizer: Any
     name = result.path.name
     for path in result.beside:
         if path.name.endswith(RECEIPT):
-            write_whole(path, [json.dumps(result.receipt, indent=2, allow_nan=False), "\n"])
+            _write_receipt(path, result)
         elif path.name.endswith(MODELFILE):
             assert words is not None
             ends = [words.keys[key] for key in _STOP_KEYS if key in words.keys]
@@ -420,8 +420,16 @@ def _write_beside(result: ExportResult, words: Vocabulary | None, tokenizer: Any
             write_whole(path, [modelfile(name, tokenizer, stops, adds_bos=adds, context=context)])
         else:
             template = words is not None and "tokenizer.chat_template" in words.keys
-            text = card(name, result.receipt, summary(result.tensors), prompt=template, adapter=words is None)
-            write_whole(path, [text])
+            _write_card(path, result, prompt=template, adapter=words is None)
+
+
+def _write_receipt(path: Path, result: ExportResult) -> None:
+    write_whole(path, [json.dumps(result.receipt, indent=2, allow_nan=False), "\n"])
+
+
+def _write_card(path: Path, result: ExportResult, *, prompt: bool, adapter: bool = False) -> None:
+    text = card(result.path.name, result.receipt, summary(result.tensors), prompt=prompt, adapter=adapter)
+    write_whole(path, [text])
 
 
 @contextlib.contextmanager

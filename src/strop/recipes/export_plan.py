@@ -16,7 +16,7 @@ from strop import __version__
 from strop.data.templates import set_chat_template, stop_ids
 from strop.errors import ModelError
 from strop.files.folders import read_json
-from strop.files.gguf.architectures import Architecture, architecture_of
+from strop.files.gguf.architectures import Architecture
 from strop.files.gguf.mixtures import FILE_TYPES, RUNTIME_TYPES, Mixture
 from strop.files.gguf.rope import Value
 from strop.files.gguf.sentencepiece import read_sentencepiece
@@ -49,24 +49,25 @@ class FilePlan:
     importance: Mapping[str, Tensor]
 
 
-def vocabulary_of(source: Weights, chat_template: str | os.PathLike[str] | None) -> tuple[Vocabulary, Any]:
-    """The vocabulary, and the tokenizer where transformers opens it; a SentencePiece file alone does as well."""
-    rows = source.shape(architecture_of(source.config).embedding_name(source.names))[0]
-    file = source.folder / "tokenizer.model"
+def vocabulary_of(folder: Path, rows: int, chat_template: str | os.PathLike[str] | None) -> tuple[Vocabulary, Any]:
+    """The vocabulary for an embedding of so many rows, and the tokenizer of a folder where transformers opens it; a
+    SentencePiece file alone does as well.
+    """
+    file = folder / "tokenizer.model"
     pieces = read_sentencepiece(file) if file.is_file() else None
     try:
-        tokenizer = open_tokenizer(source.folder)
+        tokenizer = open_tokenizer(folder)
     except ModelError:
         if pieces is None:
             raise
-        words = vocabulary_of_pieces(pieces, rows=rows, stops=_stops(source.folder, None))
+        words = vocabulary_of_pieces(pieces, rows=rows, stops=_stops(folder, None))
         words.notes.append(
             "the tokenizer was read from tokenizer.model, as transformers opens none here; there is no chat template"
         )
         return words, None
     if chat_template is not None:
         set_chat_template(tokenizer, os.fspath(chat_template))
-    return vocabulary(tokenizer, rows=rows, stops=_stops(source.folder, tokenizer), pieces=pieces), tokenizer
+    return vocabulary(tokenizer, rows=rows, stops=_stops(folder, tokenizer), pieces=pieces), tokenizer
 
 
 def plan_file(

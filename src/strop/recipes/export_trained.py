@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from strop.config import QatLora, Rounded
@@ -58,14 +60,15 @@ def gguf_exporter(
     folder = find_folder(source)
     architecture = architecture_of(model.config)
     metadata = architecture.metadata(model.config)
-    with as_stored(model, dtype=dtype):
-        words, _ = vocabulary_of(_weights(model, folder), chat_template)
+    rows = cast("Tensor", model.get_input_embeddings().weight).shape[0]
+    words, _ = vocabulary_of(folder, rows, chat_template)
 
     def export(target: Path) -> None:
         with atomic_folder(target, overwrite=True) as temporary:
             with as_stored(model, dtype=dtype):
                 made_of = {"model": source, "base_sha256": base.digest}
-                plan = plan_file(_weights(model, folder), architecture, metadata, words, name, made_of, None, "f16")
+                weights = ModelWeights(folder, model.config, *checkpoint_tensors(model))
+                plan = plan_file(weights, architecture, metadata, words, name, made_of, None, "f16")
                 with (temporary / TRAINED_FILE).open("wb") as file:
                     write_gguf(file, plan.metadata, plan.to_write)
             if isinstance(method, QatLora):
@@ -74,7 +77,3 @@ def gguf_exporter(
                     write_adapter(model, temporary / ADAPTER, base=base, merge_only=True)
 
     return export
-
-
-def _weights(model: PreTrainedModel, folder: Path) -> ModelWeights:
-    return ModelWeights(folder, model.config, *checkpoint_tensors(model))

@@ -443,11 +443,10 @@ class Loop:
         while True:
             rows = self.progress.eval_batch or self.settings.eval_batch_size
             try:
-                dtype, pad_id = self.settings.compute_dtype, self.stream.pad_id
                 with self.rounding.rounding():
                     return mean_losses(
-                        self.model, self.valid, self.objective, batch_size=rows, pad_id=pad_id, head=self.head,
-                        compute_dtype=dtype,
+                        self.model, self.valid, self.objective, batch_size=rows, pad_id=self.stream.pad_id,
+                        head=self.head, compute_dtype=self.settings.compute_dtype,
                     )  # fmt: skip
             except (RuntimeError, MemoryError) as error:
                 why = watchdog.why_out_of_memory(error)
