@@ -45,6 +45,24 @@ class Job(ctypes.Structure):
     )
 
 
+class BlockJob(ctypes.Structure):
+    """What a part of a decoder's block is asked to do; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "grad", "add", "y", "sum", "q", "k", "v", "gain", "cos", "sin")),
+        *((name, ctypes.c_void_p) for name in ("reciprocal", "sums", "first", "last", "labels")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "stride", "heads", "kv_heads", "length", "turned")),
+        *((name, ctypes.c_int64) for name in ("tokens", "token", "key")),
+        *((name, ctypes.c_float) for name in ("eps", "scaling")),
+        *((name, ctypes.c_int32) for name in ("x_type", "y_type", "shared")),
+    )
+
+
+BLOCK_KERNELS = (
+    *("norm", "norm_backward", "norm_gain", "split_heads", "split_heads_backward", "merge_heads"),
+    *("merge_heads_backward", "softmax", "softmax_backward", "swiglu", "swiglu_backward", "cross_entropy"),
+)
+
 KERNELS = (
     "round_affine",
     "quantize_affine",
@@ -92,16 +110,17 @@ class Library:
     def __init__(self, path: Path, compiler: str = "") -> None:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
-        if native.strop_job_bytes() != ctypes.sizeof(Job):
-            raise ValueError(f"its jobs have {native.strop_job_bytes()} bytes, needed {ctypes.sizeof(Job)}")
+        for has, needs in ((native.strop_job_bytes, Job), (native.strop_block_job_bytes, BlockJob)):
+            if has() != ctypes.sizeof(needs):
+                raise ValueError(f"its jobs have {has()} bytes, needed {ctypes.sizeof(needs)}")
         built, runs = native.strop_built(), native.strop_runnable()
         self.built = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if built >> number & 1)
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
-        self.functions = {name: getattr(native, f"strop_{name}") for name in KERNELS}
-        for function in self.functions.values():
-            function.argtypes = (ctypes.POINTER(Job), ctypes.c_int, ctypes.c_int)
+        self.functions = {name: getattr(native, f"strop_{name}") for name in (*KERNELS, *BLOCK_KERNELS)}
+        for name, function in self.functions.items():
+            function.argtypes = (ctypes.POINTER(Job if name in KERNELS else BlockJob), ctypes.c_int, ctypes.c_int)
 
-    def call(self, kernel: str, job: Job, instruction_set: str, threads: int) -> bool:
+    def call(self, kernel: str, job: Job | BlockJob, instruction_set: str, threads: int) -> bool:
         """Run a kernel; False where it refuses the values, and the reference has the message."""
         number = INSTRUCTION_SETS.index(instruction_set)
         return self.functions[kernel](ctypes.byref(job), number, threads) == 0

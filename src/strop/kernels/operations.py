@@ -127,16 +127,23 @@ def quantize_affine(
 
 
 def dequantize_affine(
-    codes: Tensor, columns: int, grid: AffineGrid, *, scale: Tensor, zero: Tensor | None, dtype: torch.dtype
+    codes: Tensor,
+    columns: int,
+    grid: AffineGrid,
+    *,
+    scale: Tensor,
+    zero: Tensor | None,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor | None:
-    """The values of packed codes, [rows, columns], computed in float32 and rounded once to `dtype`."""
+    """The values of packed codes, [rows, columns], computed in float32 and rounded once to `dtype`, into `out` if given."""
     found = usable(codes, scale, zero)
     shape, row_bytes = (codes.shape[0], columns), (columns * grid.bits + 7) // 8
     if found is None or dtype not in _VALUES or not _fits(grid, shape, scale.dtype, scale, zero):
         return None
     if codes.dtype != torch.uint8 or codes.shape[1:] != (row_bytes,):
         return None
-    values = torch.empty(shape, dtype=dtype, device=_CPU)
+    values = torch.empty(shape, dtype=dtype, device=_CPU) if out is None else out
     job = _affine_job(grid, *shape, scale.dtype, scale, zero)
     job.codes, job.row_bytes = codes.data_ptr(), codes.shape[1]
     job.y, job.y_type = values.data_ptr(), _TYPES[dtype]
@@ -181,16 +188,22 @@ def quantize_codebook(x: Tensor, book: Codebook, *, scale: Tensor | None) -> tup
 
 
 def dequantize_codebook(
-    codes: Tensor, shape: tuple[int, int], book: Codebook, *, scale: Tensor, dtype: torch.dtype
+    codes: Tensor,
+    shape: tuple[int, int],
+    book: Codebook,
+    *,
+    scale: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor | None:
-    """The values of packed codes, in `shape`, computed in float32 and rounded once to `dtype`."""
+    """The values of packed codes, in `shape`, computed in float32 and rounded once to `dtype`, into `out` if given."""
     found = usable(codes, scale)
     count = shape[0] * shape[1]
     if found is None or dtype not in _VALUES or not _fits_blocks(book, count, scale):
         return None
     if codes.dtype != torch.uint8 or codes.shape != ((count + 1) // 2,):
         return None
-    values = torch.empty(shape, dtype=dtype, device=_CPU)
+    values = torch.empty(shape, dtype=dtype, device=_CPU) if out is None else out
     job = _codebook_job(book, count, book.levels, scale)
     job.codes, job.y, job.y_type = codes.data_ptr(), values.data_ptr(), _TYPES[dtype]
     return values if _run(found, "dequantize_codebook", job) else None

@@ -127,6 +127,57 @@ def dequantize(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class RowReader:
+    """Reads some rows of a quantized weight at a time, so that no more of it is dense than those.
+
+    Attributes:
+        scheme: The weight's.
+        columns: Values of a row.
+        codes: Packed, [out, bytes of a row].
+        scale: Of each group, [out, groups of a row]; a single one serves all rows.
+        zero_point: Like it, or None.
+    """
+
+    scheme: Scheme
+    columns: int
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    @classmethod
+    def of(
+        cls, codes: Tensor, scheme: Scheme, shape: tuple[int, int], scale: Tensor, zero_point: Tensor | None
+    ) -> RowReader | None:
+        """For packed codes, their scales as stored (a codebook's in float32); None where no kernel reads their rows."""
+        rows, columns = shape
+        if not _knows(scheme) or operations.usable(codes, scale, zero_point) is None:
+            return None
+        if (book := _codebook(scheme)) is not None and columns % book.size:
+            return None  # a block of the flattened weight may begin in the middle of a row
+        if scheme.granularity is not Granularity.TENSOR:
+            scale = scale.reshape(rows, -1)
+            zero_point = None if zero_point is None else zero_point.reshape(rows, -1)
+        return cls(scheme, columns, codes.reshape(rows, -1), scale, zero_point)
+
+    def read(self, start: int, stop: int, out: Tensor) -> None:
+        """The values of rows `start` to `stop` into `out` [stop - start, in], float32 or bfloat16."""
+        shared = self.scheme.granularity is Granularity.TENSOR
+        codes = self.codes[start:stop]
+        scale = self.scale if shared else self.scale[start:stop]
+        zero = self.zero_point if shared or self.zero_point is None else self.zero_point[start:stop]
+        shape = (stop - start, self.columns)
+        if (book := _codebook(self.scheme)) is not None:
+            flat, blocks = codes.reshape(-1), scale.reshape(-1)
+            made = operations.dequantize_codebook(flat, shape, book, scale=blocks, dtype=out.dtype, out=out)
+        else:
+            grid = _affine(self.scheme, shape)
+            made = operations.dequantize_affine(
+                codes, self.columns, grid, scale=scale, zero=zero, dtype=out.dtype, out=out
+            )
+        assert made is out
+
+
 def product(
     x: Tensor, scheme: Scheme, shape: tuple[int, int], parts: Mapping[str, Tensor], bias: Tensor | None
 ) -> Tensor | None:

@@ -118,6 +118,13 @@ class QuantizedTensor:
             result[rows] = values if minimum is None else values.sub_(rows_of(minimum, rows))
         return restore(result, self.shape)
 
+    def row_reader(self) -> accelerated.RowReader | None:
+        """Reads rows without making the rest dense; None where the native kernels do not."""
+        if self.group_index is not None or self.super_scale is not None:
+            return None
+        scale = self.scales() if self.scale is None else self.scale
+        return accelerated.RowReader.of(self.codes, self.scheme, self.shape, scale, self.zero_point)
+
     def with_activation_scale(self, scale: float | None) -> QuantizedTensor:
         """The same with the static scale of the layer's inputs; the tensor itself where the scheme has none.
 

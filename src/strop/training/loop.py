@@ -39,6 +39,7 @@ from strop.precision import autocast, empty_cache
 from strop.progress import SILENT, Reporter
 from strop.training import watchdog
 from strop.training.events import NAME as EVENTS_NAME
+from strop.training.fusing import fused_blocks
 from strop.training.held_out import evaluation_interval, mean_losses
 from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head
@@ -94,16 +95,17 @@ def train(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the last step's state was saved.
     """
     device = next(model.parameters()).device
-    cuda = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         guard = stack.enter_context(InterruptGuard())
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)
         if settings.max_memory is not None:
             stack.enter_context(steady_allocation())  # what is freed must not count against the budget
-        blocks = blocks_to_recompute(model, stream, settings, memory, reporter, objective)
-        stack.enter_context(recomputed(model, blocks))
+        stack.enter_context(fused_blocks(model, stream, reporter))
+        stack.enter_context(
+            recomputed(model, blocks_to_recompute(model, stream, settings, memory, reporter, objective))
+        )
         stack.callback(model.train, model.training)
         run = Loop(model, stream, list(valid_samples), settings, run_dir, export, objective, memory, guard, reporter)
         stack.callback(run.close)

@@ -26,15 +26,15 @@ Shapes: hidden [rows, length, hidden], logits [tokens, vocabulary]. Sums are fp3
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
+from strop.kernels import block as kernels
 from strop.training.shapes import round_up
 
 IGNORED: Final = -100
@@ -120,11 +120,16 @@ class _Targets:
         return (1.0 - self.share) * _cross_entropy_sum(logits, self.labels) + self.share * divergence
 
 
-_LossOf: TypeAlias = "Callable[[Head, Tensor, Any], Tensor]"
-"""(head, hidden states, targets) to a sum."""
+_LossOf: TypeAlias = "Callable[[Head, Tensor, Any, Sequence[Tensor]], tuple[Tensor, Sequence[Tensor]]]"
+"""(head, hidden states, targets, tensors) to a sum, detached, and its gradients for the tensors."""
 
 Finish: TypeAlias = Callable[[Tensor], Tensor]
 """What a model does to its logits after the head."""
+
+
+def unchanged(logits: Tensor) -> Tensor:
+    """The finish of most models: none."""
+    return logits
 
 
 @dataclass(frozen=True)
@@ -139,11 +144,6 @@ class Head:
         """Logits [tokens, vocabulary] of hidden states [tokens, hidden]."""
         return self.finish(self.projection(hidden))
 
-    @property
-    def trained(self) -> bool:
-        """Whether the projection has a parameter with gradient."""
-        return any(parameter.requires_grad for parameter in self.projection.parameters())
-
 
 def _finishes(model: nn.Module) -> Iterator[Finish]:
     """What may be done to logits, from the numbers that the configuration has for them: a scale, a divisor, a cap."""
@@ -155,7 +155,7 @@ def _finishes(model: nn.Module) -> Iterator[Finish]:
             yield lambda logits, number=number: logits * number
             yield lambda logits, number=number: logits / number
             yield lambda logits, number=number: torch.tanh(logits / number) * number
-    yield lambda logits: logits
+    yield unchanged
 
 
 def find_head(model: nn.Module, batch: TokenBatch) -> Head | None:
@@ -212,18 +212,11 @@ def token_loss_sum(
         return targets.loss_sum(kept.rows(model(**inputs).logits)), kept.supervised
     hidden = kept.rows(head.base(**inputs).last_hidden_state)
     rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
-    if hidden.requires_grad and torch.is_grad_enabled() and not head.trained:
-        return _FrozenHeadLoss.apply(hidden, targets, head, rows, _targets_sum), kept.supervised
-    if len(hidden) <= rows:
-        return _targets_sum(head, hidden, targets), kept.supervised
-
-    def chunk_sum(part: Tensor, part_targets: _Targets) -> Tensor:
-        return _targets_sum(head, part, part_targets)
-
+    if hidden.requires_grad and torch.is_grad_enabled():
+        return _through_head(hidden, targets, head, rows, _targets_loss), kept.supervised
     total = _zero(hidden)
     for start in range(0, len(hidden), rows):
-        part, part_targets = hidden[start : start + rows], targets[start : start + rows]
-        total = total + checkpoint(chunk_sum, part, part_targets, use_reentrant=False, preserve_rng_state=False)
+        total = total + targets[start : start + rows].loss_sum(head.logits(hidden[start : start + rows]))
     return total, kept.supervised
 
 
@@ -268,43 +261,70 @@ def divergence_sum(head: Head, hidden: Tensor, wanted: Tensor) -> Tensor:
         A scalar, fp32 or fp64. At most `CHUNK_LOGITS` logits of each model are there at a time.
     """
     rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
-    return _FrozenHeadLoss.apply(hidden, wanted, head, rows, _divergence_sum)
+    return _through_head(hidden, wanted, head, rows, _divergence_loss)
 
 
-class _FrozenHeadLoss(torch.autograd.Function):
-    """The loss of a head that is not trained: two products a chunk in place of three.
+class _HeadLoss(torch.autograd.Function):
+    """The loss through the head, its gradients found in the forward pass, chunk by chunk, and scaled in the backward.
 
-    The gradient for the hidden states is found in the forward pass, chunk by chunk, and scaled in the backward pass.
+    No logits are computed twice: two products a chunk where the head is frozen, three where it is trained.
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Any, head: Head, rows: int, loss_of: _LossOf) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Any, head: Head, rows: int, loss_of: _LossOf, *trained: Tensor
+    ) -> Tensor:
         gradient = torch.empty_like(hidden)
+        sums: list[Tensor] = []
         total = _zero(hidden)
         for start in range(0, len(hidden), rows):
             part = hidden[start : start + rows].detach().requires_grad_()
             with torch.enable_grad():
-                loss = loss_of(head, part, targets[start : start + rows])
-            gradient[start : start + rows] = torch.autograd.grad(loss, part)[0]
-            total += loss.detach()
-        ctx.save_for_backward(gradient)
+                loss, found = loss_of(head, part, targets[start : start + rows], [part, *trained])
+            gradient[start : start + rows] = found[0]
+            sums = [one.add_(more) for one, more in zip(sums, found[1:], strict=True)] if sums else list(found[1:])
+            total += loss
+        ctx.save_for_backward(gradient, *sums)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype), None, None, None, None
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, *sums = (saved * upstream[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        return gradient, None, None, None, None, *sums
 
 
-def _targets_sum(head: Head, hidden: Tensor, targets: _Targets) -> Tensor:
-    return targets.loss_sum(head.logits(hidden))
+def _through_head(hidden: Tensor, targets: Any, head: Head, rows: int, loss_of: _LossOf) -> Tensor:
+    trained = [parameter for parameter in head.projection.parameters() if parameter.requires_grad]
+    return _HeadLoss.apply(hidden, targets, head, rows, loss_of, *trained)
 
 
-def _divergence_sum(head: Head, hidden: Tensor, wanted: Tensor) -> Tensor:
+def _targets_loss(
+    head: Head, hidden: Tensor, targets: _Targets, wanted: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """The loss of some tokens and its gradients; by a native kernel where it is cross-entropy on a CPU."""
+    logits = head.logits(hidden)
+    if (targets.wanted is not None and targets.share != 0.0) or not _fits_kernel(logits):
+        loss = targets.loss_sum(logits)
+        return loss.detach(), torch.autograd.grad(loss, wanted)
+    gradient = logits.detach()  # overwritten: the head's own product does not read it again, what follows it may
+    if head.finish is not unchanged:
+        gradient = gradient.clone()
+    losses = kernels.cross_entropy(gradient, targets.labels)
+    return losses.sum(), torch.autograd.grad(logits, wanted, gradient)
+
+
+def _fits_kernel(logits: Tensor) -> bool:
+    return logits.device.type == "cpu" and logits.is_contiguous() and kernels.available(logits.dtype)
+
+
+def _divergence_loss(
+    head: Head, hidden: Tensor, expected: Tensor, wanted: Sequence[Tensor]
+) -> tuple[Tensor, Sequence[Tensor]]:
     with torch.no_grad():
-        expected = torch.log_softmax(wide(head.logits(wanted)), dim=-1)
+        aimed = torch.log_softmax(wide(head.logits(expected)), dim=-1)
     found = torch.log_softmax(wide(head.logits(hidden)), dim=-1)  # the logits themselves are gone by now
-    return functional.kl_div(found, expected, log_target=True, reduction="sum")
+    loss = functional.kl_div(found, aimed, log_target=True, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss, wanted)
 
 
 def logits_divergence_sum(expected: Tensor, found: Tensor) -> Tensor:

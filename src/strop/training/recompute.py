@@ -51,13 +51,23 @@ def recomputed(model: nn.Module, count: int | None = None) -> Iterator[None]:
         TrainingError: the model has no list of blocks.
     """
     chosen = repeated_blocks(model)[:count] if count != 0 else []
-    for block in chosen:
-        block.forward = _recomputing(block.forward)
+    with contextlib.ExitStack() as stack:
+        for block in chosen:
+            stack.enter_context(forward_as(block, _recomputing(block.forward)))
+        yield
+
+
+@contextlib.contextmanager
+def forward_as(block: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Give a block another forward while the context lasts; then it has the one again that it had."""
+    before = vars(block).get("forward")
+    block.forward = forward
     try:
         yield
     finally:
-        for block in chosen:
-            del block.forward  # the class's own again
+        del block.forward  # the class's own again
+        if before is not None:
+            block.forward = before
 
 
 def _recomputing(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,14 +231,16 @@ def _kept_bytes(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             return forward(*inputs, **options)
 
-    block.forward = counted
     try:
-        with _random_states_kept(device), recomputed(model, len(repeated_blocks(model)) - 1):
+        with (
+            forward_as(block, counted),
+            _random_states_kept(device),
+            recomputed(model, len(repeated_blocks(model)) - 1),
+        ):
             model.train()
             with autocast(device, compute_dtype):
                 objective.loss_sum(model, batch, head=head)
     finally:
-        del block.forward
         model.train(training)
     return sum(saved.values())
 

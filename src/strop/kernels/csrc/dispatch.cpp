@@ -103,9 +103,9 @@ const Table *table_of(int level) {
     }
 }
 
-int run(Kernel Table::*kernel, const Job *job, int level, int threads, int64_t units) {
-    const Table *table = table_of(level);
-    if (!table || units < 1) return REFUSED;
+// A job's units over threads, none of which is woken for little.
+template <class Work, class Of> int split(Work work, const Of *job, int threads, int64_t units) {
+    if (units < 1) return REFUSED;
     const int64_t values = job->rows * job->columns;
     int64_t parts = threads < MOST_THREADS ? threads : MOST_THREADS;
     if (parts > values / LEAST_VALUES) parts = values / LEAST_VALUES;
@@ -113,9 +113,32 @@ int run(Kernel Table::*kernel, const Job *job, int level, int threads, int64_t u
     if (parts < 1) parts = 1;
     std::atomic<int> status{DONE};
     pool->run((int)parts, [&](int part) {
-        if ((table->*kernel)(job, units * part / parts, units * (part + 1) / parts) != DONE) status = REFUSED;
+        if (work(job, units * part / parts, units * (part + 1) / parts) != DONE) status = REFUSED;
     });
     return status;
+}
+
+int run(Kernel Table::*kernel, const Job *job, int level, int threads, int64_t units) {
+    const Table *table = table_of(level);
+    return table ? split(table->*kernel, job, threads, units) : REFUSED;
+}
+
+const BlockTable *block_table_of(int level) {
+    switch (level) {
+        case PORTABLE: return &portable_block;
+#ifdef STROP_HAS_AVX2
+        case AVX2: return &avx2_block;
+#endif
+#ifdef STROP_HAS_AVX512
+        case AVX512: return &avx512_block;
+#endif
+        default: return nullptr;
+    }
+}
+
+int run_block(BlockKernel BlockTable::*kernel, const BlockJob *job, int level, int threads, int64_t units) {
+    const BlockTable *table = block_table_of(level);
+    return table ? split(table->*kernel, job, threads, units) : REFUSED;
 }
 
 int64_t groups_of(const Job *job) { return job->rows * (job->columns / job->size); }
@@ -124,6 +147,7 @@ int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size
 }  // namespace
 
 EXPORT int strop_job_bytes(void) { return (int)sizeof(Job); }
+EXPORT int strop_block_job_bytes(void) { return (int)sizeof(BlockJob); }
 
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
 EXPORT int strop_built(void) {
@@ -177,4 +201,40 @@ EXPORT int strop_product(const Job *job, int level, int threads) {
     whole.sums = room.data() + job->tokens * job->columns;
     table->prepare_product(&whole, 0, whole.tokens);
     return run(&Table::product, &whole, level, threads, whole.rows);
+}
+EXPORT int strop_norm(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::norm, job, level, threads, job->rows);
+}
+EXPORT int strop_norm_backward(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::norm_backward, job, level, threads, job->rows);
+}
+EXPORT int strop_norm_gain(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::norm_gain, job, level, threads, job->columns);
+}
+EXPORT int strop_split_heads(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::split_heads, job, level, threads, job->rows);
+}
+EXPORT int strop_split_heads_backward(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::split_heads_backward, job, level, threads, job->rows);
+}
+EXPORT int strop_merge_heads(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::merge_heads, job, level, threads, job->rows);
+}
+EXPORT int strop_merge_heads_backward(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::merge_heads_backward, job, level, threads, job->rows);
+}
+EXPORT int strop_softmax(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::softmax, job, level, threads, job->rows);
+}
+EXPORT int strop_softmax_backward(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::softmax_backward, job, level, threads, job->rows);
+}
+EXPORT int strop_swiglu(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::swiglu, job, level, threads, job->rows);
+}
+EXPORT int strop_swiglu_backward(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::swiglu_backward, job, level, threads, job->rows);
+}
+EXPORT int strop_cross_entropy(const BlockJob *job, int level, int threads) {
+    return run_block(&BlockTable::cross_entropy, job, level, threads, job->rows);
 }

@@ -52,3 +52,35 @@ typedef struct {
 } Table;
 
 extern const Table portable_table, avx2_table, avx512_table;
+
+// What a part of a decoder's block is asked to do (block.h). `stride` is the distance of two tokens in x; heads of
+// queries share keys in groups of heads / kv_heads, and lie as [rows, kv_heads, length, group, columns].
+typedef struct {
+    const void *x, *grad, *add;  // values in: x_type or y_type, as each kernel says
+    void *y, *sum;               // values out
+    void *q, *k, *v;             // heads
+    const float *gain;           // of a norm, [columns]
+    const float *cos, *sin;      // [length or tokens, turned]
+    float *reciprocal, *sums;    // one a row, as each kernel says
+    const int32_t *first, *last; // the keys that a token sees, [rows, length]
+    const int64_t *labels;
+    int64_t rows, columns, stride, heads, kv_heads, length, turned;
+    int64_t tokens, token, key;  // of a part of the scores: its tokens, the first of them, the first key
+    float eps, scaling;
+    int32_t x_type, y_type;      // of the residual stream, and of what products take and give
+    int32_t shared;              // whether all rows have the same positions
+} BlockJob;
+
+typedef int (*BlockKernel)(const BlockJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    BlockKernel norm, norm_backward;                  // units: rows
+    BlockKernel norm_gain;                            // units: columns
+    BlockKernel split_heads, split_heads_backward;    // units: tokens
+    BlockKernel merge_heads, merge_heads_backward;    // units: tokens
+    BlockKernel softmax, softmax_backward;            // units: rows of scores
+    BlockKernel swiglu, swiglu_backward;              // units: rows
+    BlockKernel cross_entropy;                        // units: rows
+} BlockTable;
+
+extern const BlockTable portable_block, avx2_block, avx512_block;
