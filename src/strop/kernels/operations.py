@@ -136,7 +136,7 @@ def dequantize_affine(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor | None:
-    """The values of packed codes, [rows, columns], computed in float32 and rounded once to `dtype`, into `out` if given."""
+    """The values of packed codes, [rows, columns], in float32 and rounded once to `dtype`, into `out` if given."""
     found = usable(codes, scale, zero)
     shape, row_bytes = (codes.shape[0], columns), (columns * grid.bits + 7) // 8
     if found is None or dtype not in _VALUES or not _fits(grid, shape, scale.dtype, scale, zero):
@@ -196,7 +196,7 @@ def dequantize_codebook(
     dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> Tensor | None:
-    """The values of packed codes, in `shape`, computed in float32 and rounded once to `dtype`, into `out` if given."""
+    """The values of packed codes, in `shape`, in float32 and rounded once to `dtype`, into `out` if given."""
     found = usable(codes, scale)
     count = shape[0] * shape[1]
     if found is None or dtype not in _VALUES or not _fits_blocks(book, count, scale):

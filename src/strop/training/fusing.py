@@ -188,7 +188,7 @@ def _fused(block: nn.Module, observed: Observed) -> FusedBlock | None:
         return None
     options = {name: _floats(value) for name, value in observed.options.items()}
     x = observed.x.detach().float()
-    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+    with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
         given = trial.forward(x, **options)
         wrap = _wrapper(given)
         if wrap is None or not torch.equal(_hidden(given), _hidden(trial.forward(x, **options))):

@@ -95,17 +95,17 @@ def train(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the last step's state was saved.
     """
     device = next(model.parameters()).device
+    cuda = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+        stack.enter_context(torch.random.fork_rng(devices=cuda))
         guard = stack.enter_context(InterruptGuard())
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)
         if settings.max_memory is not None:
             stack.enter_context(steady_allocation())  # what is freed must not count against the budget
         stack.enter_context(fused_blocks(model, stream, reporter))
-        stack.enter_context(
-            recomputed(model, blocks_to_recompute(model, stream, settings, memory, reporter, objective))
-        )
+        count = blocks_to_recompute(model, stream, settings, memory, reporter, objective)
+        stack.enter_context(recomputed(model, count))
         stack.callback(model.train, model.training)
         run = Loop(model, stream, list(valid_samples), settings, run_dir, export, objective, memory, guard, reporter)
         stack.callback(run.close)
@@ -246,10 +246,8 @@ class Loop:
             self._roll_back(loss)
             return False
         if watchdog.stands_still(self.progress, norm_value):
-            self.reporter.note(
-                f"the gradient has been exactly zero for {watchdog.STILL_STEPS} steps, up to step {self.step + 1}: "
-                "nothing is learned any more"
-            )
+            steps = f"{watchdog.STILL_STEPS} steps, up to step {self.step + 1}"
+            self.reporter.note(f"the gradient has been exactly zero for {steps}: nothing is learned any more")
         share = rate_share(settings.schedule, self.step, total, warmup_ratio=settings.warmup_ratio)
         rate = settings.learning_rate * share
         self.state.whole = False
