@@ -15,7 +15,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,18 +41,27 @@ KEY = ("what", "kind", "pair")
 class Contender:
     """A process that does one step at a time."""
 
-    def __init__(self, kind: str, work: Path, steps: int, *, steady: bool = False) -> None:
+    def __init__(
+        self,
+        kind: str,
+        work: Path,
+        steps: int,
+        *,
+        script: Path = HERE / "cost_step.py",
+        rows: Path | None = None,
+        options: Sequence[str] = (),
+    ) -> None:
         run = work / "run" / kind.replace(":", "-")
         shutil.rmtree(run, ignore_errors=True)
         command: list[str | Path] = [
             sys.executable,
-            HERE / "cost_step.py",
+            script,
             kind,
             work / "model",
-            work / "rows.jsonl",
+            rows or work / "rows.jsonl",
             run,
         ]
-        command += [str(steps), *(["--steady"] if steady else [])]
+        command += [str(steps), *options]
         environment = os.environ | {"PYTHONPATH": str(HERE.parents[1] / "src"), "PYTHONWARNINGS": "ignore"}
         self.kind = kind
         self.log = (work / f"{kind.replace(':', '-')}.log").open("w")
@@ -81,8 +90,8 @@ class Contender:
         raise SystemExit(f"{self.kind}: ended early; see {self.log.name}")
 
 
-def write_model(folder: Path) -> None:
-    """Random bf16 weights of the shape, with the bundled model's tokenizer beside them."""
+def write_model(folder: Path, shape: Mapping[str, Any] = SHAPE) -> None:
+    """Random bf16 weights of a shape, with the bundled model's tokenizer beside them."""
     if (folder / "config.json").exists():
         return
     import torch
@@ -92,7 +101,7 @@ def write_model(folder: Path) -> None:
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(LlamaConfig(**SHAPE, dtype="bfloat16")).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(**shape, dtype="bfloat16")).save_pretrained(folder)
     torch.set_default_dtype(torch.float32)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copy(Path(model_path()) / name, folder / name)
@@ -124,7 +133,7 @@ def measure(work: Path, store: Store, kinds: Sequence[str], pairs: int) -> None:
     for kind in kinds:
 
         def peak(kind: str = kind) -> Cell:
-            one = Contender(kind, work, MEMORY_STEPS, steady=True)
+            one = Contender(kind, work, MEMORY_STEPS, options=["--steady"])
             seen = [one.step() for _ in range(MEMORY_STEPS)]
             one.close()
             return {"peak_bytes": seen[-1]["peak_bytes"]}

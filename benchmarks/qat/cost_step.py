@@ -1,15 +1,17 @@
-"""One contender's training steps, each when it is told to: `cost_step.py KIND MODEL ROWS RUN STEPS [--steady]`.
+"""One contender's training steps, each when it is told to: `cost_step.py KIND MODEL ROWS RUN STEPS [options]`.
 
     full   lora   qlora:GRID   qat:GRID   qat:GRID@learned   qat-lora:GRID@HOLD   torchao:GRID   torchao:GRID+int8
 
 Prints a line of JSON when it is ready for a step and waits for a line; then the same with the CPU seconds, the seconds
 and the peak of the step that it did. It is strop's own loop for all of them, bookkeeping included; only the layers
 differ. The peak is that of anonymous and shared memory above its value after the imports. `--steady` lets freed
-memory leave the process at once.
+memory leave the process at once; `--length` sets the tokens of a row; `--answers` takes short rows, packed four to a
+step, with the loss on their answers.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -21,11 +23,10 @@ import torch
 
 import strop.recipes.tune  # noqa: F401  imports are no part of what is measured
 from strop.config import TuneConfig
+from strop.data.batches import Batch
 from strop.memory import PeakMemory, steady_allocation
 from strop.recipes.session import open_session
 from strop.training.loop import train
-
-LENGTH = 512
 
 
 class Turnstile:
@@ -34,6 +35,7 @@ class Turnstile:
     def __init__(self, memory: PeakMemory) -> None:
         self.memory, self.training = memory, False
         self.cpu = self.wall = 0.0
+        self.rows = self.tokens = 0  # of the last step
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -46,7 +48,8 @@ class Turnstile:
     def advance(self, done: float, **fields: float | int | str) -> None:
         if self.training:
             cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
-            self.wait({"cpu_seconds": cpu, "seconds": wall, "loss": fields["loss"]})
+            seen = {"cpu_seconds": cpu, "seconds": wall, "loss": fields["loss"]}
+            self.wait(seen | {"tokens": self.tokens, "rows": self.rows})
 
     def finish(self) -> None:
         self.training = False
@@ -59,23 +62,31 @@ class Turnstile:
 
 
 def main() -> None:
-    kind, model, rows, run, steps = sys.argv[1:6]
-    who, _, grid = kind.partition(":")
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("kind", "model", "rows", "run", "steps"):
+        parser.add_argument(name)
+    parser.add_argument("--steady", action="store_true")
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--answers", action="store_true")
+    asked = parser.parse_args()
+    run, steps = asked.run, int(asked.steps)
+    who, _, grid = asked.kind.partition(":")
     if who == "torchao":
         from torchao_qat import base_config, prepare_layers
     else:
         base_config = prepare_layers = None
     settings: dict[str, Any] = {
-        "model": model,
-        "data": rows,
+        "model": asked.model,
+        "data": asked.rows,
         "method": "full" if who == "torchao" else who,
         "format": (grid.partition("@")[0] or None) if who != "torchao" else None,
         "output": run,
-        "max_steps": int(steps),
+        "max_steps": steps,
         "learning_rate": 1e-5,
-        "batch_size": 1,
-        "max_length": LENGTH,
-        "train_on": "all",
+        "batch_size": 4 if asked.answers else 1,
+        "packing": asked.answers,
+        "max_length": asked.length,
+        "train_on": "answers" if asked.answers else "all",
         "valid_fraction": 0.0,
         "dtype": "bfloat16",
     }
@@ -83,16 +94,25 @@ def main() -> None:
     if extra:
         settings |= {"scales": extra} if who == "qat" else {"hold": extra}
     Path(run).mkdir(parents=True, exist_ok=True)
-    steady = steady_allocation() if "--steady" in sys.argv else contextlib.nullcontext()
+    steady = steady_allocation() if asked.steady else contextlib.nullcontext()
     with steady, PeakMemory() as memory:
         reporter = Turnstile(memory)
         session = open_session(TuneConfig.from_flat(settings), reporter=reporter)
-        short = [shape for shape in session.stream.shapes(int(steps)) if shape != (1, LENGTH)]
-        if short:
+        short = [shape for shape in session.stream.shapes(steps) if shape != (1, asked.length)]
+        if short and not asked.answers:
             raise SystemExit(f"a step of another shape: {short}")
         if base_config is not None and prepare_layers is not None:
             grid, _, activations = grid.partition("+")
             prepare_layers(session.model, base_config(grid, activations or None), range_learning=False)
+        next_step = session.stream.next_step
+
+        def counted() -> list[Batch]:
+            batches = next_step()
+            reporter.rows = sum(len(row) for batch in batches for row in batch.rows)
+            reporter.tokens = sum(batch.tokens for batch in batches)
+            return batches
+
+        session.stream.next_step = counted  # type: ignore[method-assign]
         torch.manual_seed(0)
         train(
             session.model,

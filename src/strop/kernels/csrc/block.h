@@ -18,18 +18,27 @@ inline float total(const float *lanes) {
     return sum;
 }
 
+// a * b + c: nothing here is held to the bits of a reference, as roundings are.
+inline float fused(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 // e^x for x <= 88: 2^n by the exponent's bits, the rest by a polynomial (relative error below 3e-7); 0 below -87.
 inline float exp_of(float x) {
     const float clamped = x < -87.0f ? -87.0f : x > 88.0f ? 88.0f : x;
-    const float shifted = clamped * 1.44269504f + ROUND, n = shifted - ROUND;
-    const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    const float n = fused(clamped, 1.44269504f, ROUND) - ROUND;
+    const float r = fused(n, 2.12194440e-4f, fused(n, -0.693359375f, clamped));
     float p = 1.9875691500e-4f;
-    p = p * r + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * (r * r) + r + 1.0f;
+    p = fused(p, r, 1.3981999507e-3f);
+    p = fused(p, r, 8.3334519073e-3f);
+    p = fused(p, r, 4.1665795894e-2f);
+    p = fused(p, r, 1.6666665459e-1f);
+    p = fused(p, r, 5.0000001201e-1f);
+    p = fused(p, r * r, r + 1.0f);
     const float power = float_of((uint32_t)((int32_t)n + 127) << 23);
     return x < -87.0f ? 0.0f : p * power;
 }
@@ -305,23 +314,33 @@ template <class Y> int swiglu_of(const BlockJob *job, int64_t begin, int64_t end
     return DONE;
 }
 
-// q [rows, gate and up] = the gradient of x; y the product again where there is room for it.
+template <class Y, class Stored = typename Y::Stored>
+inline void swiglu_piece(const Stored *gate, const Stored *up, const Stored *grad, const float *s,
+                         Stored *__restrict__ to_gate, Stored *__restrict__ to_up, Stored *__restrict__ y,
+                         int64_t count) {
+    for (int64_t i = 0; i < count; i++) y[i] = Y::store(Y::load(gate[i]) * s[i] * Y::load(up[i]));
+    for (int64_t i = 0; i < count; i++) to_up[i] = Y::store(Y::load(grad[i]) * Y::load(gate[i]) * s[i]);
+    for (int64_t i = 0; i < count; i++) {
+        const float g = Y::load(gate[i]);
+        to_gate[i] = Y::store(Y::load(grad[i]) * Y::load(up[i]) * s[i] * (1.0f + g * (1.0f - s[i])));
+    }
+}
+
+// q [rows, gate and up] = the gradient of x; y the product again.
 template <class Y> int swiglu_backward_of(const BlockJob *job, int64_t begin, int64_t end) {
     typedef typename Y::Stored Stored;
     const int64_t columns = job->columns;
     for (int64_t row = begin; row < end; row++) {
         const Stored *gate = (const Stored *)job->x + row * 2 * columns, *up = gate + columns;
         const Stored *grad = (const Stored *)job->grad + row * columns;
-        Stored *__restrict__ to_gate = (Stored *)job->q + row * 2 * columns, *__restrict__ to_up = to_gate + columns;
-        Stored *__restrict__ y = job->y ? (Stored *)job->y + row * columns : nullptr;
-        for (int64_t i = 0; i < columns; i++) {
-            const float g = Y::load(gate[i]), u = Y::load(up[i]), s = sigmoid(g), d = Y::load(grad[i]);
-            to_gate[i] = Y::store(d * u * s * (1.0f + g * (1.0f - s)));
-            to_up[i] = Y::store(d * g * s);
+        Stored *to_gate = (Stored *)job->q + row * 2 * columns, *to_up = to_gate + columns;
+        Stored *y = (Stored *)job->y + row * columns;
+        for (int64_t start = 0; start < columns; start += PIECE) {
+            const int64_t count = columns - start < PIECE ? columns - start : PIECE;
+            float s[PIECE];
+            for (int64_t i = 0; i < count; i++) s[i] = sigmoid(Y::load(gate[start + i]));
+            swiglu_piece<Y>(gate + start, up + start, grad + start, s, to_gate + start, to_up + start, y + start, count);
         }
-        if (!y) continue;
-        for (int64_t i = 0; i < columns; i++)
-            y[i] = Y::store(Y::load(gate[i]) * sigmoid(Y::load(gate[i])) * Y::load(up[i]));
     }
     return DONE;
 }
