@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -230,17 +231,20 @@ def test_the_gradient_through_dropout_is_that_of_the_inputs_that_were_kept():
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_learns_the_same_as_without(kind, tmp_path):
     """Losses of six steps within 1e-4 of each other; a low-bit code may tip over, which moves them a little more."""
-    losses, notes = [], []
+    losses, pieces = [], []
     for name in ("fused", "own"):
-        model, reporter = prepared(kind), Notes()
-        if name == "own":
-            with kernels.forced("reference"):
-                run_loop(model, tmp_path / name, reporter=reporter)
-        else:
-            run_loop(model, tmp_path / name, reporter=reporter)
-        notes.append(any("blocks run as one piece" in note for note in reporter.notes))
+        model, seen = prepared(kind), set[bool]()
+
+        def look(_: int, model: nn.Module = model, seen: set[bool] = seen) -> None:
+            seen.update("forward" in vars(block) for block in blocks_of(model))
+
+        with contextlib.ExitStack() as stack:
+            if name == "own":
+                stack.enter_context(kernels.forced("reference"))
+            run_loop(model, tmp_path / name, reporter=Notes(look))
+        pieces.append(seen)
         losses.append([row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row])
-    assert notes == [kind != "qat-lora", False]
+    assert pieces == [{kind != "qat-lora"}, {False}]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3 if "qat" in kind else 1e-4)
 
 
@@ -329,7 +333,7 @@ def test_the_model_is_as_it_was_before_and_after(tmp_path):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     stream, training = stream_of(ragged_samples(), model), model.training
     place, state = stream.state_dict(), torch.get_rng_state()
-    with fused_blocks(model, stream, Notes()):
+    with fused_blocks(model, stream):
         assert all("forward" in vars(block) for block in blocks_of(model))
     assert stream.state_dict() == place
     assert torch.equal(torch.get_rng_state(), state)

@@ -11,8 +11,9 @@ from typing import Literal
 
 from strop.planner.parameters import ExpertShape, LinearShape, ModelShape, block_of
 
-Attention = Literal["fused", "plain"]
-"""`fused` never holds the scores; `plain` keeps them, of every head and pair of positions."""
+Attention = Literal["fused", "plain", "block"]
+"""`fused` never holds the scores; `plain` keeps them, of every head and pair of positions; with `block` the whole block
+is one piece (`strop.layers.fused_block`), which keeps least."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,9 @@ class Block:
 
         Differs from `kept_features` in this: a norm keeps its input in fp32, and its normalised output where its weight
         is trained; keys and values are repeated for every query head; silu(gate) is kept beside the gate; plain
-        attention keeps the softmax in fp32 and, in bf16, once more.
+        attention keeps the softmax in fp32 and, in bf16, once more. A block in one piece keeps, on the residual stream,
+        its input and that of its feed-forward part; queries, keys and values, attention's output, gate and up; what
+        its adapters keep, and a number in fp32 for each head.
 
         Args:
             precision: the dtypes.
@@ -89,6 +92,9 @@ class Block:
             attention: how attention is computed.
         """
         element, casts = precision.product_bytes, precision.product_bytes != precision.residual_bytes
+        if attention == "block":
+            inner = 2 * self.query_features + 2 * self.key_value_features + 2 * self.widest_features + adapter_features
+            return 2.0 * precision.residual_bytes * self.hidden_size + element * inner + 4.0 * self.heads
         norms = self.norms * self.hidden_size
         inner = self.kept_features() - 2 * norms  # what is not on the residual stream
         readers = sum(linear.in_features == self.hidden_size for linear in self.linears) - self._square_outputs
@@ -104,6 +110,15 @@ class Block:
     def backward_bytes(self, element_bytes: int) -> float:
         """Return the bytes per token of the gradients at the widest point: silu(gate) * up and its two factors."""
         return 3 * element_bytes * self.widest_features
+
+    @property
+    def in_one_piece(self) -> bool:
+        """Say whether a block of such layers may run as one piece; the model itself decides that when it is trained."""
+        h, width, shapes = self.hidden_size, self.widest_features, self.linears
+        into = sorted(linear.out_features for linear in shapes if linear.in_features == h)
+        layers = [self.query_features, self.key_value_features, self.key_value_features, width, width]
+        square = [h] if self._square_outputs else []
+        return len(shapes) == 7 and not self.experts and self.norms <= 4 and into == sorted(layers + square)
 
     @property
     def _square_outputs(self) -> int:

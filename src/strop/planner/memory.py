@@ -14,7 +14,7 @@ For a model of N parameters, P of them in its linear layers, in products of b by
 | copies | in bf16, 2 for every fp32 weight that enters a product (linear, adapter, head); qat in fp32: 4 P |
 | activations | `activations.Block.kept_bytes` a token and block; of a recomputed block its input only |
 | backward of one block | the gradients at its widest point; where it is recomputed also what it computes again |
-| logits | `LOGIT_BYTES` a logit, for those computed at once |
+| logits | `LOGIT_BYTES` a logit, for those computed at once; b where blocks are one piece: the loss is in place too |
 | scratch | the largest weight, dequantized, b an element |
 | session, products, allocator, trial | `process.py` |
 
@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from strop.errors import FormatError
+from strop.layers.block_products import TILE_VALUES
 from strop.numerics.dynamic8 import BYTES_EACH
 from strop.numerics.formats import CodebookFormat
 from strop.numerics.groups import plan_shape
@@ -69,7 +70,7 @@ class Step:
         format: the grid of the linear layers (qlora, qat, qat-lora).
         held: what the base of qat-lora is held in; empty: in `dtype`.
         dtype: what weights and activations are computed in.
-        attention: `fused` never holds the scores, `plain` keeps them.
+        attention: `fused` never holds the scores, `plain` keeps them; with `block` whole blocks are one piece.
         optimizer: with moments in fp32, or in 8 bits.
         device: on a `cpu` what the process holds beside tensors counts too (`process.py`).
         shapes: shapes of batches that a run on a CPU trains on: as many as it has widths.
@@ -191,6 +192,8 @@ def plan_memory(
     if step.optimizer == "adamw-8bit" and method != "full-bf16":
         optimizer = math.ceil(2 * BYTES_EACH * trained)
     activations, working = _activation_bytes(shape, method, step, adapted)
+    one_piece = step.attention == "block"
+    of_logit = element if one_piece else LOGIT_BYTES
     logits = shape.vocabulary * step.tokens
     at_once = logits if shape.whole_logits else min(logits, CHUNK_LOGITS)
     on_cpu, widest = step.device == "cpu", max((block.widest_features for block in blocks(shape).values()), default=0)
@@ -205,23 +208,23 @@ def plan_memory(
         optimizer_bytes=optimizer,
         copies_bytes=_copies_bytes(shape, method, step, adapted),
         activations_bytes=activations,
-        logits_bytes=LOGIT_BYTES * at_once,
+        logits_bytes=of_logit * at_once,
         block_backward_bytes=working,
-        scratch_bytes=_scratch_bytes(method, element, largest),
+        scratch_bytes=_scratch_bytes(method, element, min(largest, TILE_VALUES) if one_piece else largest),
         session_bytes=SESSION_BYTES if on_cpu else 0,
         products_bytes=products_bytes(
             shape,
             () if trains_all else tuple(adapted),
             rank=step.rank,
             trained=trains_all,
-            plain_attention=step.attention == "plain",
+            plain_attention=step.attention != "fused",
             shapes=step.shapes,
             eval_shapes=step.eval_shapes,
         )
         if on_cpu and step.dtype == "bfloat16"
         else 0,
         allocator_bytes=pooled_bytes(activations, element * step.tokens * widest, adapters=not trains_all)
-        + pooled_bytes(LOGIT_BYTES * at_once, 4 * at_once, adapters=not trains_all)
+        + pooled_bytes(of_logit * at_once, element * at_once if one_piece else 4 * at_once, adapters=not trains_all)
         if on_cpu and not step.steady
         else 0,
         trial_bytes=4 * trained if step.tried else 0,
@@ -267,9 +270,15 @@ def _saved_by_format(
 
 
 def _copies_bytes(shape: ModelShape, method: Method, step: Step, adapted: Sequence[LinearShape]) -> int:
-    """Return the bytes of the copies in which fp32 weights enter a product, until the backward pass is over."""
+    """Return the bytes of the copies in which fp32 weights enter a product, until the backward pass is over.
+
+    A block in one piece makes them a tile at a time, and keeps none but weights that are rounded in training.
+    """
     if method == "full-bf16":
         return 0
+    if step.attention == "block":
+        head = 2 * shape.head_parameters if step.dtype == "bfloat16" and method not in ADAPTERS else 0
+        return head + (step.element_bytes * shape.linear_weights if method == "qat" else 0)
     if method in ADAPTERS:  # that of qat-lora is added to the weight, and enters no product itself
         return 0 if step.dtype == "float32" or method == "qat-lora" else 2 * lora_parameters(adapted, step.rank)
     if step.dtype == "float32":

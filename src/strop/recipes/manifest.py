@@ -181,7 +181,7 @@ def predicted_memory(session: Session, settings: TrainSettings, *, tried: int = 
         format=session.trained.scheme.name if session.trained.scheme is not None else "nf4-dq",
         held=session.base.scheme.name if isinstance(method, QatLora) and session.base.scheme is not None else "",
         dtype="bfloat16" if str(session.dtype) == "torch.bfloat16" else "float32",
-        attention="plain" if session.attention == "eager" else "fused",
+        attention="block" if session.one_piece else "plain" if session.attention == "eager" else "fused",
         optimizer=config.optimization.optimizer,
         device="cpu" if session.device.type == "cpu" else "accelerator",
         shapes=_trained_shapes(session) + tried,

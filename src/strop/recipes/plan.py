@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from strop.errors import ModelError, UsageError, nearest
+from strop.kernels import block as kernels
 from strop.numerics.scheme import parse_scheme
+from strop.planner.activations import Attention, blocks
 from strop.planner.disk import run_bytes
 from strop.planner.fit import Change, changes_to_fit, missing_bytes
 from strop.planner.hardware import Machine, Rate, fastest_rate, named_rate, this_machine
@@ -377,13 +379,15 @@ def plan_model(
     where = choose_device("auto")
     dtype = compute_dtype("auto", where)
     plain = where.type == "cpu" and max_length <= EAGER_LENGTH.get(dtype, 0)
+    attention: Attention = "plain" if plain else "fused"
+    whole = where.type == "cpu" and kernels.available() and all(block.in_one_piece for block in blocks(shape).values())
     step = Step(
         rows=batch_size,
         length=max_length,
         checkpointing=checkpointing,
         rank=rank,
         dtype="float32" if str(dtype) == "torch.float32" else "bfloat16",
-        attention="plain" if plain else "fused",
+        attention="block" if whole else attention,
         optimizer=optimizer,
         device="cpu" if where.type == "cpu" else "accelerator",
     )
@@ -397,7 +401,8 @@ def plan_model(
         methods.append(_method_plan(shape, "qlora", label, _in_format(step, format), adapted, machine, rate))
     in_qat = _in_format(step, QAT_FORMAT)
     methods.append(_method_plan(shape, "qat", "qat", in_qat, adapted, machine, rate))
-    methods.append(_method_plan(shape, "qat-lora", "qat-lora", in_qat, adapted, machine, rate))
+    sums = replace(in_qat, attention=attention)  # what rounds the sum of base and adapter does not run as one piece
+    methods.append(_method_plan(shape, "qat-lora", "qat-lora", sums, adapted, machine, rate))
     files = {"bf16": 2 * shape.parameters}
     files |= {format: format_bytes(shape, parse_scheme(format))[0] for format in FILE_FORMATS}
     return ModelPlan(

@@ -18,6 +18,7 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import strop
+from strop import kernels
 from strop.config import Lora, Method, Qat, QatLora, QLora, Rounded, TuneConfig
 from strop.data.batches import BatchStream
 from strop.data.mixing import Mixture, open_mixture
@@ -35,6 +36,7 @@ from strop.precision import choose_device, compute_dtype
 from strop.progress import SILENT, Reporter
 from strop.recipes.teacher import TeacherSource, cached_teacher, find_teacher, row_length, student_folder
 from strop.training.events import require_tensorboard
+from strop.training.fusing import fuse
 from strop.training.objective import Objective
 from strop.training.optimizers import default_learning_rate
 from strop.training.preparing import Base, Trained, open_base, put_layers
@@ -64,6 +66,7 @@ class Session:
         objective: what is minimised, the teacher in it.
         teacher: where the teacher comes from; None without one.
         attention: the model's attention implementation.
+        one_piece: how many of its blocks run as one piece.
         device: where it runs.
         dtype: of the products.
     """
@@ -78,6 +81,7 @@ class Session:
     objective: Objective
     teacher: TeacherSource | None
     attention: str
+    one_piece: int
     device: torch.device
     dtype: torch.dtype
 
@@ -163,6 +167,8 @@ class Session:
             "compute_dtype": str(self.dtype).removeprefix("torch."),
             "stored_dtype": str(base.stored_dtype).removeprefix("torch."),
             "attention": self.attention,
+            "blocks_in_one_piece": self.one_piece,
+            "kernels": kernels.in_use().name,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
             "versions": {
@@ -222,9 +228,24 @@ def open_session(
     attention = _choose_attention(config, model, train_set, device, dtype)
     stream = _stream(config, model, tokenizer, data.draw(train_set.samples))
     objective = _objective(config, source, teacher, model, dtype)
+    one_piece = fuse(model, stream) if objective.rounding is None else 0
+    if one_piece:
+        reporter.note(f"{one_piece} blocks run as one piece, forward and backward, by native kernels")
     _tell_length(config, stream, positions_of(model), reporter)
     return Session(
-        config, base, trained, data, train_set, valid_set, stream, objective, source, attention, device, dtype
+        config,
+        base,
+        trained,
+        data,
+        train_set,
+        valid_set,
+        stream,
+        objective,
+        source,
+        attention,
+        one_piece,
+        device,
+        dtype,
     )
 
 

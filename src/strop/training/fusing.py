@@ -24,7 +24,6 @@ from strop.layers.block_products import Part
 from strop.layers.fused_block import BlockParts, FusedBlock, Norm
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.surgery import block_lists
-from strop.progress import Reporter
 from strop.training.losses import TokenBatch, on_device
 from strop.training.recompute import forward_as
 
@@ -59,24 +58,39 @@ class Observed:
     calls: list[Call]
 
 
-@contextlib.contextmanager
-def fused_blocks(model: nn.Module, stream: BatchStream, reporter: Reporter) -> Iterator[None]:
-    """Run every block that can be as one piece while the context lasts.
+def fuse(model: nn.Module, stream: BatchStream) -> int:
+    """Run every block that can be as one piece from now on; how many those are.
 
     Args:
         model: A causal language model, its layers in place.
         stream: What it is trained on; where it stands is left as it was.
-        reporter: Told how many blocks that are.
     """
-    blocks = max(([*found] for found in block_lists(model)), key=len, default=[])
+    blocks = _blocks(model)
+    found = _found(model, blocks, stream)
+    for place, forward in found.items():
+        blocks[place].forward = forward
+    return len(found)
+
+
+@contextlib.contextmanager
+def fused_blocks(model: nn.Module, stream: BatchStream) -> Iterator[None]:
+    """The same while the context lasts; a block that was given another forward before keeps it."""
+    blocks = _blocks(model)
+    with in_one_piece(blocks, _found(model, blocks, stream)):
+        yield
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    return max(([*found] for found in block_lists(model)), key=len, default=[])
+
+
+def _found(model: nn.Module, blocks: list[nn.Module], stream: BatchStream) -> dict[int, FusedBlock]:
+    if any("forward" in vars(block) for block in blocks):
+        return {}
     place = stream.state_dict()
     inputs = probe_inputs(stream.next_step()[0])
     stream.load_state_dict(place)
-    fused = find_fused(model, blocks, inputs)
-    if fused:
-        reporter.note(f"{len(fused)} of {len(blocks)} blocks run as one piece, forward and backward, by native kernels")
-    with in_one_piece(blocks, fused):
-        yield
+    return find_fused(model, blocks, inputs)
 
 
 def find_fused(model: nn.Module, blocks: list[nn.Module], inputs: Mapping[str, Any]) -> dict[int, FusedBlock]:

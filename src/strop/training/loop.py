@@ -103,7 +103,7 @@ def train(
         torch.manual_seed(settings.seed)
         if settings.max_memory is not None:
             stack.enter_context(steady_allocation())  # what is freed must not count against the budget
-        stack.enter_context(fused_blocks(model, stream, reporter))
+        stack.enter_context(fused_blocks(model, stream))
         count = blocks_to_recompute(model, stream, settings, memory, reporter, objective)
         stack.enter_context(recomputed(model, count))
         stack.callback(model.train, model.training)

@@ -212,11 +212,11 @@ def token_loss_sum(
         return targets.loss_sum(kept.rows(model(**inputs).logits)), kept.supervised
     hidden = kept.rows(head.base(**inputs).last_hidden_state)
     rows = max(1, CHUNK_LOGITS // _vocabulary(head.projection))
-    if hidden.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled():
         return _through_head(hidden, targets, head, rows, _targets_loss), kept.supervised
     total = _zero(hidden)
     for start in range(0, len(hidden), rows):
-        total = total + targets[start : start + rows].loss_sum(head.logits(hidden[start : start + rows]))
+        total += _targets_loss(head, hidden[start : start + rows], targets[start : start + rows], ())[0]
     return total, kept.supervised
 
 
@@ -305,12 +305,12 @@ def _targets_loss(
     logits = head.logits(hidden)
     if (targets.wanted is not None and targets.share != 0.0) or not _fits_kernel(logits):
         loss = targets.loss_sum(logits)
-        return loss.detach(), torch.autograd.grad(loss, wanted)
+        return loss.detach(), torch.autograd.grad(loss, wanted) if wanted else ()
     gradient = logits.detach()  # overwritten: the head's own product does not read it again, what follows it may
     if head.finish is not unchanged:
         gradient = gradient.clone()
     losses = kernels.cross_entropy(gradient, targets.labels)
-    return losses.sum(), torch.autograd.grad(logits, wanted, gradient)
+    return losses.sum(), torch.autograd.grad(logits, wanted, gradient) if wanted else ()
 
 
 def _fits_kernel(logits: Tensor) -> bool:
