@@ -2,18 +2,20 @@
 
     python benchmarks/training/run.py step --shape 135m --pairs 7
     python benchmarks/training/run.py step --shape 1.1b --pairs 7 --kinds peft:nf4 qlora:nf4 peft:lora lora
-    python benchmarks/training/run.py rows --pairs 7 --data lf_alpaca_en_demo.json
+    python benchmarks/training/run.py rows --pairs 7 --data lf_alpaca_en_demo.json --tokenizer FOLDER
     python benchmarks/training/run.py table
 
 `step`: one row of tokens (512 at 135m, 256 at 1.1b), every token supervised; each contender is a process that does a
 step when it is its turn (`../qat/cost_step.py` for strop, its whole loop; `peft_step.py` for the rivals, the usual bare
-loop). `rows`: a file of short rows, the loss on the answers; the rivals pad eight rows to the longest, strop packs.
+loop). `rows`: a file of short rows, the loss on the answers; the rivals pad eight rows to the longest, strop packs. Any
+tokenizer of at most as many tokens as the shape has will do (by default the bundled model's, whose rows are long).
 What is in `results/` is not measured again; models lie in `--work`.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import statistics
 import sys
 from collections.abc import Sequence
@@ -51,12 +53,17 @@ def script(kind: str) -> Path:
     return HERE.parent / "qat/cost_step.py" if kind in RIVALS else HERE / "peft_step.py"
 
 
-def measure(work: Path, store: Store, shape: str, kinds: Sequence[str], pairs: int, data: Path | None) -> None:
+def measure(
+    work: Path, store: Store, shape: str, kinds: Sequence[str], pairs: int, data: Path | None, tokenizer: Path | None
+) -> None:
     """Every kind in turns; with `data`, on its rows."""
     widths, length = SHAPES[shape]
     what = "step" if data is None else "rows"
     work.mkdir(parents=True, exist_ok=True)
-    cost.write_model(work / "model", widths)
+    cost.write_model(work / "model", widths if data is None else widths | {"vocab_size": 50304})
+    for file in tokenizer.iterdir() if tokenizer is not None else ():
+        if file.name.startswith(("tokenizer", "chat_template", "special_tokens")):
+            shutil.copy(file, work / "model" / file.name)
     if data is None:
         cost.write_rows(work / "rows.jsonl")
     options = ["--length", str(length)] if data is None else ["--length", "512", "--answers"]
@@ -123,13 +130,15 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--data", type=Path, help="of rows: a file of alpaca records")
+    parser.add_argument("--tokenizer", type=Path, help="of rows: the folder of another tokenizer")
     chosen = parser.parse_args()
     store = Store(chosen.results / "training.jsonl", KEY)
     if chosen.what == "rows" and chosen.data is None:
         parser.error("rows needs --data FILE, a file of alpaca records")
     if chosen.what != "table":
         data = chosen.data if chosen.what == "rows" else None
-        measure(chosen.work / chosen.shape, store, chosen.shape, chosen.kinds, chosen.pairs, data)
+        work = chosen.work / f"{chosen.what}-{chosen.shape}"
+        measure(work, store, chosen.shape, chosen.kinds, chosen.pairs, data, chosen.tokenizer)
     print("\n".join(table(store.cells)))
 
 

@@ -19,7 +19,7 @@ from strop.layers.block_products import TILE_VALUES, Operands, Part, Product
 from strop.layers.fused_block import FusedBlock, Seen
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_linear import QuantLinear
-from strop.layers.surgery import attach_lora, block_lists, quantize_linears
+from strop.layers.surgery import attach_lora, block_lists, detach_lora, quantize_linears
 from strop.memory import PeakMemory, release_unused_memory, steady_allocation
 from strop.numerics.scheme import parse_scheme
 from strop.training.fusing import find_fused, fused_blocks, in_one_piece, probe_inputs
@@ -173,6 +173,27 @@ def test_an_adapter_that_is_switched_off_is_not_there():
         off = model(**batch.inputs()).logits
     assert not torch.allclose(on, off)
     assert torch.allclose(off, tiny_model("llama")(**batch.inputs()).logits, atol=1e-4)
+
+
+def test_layers_that_were_replaced_since_go_to_the_block():
+    """An adapter that comes later must not be passed by, nor one that left still work."""
+    model = model_of("llama").requires_grad_(False)
+    batch, blocks = batch_of(model, "one row"), blocks_of(model)
+    with torch.no_grad(), in_one_piece(blocks, fused_of(model, batch)):
+        plain = model(**batch.inputs()).logits
+        attach_lora(model, ["v_proj"], rank=2, alpha=4, generator=torch.Generator().manual_seed(1))
+        for module in model.modules():
+            if isinstance(module, LoraLinear):
+                nn.init.normal_(module.lora_B)
+        adapted = model(**batch.inputs()).logits
+        assert not any(block.forward.in_place() for block in blocks)
+        again = fused_of(model, batch)
+        assert len(again) == len(blocks)
+        with in_one_piece(blocks, again):
+            assert torch.allclose(model(**batch.inputs()).logits, adapted, atol=1e-4)
+        detach_lora(model)
+        assert torch.equal(model(**batch.inputs()).logits, plain)
+    assert not torch.allclose(adapted, plain)
 
 
 def test_dropout_drops_inputs_of_the_adapter_alone_and_keeps_their_mean():

@@ -81,6 +81,12 @@ class BlockParts:
         """The layers that read the same input, in the order of the block."""
         return self.qkv, (self.out,), self.gate_up, (self.down,)
 
+    def modules(self) -> list[nn.Module]:
+        """All that the block has of layers and norms, an adapter and what is under it each."""
+        parts = list(itertools.chain.from_iterable(self.groups()))
+        norms = [norm.module for norm in (*self.norms, *(self.head_norms or ()))]
+        return [*norms, *(part.base for part in parts), *(part.adapter for part in parts if part.adapter is not None)]
+
     def gains(self) -> list[nn.Parameter]:
         """Of all norms, in the order of the fields."""
         return [norm.gain for norm in (*self.norms, *(self.head_norms or ()))]
@@ -142,20 +148,38 @@ class FusedBlock:
     """Stands in for a block's forward.
 
     Args:
-        parts: What the block is made of.
+        block: The block.
+        parts: What it is made of.
         own: The block's own forward, for calls that this one does not take.
         unmasked_is_causal: Whether a call without a mask means that each token sees those before it.
         wrap: What the block gives back, of its hidden states.
     """
 
     def __init__(
-        self, parts: BlockParts, own: Callable[..., Any], *, unmasked_is_causal: bool, wrap: Callable[[Tensor], Any]
+        self,
+        block: nn.Module,
+        parts: BlockParts,
+        own: Callable[..., Any],
+        *,
+        unmasked_is_causal: bool,
+        wrap: Callable[[Tensor], Any],
     ) -> None:
         self.parts, self.own, self.unmasked_is_causal, self.wrap = parts, own, unmasked_is_causal, wrap
+        used = {id(module) for module in parts.modules()}
+        self._places = [
+            (owner, name, module)
+            for owner in block.modules()
+            for name, module in owner.named_children()
+            if id(module) in used
+        ]
+
+    def in_place(self) -> bool:
+        """Whether the layers that it is made of are still those of the block: adapters come and go."""
+        return all(owner._modules.get(name) is module for owner, name, module in self._places)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
         """The block's forward."""
-        call = None if args else self._call(hidden_states, options)
+        call = None if args or not self.in_place() else self._call(hidden_states, options)
         if call is None:
             return self.own(hidden_states, *args, **options)
         return self.wrap(_Function.apply(call, hidden_states, *call.tensors()))

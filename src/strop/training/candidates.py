@@ -23,6 +23,7 @@ from strop.data.batches import Batch, BatchStream
 from strop.layers.surgery import attach_lora, detach_lora, replace
 from strop.precision import autocast
 from strop.training.checkpoints import generator_states, set_generator_states
+from strop.training.fusing import fused_blocks
 from strop.training.losses import Head, token_loss_sum
 from strop.training.optimizers import gradient_norm, make_optimizer
 from strop.training.recompute import recomputed
@@ -126,7 +127,12 @@ class Candidate:
         """
         training = self._model.training
         blocks = 0 if self._settings.checkpointing == "none" else None
-        with torch.random.fork_rng(devices=self._cuda()), self.attached(), recomputed(self._model, blocks):
+        with (
+            torch.random.fork_rng(devices=self._cuda()),
+            self.attached(),
+            fused_blocks(self._model, self._stream),
+            recomputed(self._model, blocks),
+        ):
             set_generator_states(self._generators, self._device)
             self._model.train()
             try:

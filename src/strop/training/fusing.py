@@ -84,8 +84,13 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
     return max(([*found] for found in block_lists(model)), key=len, default=[])
 
 
+def _given_forwards(blocks: list[nn.Module]) -> list[Any]:
+    """The forwards that blocks were given in place of their class's."""
+    return [vars(block)["forward"] for block in blocks if "forward" in vars(block)]
+
+
 def _found(model: nn.Module, blocks: list[nn.Module], stream: BatchStream) -> dict[int, FusedBlock]:
-    if any("forward" in vars(block) for block in blocks):
+    if any(not isinstance(given, FusedBlock) or given.in_place() for given in _given_forwards(blocks)):
         return {}
     place = stream.state_dict()
     inputs = probe_inputs(stream.next_step()[0])
@@ -165,6 +170,8 @@ def _observe(model: nn.Module, blocks: list[nn.Module], inputs: dict[str, Any]) 
     try:
         with torch.no_grad():
             model(**inputs)
+    except (RuntimeError, MemoryError):
+        return {}  # what is the matter the loop says, which meets it again
     finally:
         model.train(training)
         for handle in handles:
@@ -193,8 +200,8 @@ def _fused(block: nn.Module, observed: Observed) -> FusedBlock | None:
         return None
     mask = observed.options.get("attention_mask")
 
-    def fuse(parts: BlockParts, own: Callable[..., Any], wrap: Callable[[Tensor], Any]) -> FusedBlock:
-        return FusedBlock(parts, own, unmasked_is_causal=mask is None, wrap=wrap)
+    def fuse(of: nn.Module, parts: BlockParts, own: Callable[..., Any], wrap: Callable[[Tensor], Any]) -> FusedBlock:
+        return FusedBlock(of, parts, own, unmasked_is_causal=mask is None, wrap=wrap)
 
     trial = _float_copy(block)
     trial_parts = _parts(trial, _moved(observed, block, trial))
@@ -207,12 +214,17 @@ def _fused(block: nn.Module, observed: Observed) -> FusedBlock | None:
         wrap = _wrapper(given)
         if wrap is None or not torch.equal(_hidden(given), _hidden(trial.forward(x, **options))):
             return None
-        fused = fuse(trial_parts, _refused, wrap)
+        fused = fuse(trial, trial_parts, _refused, wrap)
         try:
             agree = _agree(trial, fused, x, options)
         except _NotTakenError:
             return None
-    return fuse(parts, block.forward, wrap) if agree else None
+    return fuse(block, parts, _own_forward(block), wrap) if agree else None
+
+
+def _own_forward(block: nn.Module) -> Callable[..., Any]:
+    """The block's forward, not that of a piece which stood in for it before."""
+    return block.forward.own if isinstance(block.forward, FusedBlock) else block.forward
 
 
 class _NotTakenError(Exception):
@@ -271,6 +283,7 @@ def _epsilon(norm: nn.Module) -> float | None:
 def _float_copy(block: nn.Module) -> nn.Module:
     """The block in float32, its adapters at work and without dropout."""
     trial = copy.deepcopy(block).float().train()
+    vars(trial).pop("forward", None)  # its class's own, whatever stands in for that now
     generator = torch.Generator().manual_seed(0)
     for module in trial.modules():
         if isinstance(module, LoraLinear):
