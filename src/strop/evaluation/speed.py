@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from strop.evaluation.generation import context_length
 from strop.evaluation.kv_cache import KVFormat, new_cache
+from strop.evaluation.probes import settle
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def measure_speed(
         for _ in range(new_tokens):
             token: Tensor = output.logits[:, -1:].argmax(dim=-1)
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        _settle(model)
+        settle(model.device)
 
     try:
         with torch.inference_mode():
@@ -120,16 +121,8 @@ def _rate(rates: list[float], tokens: int) -> Rate:
 
 
 def _timed(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[float, Any]:
-    _settle(model)
+    settle(model.device)
     start = time.perf_counter()
     result = work()
-    _settle(model)
+    settle(model.device)
     return time.perf_counter() - start, result
-
-
-def _settle(model: PreTrainedModel) -> None:
-    """Wait for work that an accelerator was handed but has not done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    elif model.device.type == "mps":
-        torch.mps.synchronize()
