@@ -11,7 +11,8 @@ a batch after the other. Greedy answers are the same either way, but for what ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -79,16 +80,18 @@ def generate_answers(
     answers = [""] * len(prompts)
     done = 0
     if stream is not None:
-        answers[0] = _streamed(tokenizer, _one_text(model, prompts[0], manner, kv_cache), stop_ids, stream)
+        with contextlib.closing(_one_text(model, prompts[0], manner, kv_cache)) as tokens:
+            answers[0] = _streamed(tokenizer, tokens, stop_ids, stream)
         if on_batch is not None:
             on_batch(1)
         return answers
-    for ended in _texts(model, prompts, manner, kv_cache, _pad_id(tokenizer)):
-        for place, tokens in ended:
-            answers[place] = _text(tokenizer, _until_stop(tokens, stop_ids))
-        done += len(ended)
-        if on_batch is not None:
-            on_batch(done)
+    with contextlib.closing(_texts(model, prompts, manner, kv_cache, _pad_id(tokenizer))) as turns:
+        for ended in turns:
+            for place, tokens in ended:
+                answers[place] = _text(tokenizer, _until_stop(tokens, stop_ids))
+            done += len(ended)
+            if on_batch is not None:
+                on_batch(done)
     return answers
 
 
@@ -136,7 +139,7 @@ def _texts(
     manner: Manner,
     kv_cache: KVFormat | None,
     pad_id: int,
-) -> Iterator[list[tuple[int, list[int]]]]:
+) -> Generator[list[tuple[int, list[int]]]]:
     """The new tokens of the prompts that ended since the last time, each with its prompt's place."""
     with evaluating(model):
         if not _lean(model, prompts, manner, kv_cache):
@@ -152,7 +155,7 @@ def _texts(
 
 def _one_text(
     model: PreTrainedModel, prompt: Sequence[int], manner: Manner, kv_cache: KVFormat | None
-) -> Iterator[int]:
+) -> Generator[int]:
     """The new tokens of one prompt as they come."""
     with evaluating(model):
         if not _lean(model, [prompt], manner, kv_cache):
