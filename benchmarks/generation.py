@@ -34,6 +34,7 @@ from strop import demo, kernels
 from strop.errors import StropError
 from strop.evaluation import by_transformers
 from strop.evaluation.decoding import decodes
+from strop.evaluation.few_rows import few_rows
 from strop.evaluation.writing import Manner, write_texts
 
 FORMATS = ("bf16", "nf4", "int4-g32")
@@ -45,9 +46,10 @@ Answers = dict[int, list[int]]
 
 def by_our_loop(model: PreTrainedModel, prompts: Prompts, manner: Manner) -> Answers:
     found: Answers = {}
-    for step in write_texts(model, prompts, manner):
-        for written in step:
-            found.setdefault(written.place, []).append(written.token)
+    with few_rows(model):
+        for step in write_texts(model, prompts, manner):
+            for written in step:
+                found.setdefault(written.place, []).append(written.token)
     return found
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from strop.errors import UsageError
 from strop.evaluation import by_transformers
 from strop.evaluation.decoding import decodes
+from strop.evaluation.few_rows import few_rows
 from strop.evaluation.flow import TextFlow
 from strop.evaluation.kv_cache import KVFormat
 from strop.evaluation.writing import Manner, evaluating, write_texts
@@ -141,7 +142,7 @@ def _texts(
     pad_id: int,
 ) -> Generator[list[tuple[int, list[int]]]]:
     """The new tokens of the prompts that ended since the last time, each with its prompt's place."""
-    with evaluating(model):
+    with evaluating(model), few_rows(model):
         if not _lean(model, prompts, manner, kv_cache):
             yield from by_transformers.write_batches(model, prompts, manner, kv_cache, pad_id)
             return
@@ -157,7 +158,7 @@ def _one_text(
     model: PreTrainedModel, prompt: Sequence[int], manner: Manner, kv_cache: KVFormat | None
 ) -> Generator[int]:
     """The new tokens of one prompt as they come."""
-    with evaluating(model):
+    with evaluating(model), few_rows(model):
         if not _lean(model, [prompt], manner, kv_cache):
             yield from by_transformers.stream_one(model, prompt, manner, kv_cache)
             return

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from strop.evaluation.choosing import choose_tokens, text_generator
 from strop.evaluation.decoding import Decoder
-from strop.evaluation.few_rows import few_rows
 
 _WORTH_SHARING = 64
 """Tokens that a shared beginning must save: to read it is a pass of its own."""
@@ -86,12 +85,8 @@ def write_texts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], manner
         prompts: Token ids, at least one each, shorter than the context.
         manner: How to write.
     """
-    if prompts:
-        with few_rows(model):
-            yield from _write(model, prompts, manner)
-
-
-def _write(model: PreTrainedModel, prompts: Sequence[Sequence[int]], manner: Manner) -> Iterator[list[Written]]:
+    if not prompts:
+        return
     slots = min(manner.batch_size, len(prompts))
     waiting = deque(sorted(range(len(prompts)), key=lambda place: len(prompts[place])))
     decoder, texts, stops = Decoder(model, slots), list[_Text](), frozenset(manner.stop_ids)
