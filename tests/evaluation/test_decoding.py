@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, MistralConfig, PreTrainedModel
 
 from strop.data.templates import stop_ids
-from strop.evaluation.decoding import Decoder, decodes
+from strop.evaluation.decoding import MOST_READ, Decoder, decodes
 from strop.evaluation.generation import generate_answers, stream_tokens
 from strop.evaluation.writing import shared_length
 from tests.tiny import COMMON, FAMILIES, tiny_input, tiny_model, tiny_tokenizer
@@ -131,6 +131,20 @@ def test_a_beginning_that_prompts_have_alike_is_read_once() -> None:
     assert sum(read) == 50 + 6 * 3 + 6  # the beginning, the rests, and one token of each to go on from
     expected = [tokenizer.decode(plain_answer(model, prompt, 2), skip_special_tokens=True) for prompt in prompts]
     assert answers == expected
+
+
+def test_many_prompts_of_many_lengths_are_read_in_parts() -> None:
+    model = tiny_model("llama")
+    prompts = [tiny_input(rows=1, length=3 + at, seed=at)[0].tolist() for at in range(2 * MOST_READ + 3)]
+    expected = torch.stack([plain_logits(model, prompt) for prompt in prompts])
+    rows: list[int] = []
+    head = model.get_output_embeddings()
+    assert head is not None
+    head.register_forward_hook(lambda module, given, output: rows.append(output[..., 0].numel()))
+    decoder = Decoder(model, slots=len(prompts))
+    torch.testing.assert_close(decoder.read(prompts), expected, rtol=1e-4, atol=1e-4)
+    assert max(rows) <= MOST_READ**2
+    assert decoder.lengths == [len(prompt) for prompt in prompts]
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ LOGITS_DIFFER = {torch.float32: 1e-3, torch.float64: 1e-6}
 
 LOGITS_DIFFER_16_BIT = 0.1
 
+MOST_READ = 8
+"""Prompts in a pass: logits are made for each at every place where one of them ends."""
+
 _FIRST_COLUMNS = 64
 
 
@@ -64,6 +67,10 @@ class Decoder:
     @torch.inference_mode()
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Take prompts into free slots; each is longer than what is shared. Returns logits [prompts, vocabulary]."""
+        parts = [prompts[at : at + MOST_READ] for at in range(0, len(prompts), MOST_READ)]
+        return torch.cat([self._read(part) for part in parts])
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         first, start = len(self.lengths), self.shared
         longest = max(len(prompt) for prompt in prompts)
         self._need(longest + 1)
