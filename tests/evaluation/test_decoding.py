@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, MistralConfig, PreTrainedModel
 
-from strop.data.templates import stop_ids
+from strop.data.templates import prompt_ids, stop_ids
+from strop.evaluation.by_transformers import write_batches
 from strop.evaluation.decoding import MOST_READ, Decoder, decodes
-from strop.evaluation.generation import generate_answers, stream_tokens
-from strop.evaluation.writing import shared_length
+from strop.evaluation.generation import context_length, generate_answers, stream_tokens
+from strop.evaluation.writing import Manner, shared_length, write_texts
+from strop.models import load
 from tests.tiny import COMMON, FAMILIES, tiny_input, tiny_model, tiny_tokenizer
 
 SIZE: dict[str, Any] = {"vocab_size": 304, "hidden_size": 64}
@@ -202,3 +204,22 @@ def test_an_iterator_that_is_closed_leaves_the_model_as_it_was() -> None:
     stream.close()  # pyright: ignore[reportAttributeAccessIssue]  a generator
     assert model.training
     assert model(input_ids=tiny_input()).logits.requires_grad
+
+
+def test_the_bundled_model_writes_token_for_token_what_transformers_writes() -> None:
+    opened = load("demo")
+    model, tokenizer = opened.model.float(), opened.require_tokenizer()
+    asked = ["wake me at seven", "what is the time", "turn the lights off in the kitchen", "call anna", "stop"]
+    system = {"role": "system", "content": "answer with the action that the request asks for and with nothing else"}
+    prompts = [prompt_ids([system, {"role": "user", "content": text}], tokenizer) for text in asked]
+    manner = Manner(tuple(stop_ids(tokenizer)), 24, context_length(model), batch_size=3)
+    assert decodes(model, 100)
+    assert shared_length(prompts) * (len(prompts) - 1) >= 64  # what they begin with is read once
+    ours: dict[int, list[int]] = {}
+    for step in write_texts(model, prompts, manner):
+        for written in step:
+            ours.setdefault(written.place, []).append(written.token)
+    for batch in write_batches(model, prompts, manner, None, pad_id=0):
+        for place, tokens in batch:
+            assert ours[place] == tokens[: len(ours[place])]
+            assert ours[place][-1] in manner.stop_ids or len(ours[place]) == 24
