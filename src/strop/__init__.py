@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from strop.models import OpenedModel, load
     from strop.numerics.qtensor import QuantizedTensor
     from strop.numerics.scheme import Scheme, parse_format
+    from strop.recipes.bench import bench
     from strop.recipes.compare import compare
     from strop.recipes.doctor import doctor
     from strop.recipes.export import export
@@ -36,6 +37,7 @@ _HOMES = {
     "Scheme": "strop.numerics.scheme",
     "Undecided": "strop.recipes.prove_result",
     "apply": "strop.recipes.patch",
+    "bench": "strop.recipes.bench",
     "compare": "strop.recipes.compare",
     "diff": "strop.recipes.patch",
     "doctor": "strop.recipes.doctor",
@@ -60,6 +62,7 @@ __all__ = [  # noqa: RUF022  the version stands last
     "Scheme",
     "Undecided",
     "apply",
+    "bench",
     "compare",
     "diff",
     "doctor",

@@ -55,6 +55,7 @@ def test_the_public_names_are_these() -> None:
             "Undecided",
             "__version__",
             "apply",
+            "bench",
             "compare",
             "diff",
             "doctor",

@@ -221,7 +221,7 @@ def test_generation_uses_the_cache_anew_for_every_batch(monkeypatch: pytest.Monk
         made.append(new_cache(*arguments))
         return made[-1]
 
-    monkeypatch.setattr("strop.evaluation.generation.new_cache", counting)
+    monkeypatch.setattr("strop.evaluation.by_transformers.new_cache", counting)
     generate_answers(model, tiny_tokenizer(), prompts(), stop_ids=[], max_new_tokens=70, batch_size=2, kv_cache=INT4)
     assert len(made) == 2
     assert [cache.get_seq_length() for cache in made] == [47 + 69, 61 + 69]

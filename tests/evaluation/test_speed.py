@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from strop.evaluation import speed
+from strop.evaluation.decoding import decodes
 from strop.evaluation.speed import measure_speed
 from tests.tiny import FAMILIES, tiny_model
 
@@ -24,6 +25,7 @@ def test_rates_come_with_their_spread(family: str):
 
 def test_each_run_reads_the_prompt_once_and_writes_token_by_token_from_the_cache():
     model = tiny_model("llama")
+    assert decodes(model, 12)  # tried before, so that its passes are not among those that are seen
     seen = []
     model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(
@@ -58,6 +60,7 @@ def test_a_short_context_shortens_the_run_and_the_mode_is_kept():
 
 def test_the_prompt_is_the_same_for_the_same_seed():
     model, prompts = tiny_model("llama"), []
+    assert decodes(model, 9)
     model.register_forward_pre_hook(
         lambda module, args, kwargs: prompts.append(kwargs["input_ids"].clone()), with_kwargs=True
     )

@@ -138,7 +138,8 @@ def test_predict_writes_a_line_per_row_with_what_was_asked_answered_and_expected
         "answer": "blue 2",
         "expected": "blue 2",
     }
-    assert told == [8, 3, 6, 8, -1]
+    assert (told[0], told[-2], told[-1]) == (8, 8, -1)
+    assert told[1:-1] == sorted(set(told[1:-1]))  # rows are told of as they end
 
 
 def test_predict_answers_rows_with_history_without_an_answer_and_texts(place: Path, tmp_path: Path):

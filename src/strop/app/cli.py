@@ -21,7 +21,7 @@ from strop.app import verbs
 from strop.errors import StropError, Terminated, nearest
 
 # What DESIGN.md names and this version does not have: asked for, each says so instead of "no such command".
-PLANNED = ("squeeze", "bench")
+PLANNED = ("squeeze",)
 
 
 class _Verbs(TyperGroup):
@@ -107,7 +107,7 @@ def _root(
 for _function in (verbs.plan, verbs.tune, verbs.quantize, verbs.compare, verbs.export, verbs.chat, verbs.demo):
     app.command(rich_help_panel="Verbs")(_guarded(_function))
 _MORE = (verbs.prove, verbs.doctor, verbs.predict, verbs.serve, verbs.merge, verbs.diff, verbs.apply, verbs.verify)
-for _function in (*_MORE, verbs.selftest):
+for _function in (*_MORE, verbs.bench, verbs.selftest):
     app.command(rich_help_panel="More")(_guarded(_function))
 for _function in (verbs.bits, verbs.affine, verbs.tensor):
     explain.command()(_guarded(_function))

@@ -1,25 +1,28 @@
-"""Answers in words: transformers' own generation, batched, with the settings said here and no others.
+"""Answers in words, many at once, with the settings said here and no others.
 
 A model folder can bring sampling settings along (temperature, repetition penalty, forced tokens). They do not apply
-here: temperature 0 is plain greedy decoding, so that what is measured is the model. Prompts of different lengths are
-padded on the left, and an answer ends at the first stop token, which is not part of its text.
+here: temperature 0 is plain greedy decoding, so that what is measured is the model. An answer ends at the first stop
+token, which is not part of its text.
+
+Models that `decoding` can run are written with its loop: a text that ends makes room for the next prompt, and what all
+prompts begin with is read once. For the others, and with a rounded cache, transformers' own generation does the work,
+a batch after the other. Greedy answers are the same either way, but for what rounding swaps in 16 bits.
 """
 
 from __future__ import annotations
 
 import contextlib
-import queue
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Generator, Iterator, Sequence
 
-import torch
-from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from strop.errors import UsageError
-from strop.evaluation.kv_cache import KVFormat, new_cache
+from strop.evaluation import by_transformers
+from strop.evaluation.decoding import decodes
+from strop.evaluation.few_rows import few_rows
+from strop.evaluation.flow import TextFlow
+from strop.evaluation.kv_cache import KVFormat
+from strop.evaluation.writing import Manner, evaluating, write_texts
 
 Stream = Callable[[str], object]
 """Called with each piece of an answer as it comes."""
@@ -74,26 +77,22 @@ def generate_answers(
     if stream is not None and len(prompts) != 1:
         raise UsageError(f"only one answer can be streamed at a time; got {len(prompts)} prompts")
     _check_lengths(model, prompts)
-    pad_id = _pad_id(tokenizer)
+    manner = Manner(tuple(stop_ids), max_new_tokens, context_length(model), batch_size, temperature, seed=seed)
     answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    with _plain_settings(model), torch.inference_mode(), torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            streamer = _Streamer(tokenizer, stop_ids, stream) if stream is not None else None
-            new = _generate(
-                model,
-                [prompts[index] for index in chosen],
-                settings=_settings(model, max_new_tokens, temperature, stop_ids, pad_id, prompts[chosen[-1]]),
-                pad_id=pad_id,
-                kv_cache=kv_cache,
-                streamer=streamer,
-            )
-            for index, tokens in zip(chosen, new, strict=True):
-                answers[index] = _text(tokenizer, _until_stop(tokens.tolist(), stop_ids))
+    done = 0
+    if stream is not None:
+        with contextlib.closing(_one_text(model, prompts[0], manner, kv_cache)) as tokens:
+            answers[0] = _streamed(tokenizer, tokens, stop_ids, stream)
+        if on_batch is not None:
+            on_batch(1)
+        return answers
+    with contextlib.closing(_texts(model, prompts, manner, kv_cache, _pad_id(tokenizer))) as turns:
+        for ended in turns:
+            for place, tokens in ended:
+                answers[place] = _text(tokenizer, _until_stop(tokens, stop_ids))
+            done += len(ended)
             if on_batch is not None:
-                on_batch(start + len(chosen))
+                on_batch(done)
     return answers
 
 
@@ -109,7 +108,8 @@ def stream_tokens(
 ) -> Iterator[int]:
     """Answer one prompt token by token; a stop token ends the answer and is handed out last.
 
-    The model writes in a thread of its own; closing the iterator ends it. One at a time: the seed is the process's.
+    Closing the iterator ends it. One at a time: the model is in evaluation mode meanwhile, and where transformers
+    writes, it does so in a thread of its own with the process's seed.
 
     Args:
         model: A causal language model.
@@ -129,36 +129,63 @@ def stream_tokens(
             "0 or above, at least 1 token, and a share above 0 and at most 1"
         )
     _check_lengths(model, [prompt])
-    written: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
-    ended = threading.Event()
+    limit = context_length(model)
+    manner = Manner(tuple(stop_ids), max_new_tokens, limit, 1, temperature, top_p=top_p, seed=seed)
+    yield from _one_text(model, prompt, manner, None)
 
-    def write() -> None:
-        try:
-            with _plain_settings(model), torch.inference_mode(), torch.random.fork_rng():
-                torch.manual_seed(seed)
-                _generate(
-                    model,
-                    [prompt],
-                    settings=_settings(model, max_new_tokens, temperature, stop_ids, 0, prompt, top_p=top_p),
-                    pad_id=0,
-                    kv_cache=None,
-                    streamer=_TokenQueue(written),
-                    ended=ended,
-                )
-            written.put(None)
-        except BaseException as error:  # handed to the thread that reads
-            written.put(error)
 
-    thread = threading.Thread(target=write, name="strop-generate", daemon=True)
-    thread.start()
-    try:
-        while (token := written.get()) is not None:
-            if isinstance(token, BaseException):
-                raise token
-            yield token
-    finally:
-        ended.set()
-        thread.join()
+def _texts(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    manner: Manner,
+    kv_cache: KVFormat | None,
+    pad_id: int,
+) -> Generator[list[tuple[int, list[int]]]]:
+    """The new tokens of the prompts that ended since the last time, each with its prompt's place."""
+    with evaluating(model), few_rows(model):
+        if not _lean(model, prompts, manner, kv_cache):
+            yield from by_transformers.write_batches(model, prompts, manner, kv_cache, pad_id)
+            return
+        found: list[list[int]] = [[] for _ in prompts]
+        for step in write_texts(model, prompts, manner):
+            for written in step:
+                found[written.place].append(written.token)
+            if ended := [(written.place, found[written.place]) for written in step if written.ends]:
+                yield ended
+
+
+def _one_text(
+    model: PreTrainedModel, prompt: Sequence[int], manner: Manner, kv_cache: KVFormat | None
+) -> Generator[int]:
+    """The new tokens of one prompt as they come."""
+    with evaluating(model), few_rows(model):
+        if not _lean(model, [prompt], manner, kv_cache):
+            yield from by_transformers.stream_one(model, prompt, manner, kv_cache)
+            return
+        for step in write_texts(model, [prompt], manner):
+            yield from (written.token for written in step)
+
+
+def _lean(model: PreTrainedModel, prompts: Sequence[Sequence[int]], manner: Manner, kv_cache: KVFormat | None) -> bool:
+    """Whether our own loop writes these."""
+    longest = max((len(prompt) + manner.room(len(prompt)) for prompt in prompts), default=0)
+    return kv_cache is None and decodes(model, longest)
+
+
+def _streamed(
+    tokenizer: PreTrainedTokenizerBase, tokens: Iterator[int], stop_ids: Sequence[int], stream: Stream
+) -> str:
+    """Hand text on as soon as it is sure, and return the whole."""
+    flow, found = TextFlow(tokenizer), []
+    for token in tokens:
+        if token in stop_ids:
+            break
+        found.append(token)
+        if piece := flow.add(token):
+            stream(piece)
+    if piece := flow.end():
+        stream(piece)
+    return _text(tokenizer, found)
 
 
 def _pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -180,71 +207,6 @@ def _check_lengths(model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> 
         raise UsageError(f"cannot answer: {shown}; shorten these prompts or leave them out")
 
 
-def _settings(
-    model: PreTrainedModel,
-    max_new_tokens: int,
-    temperature: float,
-    stop_ids: Sequence[int],
-    pad_id: int,
-    longest_prompt: Sequence[int],
-    *,
-    top_p: float = 1.0,
-) -> GenerationConfig:
-    limit = context_length(model)
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(longest_prompt))
-    drawn: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": top_p}
-    return GenerationConfig(
-        max_new_tokens=room,
-        num_beams=1,
-        eos_token_id=list(stop_ids) or None,
-        pad_token_id=pad_id,
-        use_cache=True,
-        **(drawn if temperature > 0 else {"do_sample": False}),
-    )
-
-
-@contextlib.contextmanager
-def _plain_settings(model: PreTrainedModel) -> Iterator[None]:
-    """Put the settings that the model's folder brought along aside, and evaluation mode on, for the block."""
-    brought, training = model.generation_config, model.training
-    model.generation_config = GenerationConfig()
-    model.eval()
-    try:
-        yield
-    finally:
-        model.generation_config = brought
-        model.train(training)
-
-
-def _generate(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    *,
-    settings: GenerationConfig,
-    pad_id: int,
-    kv_cache: KVFormat | None,
-    streamer: BaseStreamer | None,
-    ended: threading.Event | None = None,
-) -> Tensor:
-    """New tokens of each prompt [prompts, at most max_new_tokens]."""
-    length = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), length), pad_id)
-    mask = torch.zeros((len(prompts), length), dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids[row, length - len(prompt) :] = torch.tensor(prompt)
-        mask[row, length - len(prompt) :] = 1
-    generating: Any = model  # the mixin's signature is not one that a type checker follows
-    output = generating.generate(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        generation_config=settings,
-        past_key_values=None if kv_cache is None else new_cache(model, kv_cache),
-        streamer=streamer,
-        stopping_criteria=None if ended is None else [_Ended(ended)],
-    )
-    return output[:, length:].cpu()
-
-
 def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
     stops = set(stop_ids)
     end = next((index for index, token in enumerate(tokens) if token in stops), len(tokens))
@@ -254,56 +216,3 @@ def _until_stop(tokens: list[int], stop_ids: Sequence[int]) -> list[int]:
 def _text(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> str:
     text = tokenizer.decode(list(tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text if isinstance(text, str) else "".join(text)
-
-
-class _Streamer(BaseStreamer):
-    """Hands on text as soon as it is sure: bytes that do not make a character yet wait for the rest of it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop_ids: Sequence[int], stream: Stream) -> None:
-        self._tokenizer, self._stop_ids, self._stream = tokenizer, stop_ids, stream
-        self._tokens: list[int] = []
-        self._told = ""
-        self._prompt_passed = False
-
-    def put(self, value: Tensor) -> None:
-        if not self._prompt_passed:
-            self._prompt_passed = True
-            return
-        self._tokens += value.flatten().tolist()
-        text = _text(self._tokenizer, _until_stop(self._tokens, self._stop_ids))
-        if not text.endswith("\ufffd"):
-            self._tell(text)
-
-    def end(self) -> None:
-        self._tell(_text(self._tokenizer, _until_stop(self._tokens, self._stop_ids)))
-
-    def _tell(self, text: str) -> None:
-        if text.startswith(self._told) and len(text) > len(self._told):
-            self._stream(text[len(self._told) :])
-            self._told = text
-
-
-class _TokenQueue(BaseStreamer):
-    """Hands on the tokens themselves."""
-
-    def __init__(self, written: queue.SimpleQueue[int | BaseException | None]) -> None:
-        self._written, self._prompt_passed = written, False
-
-    def put(self, value: Tensor) -> None:
-        if self._prompt_passed:
-            for token in value.flatten().tolist():
-                self._written.put(token)
-        self._prompt_passed = True
-
-    def end(self) -> None:
-        """Nothing is held back."""
-
-
-class _Ended(StoppingCriteria):
-    """Ends generation when nobody reads any more."""
-
-    def __init__(self, ended: threading.Event) -> None:
-        self._ended = ended
-
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self._ended.is_set(), device=input_ids.device)

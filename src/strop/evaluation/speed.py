@@ -1,4 +1,5 @@
-"""Tokens per second: reading a prompt (prefill) and writing greedily, one sequence, through transformers' own cache.
+"""Tokens per second: reading a prompt (prefill) and writing greedily, one sequence, the way that answers are written:
+by the loop of `decoding`, or through transformers' own cache or a rounded one where that loop does not run.
 
 Prefill is one forward pass over `prompt_tokens` random tokens with the last position's logits; decoding feeds one
 token at a time, each the likeliest after the one before, until `new_tokens` are written. Both are run once to warm up
@@ -20,8 +21,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from strop.evaluation.decoding import Decoder, decodes
+from strop.evaluation.few_rows import few_rows
 from strop.evaluation.generation import context_length
 from strop.evaluation.kv_cache import KVFormat, new_cache
+from strop.evaluation.probes import settle
 
 
 @dataclass(frozen=True)
@@ -91,19 +95,33 @@ def measure_speed(
     training = model.training
     model.eval()
 
-    def read() -> Any:
+    def begin() -> Any:
+        decoder = Decoder(model, 1)
+        return decoder, decoder.read(prompt.tolist())
+
+    def go_on(begun: Any) -> None:
+        decoder, logits = begun
+        for _ in range(new_tokens):
+            logits = decoder.write(logits.argmax(dim=-1))
+        settle(model.device)
+
+    def read_by_transformers() -> Any:
         cache = {} if kv_cache is None else {"past_key_values": new_cache(model, kv_cache)}
         return model(input_ids=prompt, use_cache=True, **one_logit, **cache)
 
-    def write(output: Any) -> None:
+    def write_by_transformers(output: Any) -> None:
         for _ in range(new_tokens):
             token: Tensor = output.logits[:, -1:].argmax(dim=-1)
             output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
-        _settle(model)
+        settle(model.device)
 
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), few_rows(model):
             prefill, decode = [], []
+            if kv_cache is None and decodes(model, prompt_tokens + new_tokens):
+                read, write = begin, go_on
+            else:
+                read, write = read_by_transformers, write_by_transformers
             for run in range(repeats + 1):
                 seconds, output = _timed(model, read)
                 writing, _ = _timed(model, lambda output=output: write(output))
@@ -120,16 +138,8 @@ def _rate(rates: list[float], tokens: int) -> Rate:
 
 
 def _timed(model: PreTrainedModel, work: Callable[[], Any]) -> tuple[float, Any]:
-    _settle(model)
+    settle(model.device)
     start = time.perf_counter()
     result = work()
-    _settle(model)
+    settle(model.device)
     return time.perf_counter() - start, result
-
-
-def _settle(model: PreTrainedModel) -> None:
-    """Wait for work that an accelerator was handed but has not done."""
-    if model.device.type == "cuda":
-        torch.cuda.synchronize(model.device)
-    elif model.device.type == "mps":
-        torch.mps.synchronize()

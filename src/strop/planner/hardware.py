@@ -8,7 +8,6 @@ multiplies small matrices for a fraction of a second.
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +16,7 @@ from typing import Any, Literal
 import torch
 
 from strop.errors import UsageError, nearest
+from strop.evaluation.probes import product_rates
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -151,26 +151,9 @@ def measure_matmul(dtype: Dtype = "bfloat16", *, size: int = 1024, seconds: floa
     The figure is that of large products alone: what surrounds them in a training step comes on top.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    generator = torch.Generator(device=device).manual_seed(0)
-    left = torch.randn(size, size, generator=generator, device=device, dtype=torch.float32).to(kind)
-    right = torch.randn(size, size, generator=generator, device=device, dtype=torch.float32).to(kind)
-    samples: list[float] = []
-    with torch.inference_mode():
-        _timed_product(left, right, device)  # the first product also pays for code generation
-        end = time.perf_counter() + seconds
-        while len(samples) < 3 or time.perf_counter() < end:
-            samples.append(_timed_product(left, right, device))
+    rates = product_rates(dtype, size=size, seconds=seconds, device=device)
     name = torch.cuda.get_device_name(0) if device == "cuda" else "this CPU"
-    return Rate(name, dtype, 2 * size**3 / median(samples), measured=True)
-
-
-def _timed_product(left: torch.Tensor, right: torch.Tensor, device: str) -> float:
-    started = time.perf_counter()
-    torch.mm(left, right)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return Rate(name, dtype, median(rates), measured=True)
 
 
 def fastest_rate(*, seconds: float = 0.15) -> Rate:

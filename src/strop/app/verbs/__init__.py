@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from strop.app.verbs.bench import bench
 from strop.app.verbs.chat import chat, predict
 from strop.app.verbs.common import stop
 from strop.app.verbs.compare import compare
@@ -21,6 +22,7 @@ from strop.app.verbs.verify import verify
 __all__ = [
     "affine",
     "apply",
+    "bench",
     "bits",
     "chat",
     "compare",
