@@ -25,6 +25,8 @@ from typing import Any
 HERE = Path(__file__).parent
 BITS = {"int4-g128": 4.125, "int4-g32": 4.5, "int3-g32": 3.5, "int2-g32": 2.5}
 """The points, and what a code, and a float16 scale per group, take."""
+FULL_RANGE = {f"{name}-full": bits for name, bits in BITS.items()}
+"""The same bits, and grids that spend the sign of a scale: what auto-round means by symmetric. Strop's own alone."""
 ZERO_POINTS = {name: bits + 8 / int(name.rpartition("g")[2]) for name, bits in BITS.items()}
 """The same with a zero point of at most 8 bits per group (-asym)."""
 CODEBOOKS = {"nf4-dq": 4.127, "fp4-dq": 4.127, "nf4": 4.5, "fp4": 4.5}
@@ -39,11 +41,14 @@ class Peer:
     runner: str
     methods: tuple[str, ...]
     symmetric: bool = True
+    full_range: bool = False
     asymmetric: bool = False
     codebooks: bool = False
 
     def formats(self) -> list[str]:
         chosen = list(BITS) if self.symmetric else []
+        if self.full_range:
+            chosen += list(FULL_RANGE)
         if self.asymmetric:
             chosen += [f"{name}-asym" for name in BITS]
         return chosen + (list(CODEBOOKS) if self.codebooks else [])
@@ -63,6 +68,8 @@ def allowed_bits(format: str) -> float:
     """What a candidate may take at most to be compared at this grid."""
     if format in CODEBOOKS:
         return CODEBOOKS[format] * TOLERANCE
+    if format in FULL_RANGE:
+        return FULL_RANGE[format] * TOLERANCE
     name = format.removesuffix("-asym")
     return (ZERO_POINTS if format.endswith("-asym") else BITS)[name] * TOLERANCE
 
@@ -104,7 +111,11 @@ def table(results: list[dict[str, Any]], split: str) -> list[str]:
     """The markdown table, and below it one line for each entry without figures."""
     lines = [f"| {' | '.join(HEADINGS)} |", "|---" * len(HEADINGS) + "|"]
     missing: list[str] = []
-    order = [*BITS, *(f"{name}-asym" for name in BITS), *CODEBOOKS]
+    order = [
+        *(form for name in BITS for form in (name, f"{name}-full")),
+        *(f"{name}-asym" for name in BITS),
+        *CODEBOOKS,
+    ]
     for result in sorted(results, key=lambda result: order.index(result["format"])):
         name = [result["format"], result["peer"], result["method"]]
         figures = result["folder"] / f"{split}.json"
@@ -141,7 +152,7 @@ def main() -> None:
     parser.add_argument("--test", action="store_true", help="judge on the test split too")
     parser.add_argument("--save", type=Path, help="write the figures, without those per document, as JSON")
     chosen = parser.parse_args()
-    own = Peer("", "run_strop.py", tuple(chosen.own), asymmetric=True, codebooks=True)
+    own = Peer("", "run_strop.py", tuple(chosen.own), full_range=True, asymmetric=True, codebooks=True)
     for name, peer in {**{name: PEERS[name] for name in chosen.peers}, "strop": own}.items():
         python = Path(sys.executable) if name == "strop" else chosen.environments / peer.environment / "bin" / "python"
         for method in peer.methods:

@@ -16,7 +16,14 @@ class ToyBlock:
     """A `strop.methods.Block`; remembers every set of weights that it was run with while nothing was recorded."""
 
     def __init__(
-        self, *, batches: int = 6, tokens: int = 32, width: int = 32, seed: int = 0, correlated: bool = True
+        self,
+        *,
+        batches: int = 6,
+        tokens: int = 32,
+        width: int = 32,
+        seed: int = 0,
+        correlated: bool = True,
+        long_tokens: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.weights: Mapping[str, Tensor] = {
@@ -32,6 +39,8 @@ class ToyBlock:
         if not correlated:
             mixing = torch.eye(width)
         self.x = [torch.randn(tokens, width, generator=generator) @ mixing for _ in range(batches)]
+        for x in self.x if long_tokens else ():
+            x[::long_tokens] = 30 * x[::long_tokens].abs()  # they alone decide the second moments
         self.noise = [0.02 * torch.randn(tokens, width, generator=generator) for _ in range(batches)]
         self.measured: list[dict[str, Tensor]] = []
         self.trained: list[int] = []
@@ -78,9 +87,9 @@ class ToyBlock:
         x = torch.cat(self.x) + torch.cat(self.noise)
         return {UP: x, DOWN: torch.relu(x @ changed.get(UP, self.weights[UP]).t())}
 
-    def error(self, batches: Sequence[int], weights: Mapping[str, Tensor]) -> float:
-        """Mean squared error of the output over batches, in float64."""
-        squares = [
-            (self.forward(self.x[n] + self.noise[n], weights) - self.target(n)).double().square() for n in batches
-        ]
-        return torch.cat(squares).mean().item()
+    def error(self, batches: Sequence[int], weights: Mapping[str, Tensor], *, relative: bool = False) -> float:
+        """Mean squared error of the output over batches, or mean over tokens of |error|^2 / |target|^2, in float64."""
+        target = torch.cat([self.target(n) for n in batches]).double()
+        found = torch.cat([self.forward(self.x[n] + self.noise[n], weights) for n in batches]).double()
+        squares = (found - target).square()
+        return (squares.sum(1) / target.square().sum(1) if relative else squares).mean().item()

@@ -57,7 +57,7 @@ BLOCK_METHODS: Mapping[str, BlockMethod] = MappingProxyType(
 HESSIAN: frozenset[str] = frozenset({"gptq", "awq", "autoround", "autoround-light", "autoround-best"})
 """Methods that need the second moments of the inputs."""
 
-DRIFT: frozenset[str] = frozenset({"gptq"})
+DRIFT: frozenset[str] = frozenset({"gptq", "autoround", "autoround-light", "autoround-best"})
 """Methods that use how far the inputs are from those of the full-precision model."""
 
 __all__ = [

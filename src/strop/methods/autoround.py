@@ -5,14 +5,15 @@
 
     W~ = s * clip(round(W / s + V), n, m)        V for each weight
     s = (max(W) * beta - min(W) * alpha) / (2^b - 1)        alpha, beta for each group
-    V, alpha, beta  <-  descend the block's mean squared output error, at a rate that falls linearly to 0
+    V, alpha, beta  <-  descend the block's squared output error, at a rate that falls linearly to 0
 
-Deviations, each with its gain in `benchmarks/LOG.md` (2026-11-25):
+Deviations, each with its gain in `benchmarks/LOG.md` (2026-11-25 and 2026-12-01):
 
-- It starts from what GPTQ makes of the block, layer after layer, not from rounding to nearest: V is 0 where GPTQ takes
-  the nearest value, and elsewhere such that W / s + V lies beyond the threshold as far as W / s lies before it. From
-  there less of the paper's way is left to go, and the rate is 0.001 (0.002 at 3 bits and fewer), not
-  1 / iterations.
+- It starts from what GPTQ makes of the block, layer after layer, with what drift did to the inputs made up for, not
+  from rounding to nearest: V is 0 where GPTQ takes the nearest value, and elsewhere such that W / s + V lies beyond the
+  threshold as far as W / s lies before it. From there less of the paper's way is left to go: the rate is 0.001 (0.002
+  at 3 bits and fewer), not 1 / iterations, and half of the paper's 200 steps do.
+- The error of a token is taken relative to its length (`reconstruction.relative_errors`), not as it is.
 - The paper steps by the sign of the gradient; here Adam steps by its running mean over its running magnitude, at most
   about the rate too. The sign moves weights that the error hardly depends on as far as any, and leaves GPTQ's optimum
   before it finds a better one. The clipping factors move at a tenth of the rate, and weights are not bound to the
@@ -34,14 +35,14 @@ import torch
 from torch import Tensor
 
 from strop.methods.base import Block, BlockResult
-from strop.methods.reconstruction import gptq_start, held_out, train
+from strop.methods.reconstruction import gptq_start, held_out, relative_errors, train
 from strop.methods.rounding import beside, round_through, settled, steps_between, stored_scale, whole
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import restore, split, spread
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
 
-ITERATIONS = 200
+ITERATIONS = 100
 _RATE, _COARSE_RATE = 1e-3, 2e-3  # steps of the grid: above 3 bits, and at 3 bits and fewer
 _FACTOR_SHARE = 0.1
 _FACTORS = (0.5, 1.5)
@@ -62,14 +63,14 @@ def autoround(
     Args:
         block: The block over its calibration inputs.
         schemes: A scheme for each layer to quantize.
-        iterations: Steps of training, a batch each; 0 gives GPTQ.
+        iterations: Steps of training, a batch each; 0 gives GPTQ, drift made up for.
         rate: How far the first step moves V at the most, in steps of the grid; None for 0.002 at 3 bits
             and fewer, else 0.001.
         seed: Decides the order of the batches.
         step: Told what is being done.
 
     Returns:
-        Never worse than GPTQ or searched rounding by the block's error on the batches that measure.
+        Never worse than GPTQ or searched rounding by the block's relative error on the batches that measure.
         Layers that no token reached are searched without data, and a note says so.
 
     Raises:
@@ -78,7 +79,7 @@ def autoround(
     """
     notes: list[str] = []
     batches, measured = held_out(block, notes)
-    start = gptq_start(block, schemes, measured)
+    start = gptq_start(block, schemes, measured, drift=True, errors=relative_errors)
     notes += start.notes
     layers = {
         layer: Rounding(layer, block.weights[layer], schemes[layer], start.weights[layer]) for layer in start.reached
@@ -96,6 +97,7 @@ def autoround(
         iterations=iterations,
         seed=seed,
         say=lambda text: step(f"{block.name}: AutoRound {text}"),
+        errors=relative_errors,
     )
     return BlockResult(weights, notes=notes)
 

@@ -1,9 +1,14 @@
 """What methods that train a block against its full-precision output share: where they start, and what they measure.
 
-The error is that of the block's whole output: mean over batches' tokens and features of (quantized - full precision)^2,
-the quantized block being fed what the quantized blocks before it give. A method keeps the best of what it measured, the
-start among it, so that on the batches that measure it is never worse than searched rounding. What trains runs in bf16
-where the processor multiplies it faster, what is measured in fp32.
+The error is that of the block's whole output, the quantized block being fed what the quantized blocks before it give:
+
+    squared_errors     mean over tokens and features of (quantized - full precision)^2
+    relative_errors    mean over tokens of |quantized - full precision|^2 / |full precision|^2
+
+By the second a token counts by how far it is moved, not by how long it is: the norms that read hidden states divide by
+their length, and the few tokens that are ten times as long as the others are not fitted before them. A method keeps the
+best of what it measured, the start among it, so that on the batches that measure it is never worse than searched
+rounding. What trains runs in bf16 where the processor multiplies it faster, what is measured in fp32.
 """
 
 from __future__ import annotations
@@ -51,6 +56,22 @@ class Trainable(Protocol):
         ...
 
 
+Errors = Callable[[Tensor, Tensor], Tensor]
+"""(output, target), [tokens, hidden], to the error of each token, float32 [tokens]."""
+
+
+def squared_errors(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over features of (output - target)^2."""
+    return (output.float() - target).square().mean(dim=-1)
+
+
+def relative_errors(output: Tensor, target: Tensor) -> Tensor:
+    """|output - target|^2 / |target|^2; a token of zeros counts 0."""
+    length = target.square().sum(dim=-1)
+    errors = (output.float() - target).square().sum(dim=-1)
+    return errors * torch.where(length > 0, 1 / length, 0.0)
+
+
 @dataclass(frozen=True, eq=False)
 class Start:
     """Where training starts from.
@@ -84,10 +105,18 @@ def searched_start(block: Block, schemes: Mapping[str, Scheme]) -> Start:
     return Start(weights, tuple(layer for layer in layers if layer in statistics), notes)
 
 
-def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[int]) -> Start:
+def gptq_start(
+    block: Block,
+    schemes: Mapping[str, Scheme],
+    measured: Sequence[int],
+    *,
+    drift: bool = False,
+    errors: Errors = squared_errors,
+) -> Start:
     """Round every weight by GPTQ, or with searched scales where that errs less in the block's output over `measured`.
 
-    Both over the same statistics, gathered layer after layer; what has none (see `layer_by_layer`) is not trained.
+    Both over the same statistics, gathered layer after layer; what has none (see `layer_by_layer`) is not trained. With
+    `drift` GPTQ makes up for how far quantization has moved its inputs.
 
     Raises:
         DataError: Inputs of a layer, or the block's output, are not finite.
@@ -102,10 +131,10 @@ def gptq_start(block: Block, schemes: Mapping[str, Scheme], measured: Sequence[i
         searched[where] = search(weight, scheme, seen, where=where)
         return gptq(weight, scheme, seen, where=where, note=notes.append)
 
-    result = layer_by_layer(block, schemes, both, hessian=True)
+    result = layer_by_layer(block, schemes, both, hessian=True, drift=drift)
     notes += result.notes
     weights, reached = dict(result.weights), tuple(layer for layer in block.weights if layer in searched)
-    compensated, plain = (block_error(block, measured, found) for found in (weights, weights | searched))
+    compensated, plain = (block_error(block, measured, found, errors=errors) for found in (weights, weights | searched))
     if plain < compensated:
         notes.append(f"{block.name}: started from searched scales, which err less than GPTQ")
         return Start(weights | searched, reached, notes)
@@ -118,15 +147,17 @@ def block_error(
     batches: Sequence[int],
     weights: Mapping[str, QuantizedTensor],
     others: Mapping[str, Tensor] = MappingProxyType({}),
+    *,
+    errors: Errors = squared_errors,
 ) -> float:
-    """Mean squared error of the block's output over `batches`, with quantized weights and other parameters in place."""
+    """The mean error of the block's output over `batches`, with quantized weights and other parameters in place."""
     changed = {layer: quantized.dequantize() for layer, quantized in weights.items()} | dict(others)
-    total, values = 0.0, 0
+    total, tokens = 0.0, 0
     for batch in batches:
-        difference = block.run(batch, changed) - block.target(batch)
-        total += float(difference.square_().sum(dtype=torch.float64))
-        values += difference.numel()
-    return total / max(1, values)
+        found = errors(block.run(batch, changed), block.target(batch))
+        total += float(found.sum(dtype=torch.float64))
+        tokens += found.numel()
+    return total / max(1, tokens)
 
 
 def train(
@@ -141,6 +172,7 @@ def train(
     iterations: int,
     seed: int,
     say: Callable[[str], None],
+    errors: Errors = squared_errors,
 ) -> tuple[dict[str, QuantizedTensor], dict[str, Tensor]]:
     """Train layers on the block's output by Adam, a batch at a time, and keep the best that was measured.
 
@@ -155,6 +187,7 @@ def train(
         iterations: Batches to train on in all.
         seed: Decides the order.
         say: Told how far it is.
+        errors: What is descended, and what decides.
 
     Returns:
         The quantized weights with the least error, those that were not trained included, and the other parameters that
@@ -163,7 +196,7 @@ def train(
     Raises:
         DataError: The start's error is not finite.
     """
-    best, kept = block_error(block, measured, start.weights), (start.weights, dict[str, Tensor]())
+    best, kept = block_error(block, measured, start.weights, errors=errors), (start.weights, dict[str, Tensor]())
     if not math.isfinite(best):
         raise DataError(
             f"{block.name}: its output is not finite on the calibration rows, in full precision or quantized; check "
@@ -182,7 +215,7 @@ def train(
         changed = fixed | {layer: part.rounded() for layer, part in layers.items()} | dict(others)
         with autocast(device, dtype):
             output = block.run(batch, changed)
-        loss = (output.float() - block.target(batch)).square().mean()
+        loss = errors(output, block.target(batch)).mean()
         loss.backward()  # pyright: ignore[reportUnknownMemberType]
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * (1 - iteration / iterations)
@@ -194,7 +227,7 @@ def train(
         if done * MEASUREMENTS // iterations > iteration * MEASUREMENTS // iterations:
             found = start.weights | {layer: part.settled() for layer, part in layers.items()}
             beside = {name: tensor.detach().clone() for name, tensor in others.items()}
-            error = block_error(block, measured, found, beside)
+            error = block_error(block, measured, found, beside, errors=errors)
             if error < best:
                 best, kept = error, (found, beside)
             say(f"{done} of {iterations}, error {best / first if first else 1:.3f} of the start's")
