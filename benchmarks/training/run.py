@@ -89,9 +89,9 @@ def measure(
 
 
 def table(cells: Sequence[Cell]) -> list[str]:
-    """Medians (least to most) of CPU seconds; times and memory against the rival of the same pair."""
+    """Medians (least to most); times and memory against the rival of the same pair. Tokens are those of real text."""
     lines = [
-        "| case | by | CPU s | rows or tokens a CPU second | times as fast | peak, MB | of the rival's |",
+        "| case | by | CPU s a step | tokens a CPU second | times as fast | peak, MB | of the rival's |",
         "|---" * 7 + "|",
     ]
     for what, shape in dict.fromkeys((cell["what"], cell["shape"]) for cell in cells):
@@ -103,8 +103,7 @@ def table(cells: Sequence[Cell]) -> list[str]:
             pairs = sorted(both[0].keys() & both[1].keys())
             if not pairs:
                 continue
-            unit = "rows" if what == "rows" else "tokens"
-            rates = [[side[pair][unit] / side[pair]["cpu_seconds"] for pair in pairs] for side in both]
+            rates = [[side[pair]["tokens"] / side[pair]["cpu_seconds"] for pair in pairs] for side in both]
             ratios = [ours / theirs for theirs, ours in zip(*rates, strict=True)]
             peaks = [max(side[pair]["peak_bytes"] for pair in pairs) for side in both]
             for place, name in enumerate((rival, kind)):
