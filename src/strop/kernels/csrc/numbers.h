@@ -87,7 +87,14 @@ inline void load_scales(const void *scale, int32_t type, int64_t place, int64_t 
     const uint16_t *halves = (const uint16_t *)scale + place;
     if (type == FLOAT32) memcpy(values, (const float *)scale + place, (size_t)count * 4);
     else if (type == BFLOAT16) for (int64_t k = 0; k < count; k++) values[k] = BFloat16::load(halves[k]);
-    else for (int64_t k = 0; k < count; k++) values[k] = from_float16(halves[k]);
+    else {
+        int64_t k = 0;
+#if defined(__AVX512F__)
+        for (; k + 16 <= count; k += 16)
+            _mm512_storeu_ps(values + k, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + k))));
+#endif
+        for (; k < count; k++) values[k] = from_float16(halves[k]);
+    }
 }
 
 inline void store_scales(void *scale, int32_t type, int64_t place, const float *values, int64_t count) {
