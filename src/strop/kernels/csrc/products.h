@@ -113,16 +113,30 @@ inline bool has_blocks(const Job *job) {
 #endif
 }
 
+// A token's inputs as float32, `whole` columns of them turned: word by word of a block, then step by step.
+template <class X> void lay_inputs(const typename X::Stored *__restrict__ x, int64_t columns, int64_t whole,
+                                   float *__restrict__ inputs) {
+    for (int64_t start = 0; start < whole; start += BLOCK)
+        for (int64_t step = 0; step < 8; step++)
+            for (int64_t lane = 0; lane < LANES; lane++)
+                inputs[start + step * LANES + lane] = X::load(x[start + 8 * lane + step]);
+    for (int64_t i = whole; i < columns; i++) inputs[i] = X::load(x[i]);
+}
+
 // Units: tokens. The inputs as float32, turned where rows are read in blocks of 4-bit codes, and the groups' sums.
 int prepare_product(const Job *job, int64_t begin, int64_t end) {
     const int64_t columns = job->columns, room = input_room(columns), groups = columns / job->size;
     const bool turned = has_blocks(job) && job->bits == 4;
+    const int64_t whole = turned ? columns / BLOCK * BLOCK : 0;
     for (int64_t token = begin; token < end; token++) {
         float *inputs = job->inputs + token * room, *sums = job->sums + token * sums_room(groups);
-        for (int64_t i = 0; i < room; i++) inputs[i] = 0;
-        for (int64_t i = 0; i < columns; i++) {
-            const int64_t lane = i % BLOCK / 8, step = i % 8;
-            inputs[turned ? i / BLOCK * BLOCK + step * LANES + lane : i] = input_of(job, token * columns + i);
+        for (int64_t i = whole; i < room; i++) inputs[i] = 0;
+        if (job->x_type == FLOAT32) lay_inputs<Float32>((const float *)job->x + token * columns, columns, whole, inputs);
+        else lay_inputs<BFloat16>((const uint16_t *)job->x + token * columns, columns, whole, inputs);
+        if (turned && whole < columns) {  // the last block, which is short
+            float last[BLOCK] = {0};
+            memcpy(last, inputs + whole, (size_t)(columns - whole) * 4);
+            lay_inputs<Float32>(last, BLOCK, BLOCK, inputs + whole);
         }
         if (!job->zero) continue;
         for (int64_t group = 0; group < groups; group++) {
