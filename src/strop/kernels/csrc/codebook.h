@@ -34,7 +34,9 @@ inline __m512i places_among(const float *values, __m512 midpoints) {
     const __m512 x = _mm512_loadu_ps(values);
     const __m512 seventh = _mm512_permutexvar_ps(_mm512_set1_epi32(7), midpoints);
     __m512i place = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, seventh, _CMP_GT_OQ), 8);
-    for (int step = 4; step; step /= 2) {
+#pragma GCC unroll 3
+    for (int half = 0; half < 3; half++) {
+        const int step = 4 >> half;
         const __m512 middle = _mm512_permutexvar_ps(_mm512_add_epi32(place, _mm512_set1_epi32(step - 1)), midpoints);
         const __mmask16 beyond = _mm512_cmp_ps_mask(x, middle, _CMP_GT_OQ);
         place = _mm512_mask_add_epi32(place, beyond, place, _mm512_set1_epi32(step));

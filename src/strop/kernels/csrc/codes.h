@@ -44,8 +44,10 @@ inline int64_t pack_even(const uint8_t *__restrict__ codes, int64_t count, int b
     if (bits == 4) {
         for (; done + 2 <= count; done += 2) packed[done / 2] = (uint8_t)(codes[done] | codes[done + 1] << 4);
     } else {
-        for (; done + 4 <= count; done += 4)
-            packed[done / 4] = (uint8_t)(codes[done] | codes[done + 1] << 2 | codes[done + 2] << 4 | codes[done + 3] << 6);
+        for (; done + 4 <= count; done += 4) {
+            const int low = codes[done] | codes[done + 1] << 2, high = codes[done + 2] | codes[done + 3] << 2;
+            packed[done / 4] = (uint8_t)(low | high << 4);
+        }
     }
     return done;
 }
@@ -109,6 +111,7 @@ void pack_codes(const uint8_t *__restrict__ codes, int64_t count, int bits, uint
 
 void unpack_codes(const uint8_t *__restrict__ packed, int64_t count, int bits, uint8_t *__restrict__ codes) {
     int64_t done = 0;
+    ask_ahead(packed, count * bits / 8);
     if (bits == 8) {
         memcpy(codes, packed, (size_t)count);
         return;

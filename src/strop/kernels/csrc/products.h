@@ -98,7 +98,6 @@ const int64_t LANES = 16;
 
 const int64_t BLOCK = 8 * LANES;  // codes of 4 bits in a vector of words
 const int64_t SCALES = 128;       // scales of a row kept aside at a time
-const int64_t AHEAD = 1024;       // bytes between what is asked for and what is used
 
 inline float input_of(const Job *job, int64_t place) {
     return job->x_type == FLOAT32 ? ((const float *)job->x)[place] : BFloat16::load(((const uint16_t *)job->x)[place]);
@@ -131,8 +130,9 @@ int prepare_product(const Job *job, int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; token++) {
         float *inputs = job->inputs + token * room, *sums = job->sums + token * sums_room(groups);
         for (int64_t i = whole; i < room; i++) inputs[i] = 0;
-        if (job->x_type == FLOAT32) lay_inputs<Float32>((const float *)job->x + token * columns, columns, whole, inputs);
-        else lay_inputs<BFloat16>((const uint16_t *)job->x + token * columns, columns, whole, inputs);
+        const int64_t first = token * columns;
+        if (job->x_type == FLOAT32) lay_inputs<Float32>((const float *)job->x + first, columns, whole, inputs);
+        else lay_inputs<BFloat16>((const uint16_t *)job->x + first, columns, whole, inputs);
         if (turned && whole < columns) {  // the last block, which is short
             float last[BLOCK] = {0};
             memcpy(last, inputs + whole, (size_t)(columns - whole) * 4);
