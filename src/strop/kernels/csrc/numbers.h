@@ -88,12 +88,14 @@ inline void load_scales(const void *scale, int32_t type, int64_t place, int64_t 
     if (type == FLOAT32) memcpy(values, (const float *)scale + place, (size_t)count * 4);
     else if (type == BFLOAT16) for (int64_t k = 0; k < count; k++) values[k] = BFloat16::load(halves[k]);
     else {
-        int64_t k = 0;
 #if defined(__AVX512F__)
-        for (; k + 16 <= count; k += 16)
-            _mm512_storeu_ps(values + k, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(halves + k))));
+        for (int64_t k = 0; k < count; k += 16) {
+            const __mmask16 those = (__mmask16)(count - k < 16 ? (1 << (count - k)) - 1 : 0xFFFF);
+            _mm512_mask_storeu_ps(values + k, those, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(those, halves + k)));
+        }
+#else
+        for (int64_t k = 0; k < count; k++) values[k] = from_float16(halves[k]);
 #endif
-        for (; k < count; k++) values[k] = from_float16(halves[k]);
     }
 }
 
