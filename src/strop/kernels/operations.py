@@ -9,6 +9,7 @@ cannot do it: the reference is forced or all there is, a tensor is of another ki
 from __future__ import annotations
 
 import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -47,7 +48,7 @@ class AffineGrid:
     shared: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Codebook:
     """A table of 16 levels over blocks of the flattened weight.
 
@@ -70,7 +71,7 @@ def usable(*tensors: Tensor | None) -> tuple[Library, str] | None:
     """The library and the instruction set, where the kernels are in use and can read these tensors."""
     for tensor in tensors:
         if tensor is not None and not (
-            type(tensor) in _PLAIN and tensor.device.type == "cpu" and tensor.is_contiguous() and tensor.numel() > 0
+            type(tensor) in _PLAIN and tensor.is_cpu and tensor.is_contiguous() and tensor.numel() > 0
         ):
             return None
     # What torch.compile traces and what functorch wraps have no bytes to read.
@@ -244,26 +245,40 @@ def product(
         shape: (out, in).
     """
     found = usable(x, codes, scale, zero, bias)
-    rows, columns = shape
-    if found is None or x.dtype not in _VALUES or x.ndim != 2 or x.shape[1] != columns or x.shape[0] > MOST_TOKENS:
+    if found is None or x.dtype not in _VALUES or x.ndim != 2 or x.shape[1] != shape[1] or x.shape[0] > MOST_TOKENS:
         return None
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != (rows,)):
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != shape[:1]):
         return None
-    if isinstance(grid, Codebook):
-        row_bytes = columns // 2
-        fits = columns % grid.size == 0 and zero is None and _fits_blocks(grid, rows * columns, scale)
-        job = _codebook_job(grid, rows * columns, grid.levels, scale)
-        job.rows, job.columns = rows, columns
-    else:
-        row_bytes = (columns * grid.bits + 7) // 8
-        fits = codes.ndim == 2 and _fits(grid, shape, scale.dtype, scale, zero)
-        job = _affine_job(grid, rows, columns, scale.dtype, scale, zero) if fits else Job()
-    if not fits or codes.dtype != torch.uint8 or codes.numel() != rows * row_bytes:
+    known = _product_job(grid, shape, scale.dtype)
+    if known is None or codes.dtype != torch.uint8 or codes.numel() != shape[0] * known.row_bytes:
         return None
-    result = torch.empty((x.shape[0], rows), dtype=x.dtype, device=_CPU)
-    job.x, job.x_type, job.y = x.data_ptr(), _TYPES[x.dtype], result.data_ptr()
-    job.codes, job.row_bytes, job.tokens, job.bias = codes.data_ptr(), row_bytes, x.shape[0], _pointer(bias)
+    if not isinstance(grid, Codebook):
+        if codes.ndim != 2 or not _fits(grid, shape, scale.dtype, scale, zero):
+            return None
+    elif zero is not None or scale.numel() * grid.size != shape[0] * shape[1]:
+        return None
+    job = Job.from_buffer_copy(known)
+    result = x.new_empty((x.shape[0], shape[0]))
+    job.x, job.x_type, job.y, job.tokens = x.data_ptr(), _TYPES[x.dtype], result.data_ptr(), x.shape[0]
+    job.codes, job.scale, job.zero, job.bias = codes.data_ptr(), scale.data_ptr(), _pointer(zero), _pointer(bias)
     return result if _run(found, "product", job) else None
+
+
+@functools.lru_cache(maxsize=256)
+def _product_job(grid: AffineGrid | Codebook, shape: tuple[int, int], scale_dtype: torch.dtype) -> Job | None:
+    """What all products with weights of a kind have alike: made once, for a token's time is short."""
+    rows, columns = shape
+    if isinstance(grid, Codebook):
+        if columns % grid.size or scale_dtype != torch.float32:
+            return None
+        job = _codebook_job(grid, rows * columns, grid.levels, None)
+        job.rows, job.columns, job.row_bytes = rows, columns, columns // 2
+        return job
+    if scale_dtype not in _TYPES:
+        return None
+    job = _affine_job(grid, rows, columns, scale_dtype, None, None)
+    job.row_bytes = (columns * grid.bits + 7) // 8
+    return job
 
 
 def unpacked_mask(mask: Tensor, count: int, size: int) -> Tensor:

@@ -11,6 +11,8 @@ exists during one call, and is made again in the backward pass for the gradient 
 While gradients are off, a few rows of `x` (a token that is being generated) are multiplied by the native kernels where
 there are any: with the codes as they lie, their values unrounded and summed in float32; nothing dense is made at all.
 
+Under torch.compile a layer is one operator (`operators`), with the same numbers.
+
 There is no gradient for codes, scales and zeros: what trains on top is an adapter (`LoraLinear`), and training through
 the rounding itself is `FakeQuantLinear`'s.
 """
@@ -25,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from strop.layers.base import compute_dtype, extra_repr, held_back
+from strop.layers.operators import quant_linear
 from strop.numerics import accelerated
 from strop.numerics.qtensor import QuantizedTensor
 from strop.numerics.scheme import Scheme
@@ -100,6 +103,10 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         tensors = [self._kept(name) for name in self._names]
         shape = (self.out_features, self.in_features)
+        if torch.compiler.is_compiling():
+            names = ",".join(self._names)
+            by_kernels = not torch.is_grad_enabled()
+            return quant_linear(x.to(dtype), bias, tensors, names, self.scheme.name, *shape, by_kernels)
         if not torch.is_grad_enabled():
             parts = dict(zip(self._names, tensors, strict=True))
             if (y := accelerated.product(x.to(dtype), self.scheme, shape, parts, bias)) is not None:

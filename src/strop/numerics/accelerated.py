@@ -194,22 +194,25 @@ def product(
         [..., out] in the dtype of x, summed in float32.
     """
     rows, columns = shape
-    if not 1 <= x.numel() // columns <= operations.MOST_TOKENS or not _knows(scheme) or "group_index" in parts:
+    grid = _product_grid(scheme, columns)
+    if grid is None or not 1 <= x.numel() // columns <= operations.MOST_TOKENS or "group_index" in parts:
         return None
     if "nested_codes" in parts:
         scale = NestedScale(parts["nested_codes"], parts["nested_scale"], parts["nested_offset"]).dequantize()
     else:
         scale = parts["scale"]
-    made = operations.product(
-        x.reshape(-1, columns),
-        parts["codes"],
-        _codebook(scheme) or _affine(scheme, shape),
-        scale=scale,
-        zero=parts.get("zero_point"),
-        bias=bias,
-        shape=shape,
-    )
-    return None if made is None else made.view(*x.shape[:-1], rows)
+    flat = x if x.ndim == 2 else x.reshape(-1, columns)
+    zero = parts.get("zero_point")
+    made = operations.product(flat, parts["codes"], grid, scale=scale, zero=zero, bias=bias, shape=shape)
+    return made if made is None or x.ndim == 2 else made.view(*x.shape[:-1], rows)
+
+
+@functools.lru_cache(maxsize=256)
+def _product_grid(scheme: Scheme, columns: int) -> AffineGrid | Codebook | None:
+    """The grid of a scheme over rows of some length, made once; None where there are no kernels for it."""
+    if not _knows(scheme):
+        return None
+    return _codebook(scheme) or _affine(scheme, (1, columns))
 
 
 def _knows(scheme: Scheme) -> bool:

@@ -28,6 +28,24 @@ inline int64_t values_in(const Job *job, int64_t block) {
     return left < job->size ? left : job->size;
 }
 
+#if defined(__AVX512F__)
+// How many of 15 ascending midpoints lie below each of 16 values, by halves.
+inline __m512i places_among(const float *values, __m512 midpoints) {
+    const __m512 x = _mm512_loadu_ps(values);
+    const __m512 seventh = _mm512_permutexvar_ps(_mm512_set1_epi32(7), midpoints);
+    __m512i place = _mm512_maskz_set1_epi32(_mm512_cmp_ps_mask(x, seventh, _CMP_GT_OQ), 8);
+#pragma GCC unroll 3
+    for (int half = 0; half < 3; half++) {
+        const int step = 4 >> half;
+        const __m512 middle = _mm512_permutexvar_ps(_mm512_add_epi32(place, _mm512_set1_epi32(step - 1)), midpoints);
+        const __mmask16 beyond = _mm512_cmp_ps_mask(x, middle, _CMP_GT_OQ);
+        place = _mm512_mask_add_epi32(place, beyond, place, _mm512_set1_epi32(step));
+    }
+    return place;
+}
+inline __m512 midpoints_of(const float *midpoints) { return _mm512_maskz_loadu_ps(0x7FFF, midpoints); }
+#endif
+
 // Midpoint by midpoint over a few values at a time: a value is moved up a level wherever it lies beyond one.
 template <class X, int SIZE>
 inline void nearest_levels(const typename X::Stored *__restrict__ x, typename X::Stored *__restrict__ y, int64_t size,
@@ -38,7 +56,16 @@ inline void nearest_levels(const typename X::Stored *__restrict__ x, typename X:
         relative[i] = relative_to(X::load(x[i]), reciprocal);
         level[i] = levels[0];
     }
-    for (int k = 0; k < 15; k++) {
+#if defined(__AVX512F__)
+    for (int64_t i = 0; SIZE && i < SIZE; i += 16) {
+        const __m512i places = places_among(relative + i, midpoints_of(midpoints));
+        _mm512_storeu_ps(level + i, _mm512_permutexvar_ps(places, _mm512_loadu_ps(levels)));
+    }
+    const int first = SIZE ? 15 : 0;
+#else
+    const int first = 0;
+#endif
+    for (int k = first; k < 15; k++) {
         const float middle = midpoints[k], above = levels[k + 1];
         for (int64_t i = 0; i < count; i++) level[i] = relative[i] > middle ? above : level[i];
     }
@@ -55,7 +82,16 @@ inline void nearest_codes(const typename X::Stored *__restrict__ x, uint8_t *__r
         relative[i] = relative_to(X::load(x[i]), reciprocal);
         code[i] = order[0];
     }
-    for (int k = 0; k < 15; k++) {
+#if defined(__AVX512F__)
+    for (int64_t i = 0; SIZE && i < SIZE; i += 16) {
+        const __m512i places = places_among(relative + i, midpoints_of(midpoints));
+        _mm512_storeu_si512(code + i, _mm512_permutexvar_epi32(places, _mm512_loadu_si512(order)));
+    }
+    const int first = SIZE ? 15 : 0;
+#else
+    const int first = 0;
+#endif
+    for (int k = first; k < 15; k++) {
         const float middle = midpoints[k];
         const int32_t above = order[k + 1];
         for (int64_t i = 0; i < count; i++) code[i] = relative[i] > middle ? above : code[i];

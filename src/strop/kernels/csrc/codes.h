@@ -30,6 +30,58 @@ inline uint64_t spread(uint64_t word, int bits) {
     return parted(parted(parted(word, 32, 4 * bits), 16, 2 * bits), 8, bits);
 }
 
+// How many of `count` codes of 2 or 4 bits the loops for those widths take: whole vectors, where there are any.
+inline int64_t pack_even(const uint8_t *__restrict__ codes, int64_t count, int bits, uint8_t *__restrict__ packed) {
+    int64_t done = 0;
+#if defined(__AVX512BW__)
+    const __m512i pairs = _mm512_set1_epi16(bits == 4 ? 0x1001 : 0x0401), fours = _mm512_set1_epi32(0x00100001);
+    for (; done + 64 <= count; done += 64) {
+        __m512i sums = _mm512_maddubs_epi16(_mm512_loadu_si512(codes + done), pairs);  // code 0 + (code 1 << bits)
+        if (bits == 4) _mm256_storeu_si256((__m256i *)(packed + done / 2), _mm512_cvtepi16_epi8(sums));
+        else _mm_storeu_si128((__m128i *)(packed + done / 4), _mm512_cvtepi32_epi8(_mm512_madd_epi16(sums, fours)));
+    }
+#endif
+    if (bits == 4) {
+        for (; done + 2 <= count; done += 2) packed[done / 2] = (uint8_t)(codes[done] | codes[done + 1] << 4);
+    } else {
+        for (; done + 4 <= count; done += 4) {
+            const int low = codes[done] | codes[done + 1] << 2, high = codes[done + 2] | codes[done + 3] << 2;
+            packed[done / 4] = (uint8_t)(low | high << 4);
+        }
+    }
+    return done;
+}
+
+inline int64_t unpack_even(const uint8_t *__restrict__ packed, int64_t count, int bits, uint8_t *__restrict__ codes) {
+    int64_t done = 0;
+#if defined(__AVX512BW__)
+    for (; done + 64 <= count; done += 64) {
+        __m512i fields;
+        if (bits == 4) {
+            __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(packed + done / 2)));
+            fields = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi16(words, 4)), _mm512_set1_epi8(15));
+        } else {
+            __m512i words = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(packed + done / 4)));
+            words = _mm512_or_si512(words, _mm512_slli_epi32(words, 12));
+            fields = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi32(words, 6)), _mm512_set1_epi8(3));
+        }
+        _mm512_storeu_si512(codes + done, fields);
+    }
+#endif
+    if (bits == 4) {
+        for (; done + 2 <= count; done += 2) {
+            codes[done] = packed[done / 2] & 15;
+            codes[done + 1] = packed[done / 2] >> 4;
+        }
+    } else {
+        for (; done + 4 <= count; done += 4)
+            for (int k = 0; k < 4; k++) codes[done + k] = packed[done / 4] >> 2 * k & 3;
+    }
+    return done;
+}
+
+const int64_t WORDS = 32;  // words of eight codes that are moved together
+
 // `count` codes to bytes as packing.py lays them: code k in the bits k * bits on; the last byte filled with zeros.
 void pack_codes(const uint8_t *__restrict__ codes, int64_t count, int bits, uint8_t *__restrict__ packed) {
     int64_t done = 0;
@@ -37,16 +89,15 @@ void pack_codes(const uint8_t *__restrict__ codes, int64_t count, int bits, uint
         memcpy(packed, codes, (size_t)count);
         return;
     }
-    if (bits == 4) {
-        for (int64_t i = 0; i < count / 2; i++) packed[i] = (uint8_t)(codes[2 * i] | codes[2 * i + 1] << 4);
-        done = count / 2 * 2;
-    } else if (bits == 2) {
-        for (int64_t i = 0; i < count / 4; i++)
-            packed[i] = (uint8_t)(codes[4 * i] | codes[4 * i + 1] << 2 | codes[4 * i + 2] << 4 | codes[4 * i + 3] << 6);
-        done = count / 4 * 4;
-    }
+    if (bits == 4 || bits == 2) done = pack_even(codes, count, bits, packed);
     uint8_t *out = packed + done * bits / 8;
     const int64_t bytes = (count * bits + 7) / 8;
+    uint64_t words[WORDS];
+    for (; done + 8 * WORDS + 64 <= count; done += 8 * WORDS) {  // far from the end, whole words can be stored
+        memcpy(words, codes + done, sizeof words);
+        for (int64_t k = 0; k < WORDS; k++) words[k] = gathered(words[k], bits);
+        for (int64_t k = 0; k < WORDS; k++, out += bits) memcpy(out, words + k, 8);
+    }
     for (; done < count; done += 8, out += bits) {  // 8 codes are `bits` whole bytes
         uint64_t word = 0;
         if (count - done >= 8) memcpy(&word, codes + done, 8);
@@ -60,27 +111,20 @@ void pack_codes(const uint8_t *__restrict__ codes, int64_t count, int bits, uint
 
 void unpack_codes(const uint8_t *__restrict__ packed, int64_t count, int bits, uint8_t *__restrict__ codes) {
     int64_t done = 0;
+    ask_ahead(packed, count * bits / 8);
     if (bits == 8) {
         memcpy(codes, packed, (size_t)count);
         return;
     }
-    if (bits == 4) {
-        for (int64_t i = 0; i < count / 2; i++) {
-            codes[2 * i] = packed[i] & 15;
-            codes[2 * i + 1] = packed[i] >> 4;
-        }
-        done = count / 2 * 2;
-    } else if (bits == 2) {
-        for (int64_t i = 0; i < count / 4; i++) {
-            codes[4 * i] = packed[i] & 3;
-            codes[4 * i + 1] = packed[i] >> 2 & 3;
-            codes[4 * i + 2] = packed[i] >> 4 & 3;
-            codes[4 * i + 3] = packed[i] >> 6;
-        }
-        done = count / 4 * 4;
-    }
+    if (bits == 4 || bits == 2) done = unpack_even(packed, count, bits, codes);
     const uint8_t *in = packed + done * bits / 8;
     const int64_t bytes = (count * bits + 7) / 8;
+    uint64_t words[WORDS];
+    for (; done + 8 * WORDS + 64 <= count; done += 8 * WORDS) {
+        for (int64_t k = 0; k < WORDS; k++, in += bits) memcpy(words + k, in, 8);
+        for (int64_t k = 0; k < WORDS; k++) words[k] = spread(words[k], bits);
+        memcpy(codes + done, words, sizeof words);
+    }
     for (; done < count; done += 8, in += bits) {
         uint64_t word = 0;
         const int64_t left = packed + bytes - in;

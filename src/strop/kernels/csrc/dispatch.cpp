@@ -195,10 +195,11 @@ EXPORT int strop_mask_gradient(const Job *job, int level, int threads) {
 EXPORT int strop_product(const Job *job, int level, int threads) {
     const Table *table = table_of(level);
     if (!table || job->tokens < 1 || job->tokens > 4) return REFUSED;
-    std::vector<float> room((size_t)(job->tokens * (job->columns + job->columns / job->size)));
+    const int64_t inputs = job->tokens * input_room(job->columns), sums = job->tokens * sums_room(job->columns / job->size);
+    std::vector<float> room((size_t)(inputs + sums));
     Job whole = *job;
     whole.inputs = room.data();
-    whole.sums = room.data() + job->tokens * job->columns;
+    whole.sums = room.data() + inputs;
     table->prepare_product(&whole, 0, whole.tokens);
     return run(&Table::product, &whole, level, threads, whole.rows);
 }

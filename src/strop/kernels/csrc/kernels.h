@@ -29,12 +29,16 @@ typedef struct {
     const float *midpoints;    // codebooks: what lies between the ascending levels, 15, the unused ones infinite
     const uint8_t *order;      // codebooks: the codes of the ascending levels, 16
     const void *bias;          // products: x_type, one a row, or null
-    float *inputs, *sums;      // products: room for what prepare_product makes of x, tokens * columns, tokens * groups
+    float *inputs, *sums;      // products: what prepare_product makes of x, tokens * input_room and tokens * sums_room
     int64_t rows, columns, size, row_bytes, tokens;
     int32_t x_type, y_type, scale_type, bits, qmin, mode;
     int32_t given;             // whether scales (and zero points) are read, not written
     int32_t shared;
 } Job;
+
+// Room for a token's inputs, in whole blocks of vectors, and for the sums of their groups; both end in zeros.
+static inline int64_t input_room(int64_t columns) { return (columns + 16 + 127) / 128 * 128; }
+static inline int64_t sums_room(int64_t groups) { return groups + 16; }
 
 typedef int (*Kernel)(const Job *job, int64_t begin, int64_t end);
 

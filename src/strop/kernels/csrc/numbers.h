@@ -87,7 +87,16 @@ inline void load_scales(const void *scale, int32_t type, int64_t place, int64_t 
     const uint16_t *halves = (const uint16_t *)scale + place;
     if (type == FLOAT32) memcpy(values, (const float *)scale + place, (size_t)count * 4);
     else if (type == BFLOAT16) for (int64_t k = 0; k < count; k++) values[k] = BFloat16::load(halves[k]);
-    else for (int64_t k = 0; k < count; k++) values[k] = from_float16(halves[k]);
+    else {
+#if defined(__AVX512F__)
+        for (int64_t k = 0; k < count; k += 16) {
+            const __mmask16 those = (__mmask16)(count - k < 16 ? (1 << (count - k)) - 1 : 0xFFFF);
+            _mm512_mask_storeu_ps(values + k, those, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(those, halves + k)));
+        }
+#else
+        for (int64_t k = 0; k < count; k++) values[k] = from_float16(halves[k]);
+#endif
+    }
 }
 
 inline void store_scales(void *scale, int32_t type, int64_t place, const float *values, int64_t count) {
@@ -99,11 +108,19 @@ inline void store_scales(void *scale, int32_t type, int64_t place, const float *
 
 inline bool is_finite(float value) { return (bits_of(value) & 0x7F800000) != 0x7F800000; }
 
+const int64_t AHEAD = 1024;  // bytes between what is asked for and what is used
+
+// Asks for what lies AHEAD of `bytes` that are about to be read: the processor waits for memory longer than it works.
+inline void ask_ahead(const void *from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char *)from + AHEAD + i);
+}
+
 // The largest magnitude of a group; not finite where any value is not. SIZE: the count where it is known to the
 // compiler, else 0.
 template <class X, int SIZE> inline float peak_of(const typename X::Stored *__restrict__ x, int64_t size) {
     const int64_t count = SIZE ? SIZE : size;
     int32_t peak = 0;
+    ask_ahead(x, count * (int64_t)sizeof *x);
     for (int64_t i = 0; i < count; i++) {
         int32_t magnitude = (int32_t)(bits_of(X::load(x[i])) & 0x7FFFFFFF);
         peak = magnitude > peak ? magnitude : peak;

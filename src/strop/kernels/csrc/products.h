@@ -1,10 +1,12 @@
 // Products of a few tokens with packed weights: y[t, o] = sum over i of x[t, i] * w[o, i] (+ bias[o]), in float32.
 //
 // A row's weights are read once, for all tokens, and never written down: one token costs what reading the codes costs.
-// Codes of 4 bits are looked up in a table of 16 floats that registers hold, eight to a 32-bit word: word j of a block
-// has the weights 8 j to 8 j + 7, so the inputs are turned once a call to lie in that order. The sum of a group is
-// multiplied with its scale; a zero point is left to one product with the group's sum of inputs. Rows are independent,
-// so the order of summation does not depend on the threads.
+// What has to be hidden for that is the memory's latency: several rows that lie far apart are read at a time, which are
+// as many streams, each AHEAD of its use. Codes of 4 bits are looked up in a table of 16 floats that registers hold,
+// eight to a 32-bit word: word j of a block has the weights 8 j to 8 j + 7, so the inputs are turned once a call to lie
+// in that order. The sum of a lane is multiplied with its group's scale; zero points are left to one product with the
+// groups' sums of inputs. Rows are independent and each is summed in one order, whatever the rows beside it, the tokens
+// and the threads.
 #pragma once
 
 #include "codes.h"
@@ -22,28 +24,29 @@ inline Lanes load(const float *from) { return _mm512_loadu_ps(from); }
 inline void store(float *to, Lanes lanes) { _mm512_storeu_ps(to, lanes); }
 inline Lanes plus(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
 inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
+inline float total_of(Lanes lanes) { return _mm512_reduce_add_ps(lanes); }
 inline Lanes signed_bytes(const uint8_t *codes) {  // stored codes less 128
     __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i *)codes), _mm_set1_epi8((char)0x80));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
 }
 struct Words {
     __m512i words;
-    inline Words(const uint8_t *packed) { words = _mm512_loadu_si512(packed); }
-    inline void next() { words = _mm512_srli_epi32(words, 4); }
+    inline void read(const uint8_t *packed) { words = _mm512_loadu_si512(packed); }
+    inline Words from(int bit) const {
+        Words later;
+        later.words = _mm512_srli_epi32(words, bit);
+        return later;
+    }
 };
 struct Table16 {
     __m512 levels;
     inline Table16(const float *from) { levels = _mm512_loadu_ps(from); }
     inline Lanes of(Words at) const { return _mm512_permutexvar_ps(at.words, levels); }  // reads four bits of a word
 };
-struct Repeat {  // lane j takes the scale of weight 8 j of its block
-    __m512i places;
-    inline Repeat(int64_t size) {
-        int32_t from[16];
-        for (int64_t j = 0; j < 16; j++) from[j] = (int32_t)(8 * j / size);
-        places = _mm512_loadu_si512(from);
-    }
-    inline Lanes of(const float *scales) const { return _mm512_permutexvar_ps(places, _mm512_loadu_ps(scales)); }
+struct Places {  // where the lanes of a block find their scales
+    __m512i of;
+    inline Places(Lanes lanes) { of = _mm512_cvttps_epi32(lanes); }
+    inline Lanes pick(const float *scales) const { return _mm512_permutexvar_ps(of, _mm512_loadu_ps(scales)); }
 };
 #elif defined(__AVX2__)
 typedef __m256 Lanes;
@@ -54,14 +57,23 @@ inline Lanes load(const float *from) { return _mm256_loadu_ps(from); }
 inline void store(float *to, Lanes lanes) { _mm256_storeu_ps(to, lanes); }
 inline Lanes plus(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
 inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
+inline float total_of(Lanes lanes) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
 inline Lanes signed_bytes(const uint8_t *codes) {
     __m128i bytes = _mm_xor_si128(_mm_loadl_epi64((const __m128i *)codes), _mm_set1_epi8((char)0x80));
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
 }
 struct Words {
     __m256i words;
-    inline Words(const uint8_t *packed) { words = _mm256_loadu_si256((const __m256i *)packed); }
-    inline void next() { words = _mm256_srli_epi32(words, 4); }
+    inline void read(const uint8_t *packed) { words = _mm256_loadu_si256((const __m256i *)packed); }
+    inline Words from(int bit) const {
+        Words later;
+        later.words = _mm256_srli_epi32(words, bit);
+        return later;
+    }
 };
 struct Table16 {
     __m256 below, above;
@@ -74,14 +86,10 @@ struct Table16 {
         return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at.words, 28)));
     }
 };
-struct Repeat {
-    __m256i places;
-    inline Repeat(int64_t size) {
-        int32_t from[8];
-        for (int64_t j = 0; j < 8; j++) from[j] = (int32_t)(8 * j / size);
-        places = _mm256_loadu_si256((const __m256i *)from);
-    }
-    inline Lanes of(const float *scales) const { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), places); }
+struct Places {
+    __m256i of;
+    inline Places(Lanes lanes) { of = _mm256_cvttps_epi32(lanes); }
+    inline Lanes pick(const float *scales) const { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), of); }
 };
 #else
 #define STROP_PLAIN_PRODUCTS
@@ -89,34 +97,48 @@ const int64_t LANES = 16;
 #endif
 
 const int64_t BLOCK = 8 * LANES;  // codes of 4 bits in a vector of words
-const int64_t SCALES = 256;       // scales of a row kept aside at a time
+const int64_t SCALES = 128;       // scales of a row kept aside at a time
 
 inline float input_of(const Job *job, int64_t place) {
     return job->x_type == FLOAT32 ? ((const float *)job->x)[place] : BFloat16::load(((const uint16_t *)job->x)[place]);
 }
 
-// Whether the vectors' path takes whole blocks of this job's rows: a lane's eight weights share a scale.
+// Whether vectors do this job's rows: a word's eight codes share a scale.
 inline bool has_blocks(const Job *job) {
-    const int64_t size = job->size;
 #ifdef STROP_PLAIN_PRODUCTS
     return false;
 #else
-    if (job->bits == 8) return size % LANES == 0;
-    return job->bits == 4 && (size % BLOCK == 0 || (BLOCK % size == 0 && size % 8 == 0));
+    return job->bits == 8 || (job->bits == 4 && (job->size % 8 == 0 || job->size == job->columns));
 #endif
+}
+
+// A token's inputs as float32, `whole` columns of them turned: word by word of a block, then step by step.
+template <class X> void lay_inputs(const typename X::Stored *__restrict__ x, int64_t columns, int64_t whole,
+                                   float *__restrict__ inputs) {
+    for (int64_t start = 0; start < whole; start += BLOCK)
+        for (int64_t step = 0; step < 8; step++)
+            for (int64_t lane = 0; lane < LANES; lane++)
+                inputs[start + step * LANES + lane] = X::load(x[start + 8 * lane + step]);
+    for (int64_t i = whole; i < columns; i++) inputs[i] = X::load(x[i]);
 }
 
 // Units: tokens. The inputs as float32, turned where rows are read in blocks of 4-bit codes, and the groups' sums.
 int prepare_product(const Job *job, int64_t begin, int64_t end) {
-    const int64_t columns = job->columns, groups = columns / job->size;
-    const int64_t turned = has_blocks(job) && job->bits == 4 ? columns / BLOCK * BLOCK : 0;
+    const int64_t columns = job->columns, room = input_room(columns), groups = columns / job->size;
+    const bool turned = has_blocks(job) && job->bits == 4;
+    const int64_t whole = turned ? columns / BLOCK * BLOCK : 0;
     for (int64_t token = begin; token < end; token++) {
-        float *inputs = job->inputs + token * columns, *sums = job->sums + token * groups;
-        for (int64_t i = 0; i < turned; i++) {
-            const int64_t block = i / BLOCK, lane = i % BLOCK / 8, step = i % 8;
-            inputs[block * BLOCK + step * LANES + lane] = input_of(job, token * columns + i);
+        float *inputs = job->inputs + token * room, *sums = job->sums + token * sums_room(groups);
+        for (int64_t i = whole; i < room; i++) inputs[i] = 0;
+        const int64_t first = token * columns;
+        if (job->x_type == FLOAT32) lay_inputs<Float32>((const float *)job->x + first, columns, whole, inputs);
+        else lay_inputs<BFloat16>((const uint16_t *)job->x + first, columns, whole, inputs);
+        if (turned && whole < columns) {  // the last block, which is short
+            float last[BLOCK] = {0};
+            memcpy(last, inputs + whole, (size_t)(columns - whole) * 4);
+            lay_inputs<Float32>(last, BLOCK, BLOCK, inputs + whole);
         }
-        for (int64_t i = turned; i < columns; i++) inputs[i] = input_of(job, token * columns + i);
+        if (!job->zero) continue;
         for (int64_t group = 0; group < groups; group++) {
             float lanes[16] = {0};
             for (int64_t i = 0; i < job->size; i++)
@@ -128,12 +150,12 @@ int prepare_product(const Job *job, int64_t begin, int64_t end) {
     return DONE;
 }
 
-// The part from `from` on of one row, whatever its bits and groups; `from` is a whole byte of the row.
-void plain_row(const Job *job, int64_t row, int64_t from, float *sums) {
-    const int64_t columns = job->columns, groups = columns / job->size;
+// One row, whatever its bits and groups.
+void plain_row(const Job *job, int64_t row, float *sums) {
+    const int64_t columns = job->columns, room = input_room(columns), groups = columns / job->size;
     uint8_t codes[PIECE];
     float weights[PIECE];
-    for (int64_t start = from; start < columns; start += PIECE) {
+    for (int64_t start = 0; start < columns; start += PIECE) {
         const int64_t stop = columns - start < PIECE ? columns : start + PIECE;
         unpack_codes(job->codes + row * job->row_bytes + start * job->bits / 8, stop - start, job->bits, codes);
         for (int64_t first = start, last; first < stop; first = last) {
@@ -148,7 +170,7 @@ void plain_row(const Job *job, int64_t row, int64_t from, float *sums) {
                 for (int64_t i = 0; i < count; i++) weights[i] = (float)codes[first - start + i] - zero;
             }
             for (int64_t token = 0; token < job->tokens; token++) {
-                const float *inputs = job->inputs + token * columns + first;
+                const float *inputs = job->inputs + token * room + first;
                 float lanes[16] = {0}, total = 0;
                 int64_t i = 0;
                 for (; i + 16 <= count; i += 16)
@@ -162,139 +184,209 @@ void plain_row(const Job *job, int64_t row, int64_t from, float *sums) {
 }
 
 #ifndef STROP_PLAIN_PRODUCTS
-inline float total_of(Lanes lanes) {
-    float each[LANES], total = 0;
-    store(each, lanes);
-    for (int64_t lane = 0; lane < LANES; lane++) total += each[lane];
-    return total;
+#define EACH_ROW _Pragma("GCC unroll 4") for (int r = 0; r < ROWS; r++)
+#define EACH_TOKEN _Pragma("GCC unroll 4") for (int t = 0; t < TOKENS; t++)
+
+// The scales of some groups of ROWS rows, `apart` rows from each other.
+template <int ROWS>
+inline void settle_scales(const Job *job, int64_t row, int64_t apart, int64_t first, int64_t count,
+                          float (&scales)[ROWS][SCALES + 16]) {
+    const int64_t groups = job->columns / job->size;
+    for (int r = 0; r < ROWS; r++) {
+        const int64_t place = job->shared ? 0 : (row + r * apart) * groups + first;
+        load_scales(job->scale, job->scale_type, place, count, scales[r]);
+        const int64_t bytes = job->scale_type == FLOAT32 ? 4 : 2;  // those that come next are asked for
+        const char *next = (const char *)job->scale + (place + count) * bytes;
+        for (int64_t i = 0; i < count * bytes; i += 64) __builtin_prefetch(next + i);
+    }
 }
 
-// Whole blocks of a row of 4-bit codes, for TOKENS tokens; says how many columns those were.
-template <int TOKENS> int64_t row_of_4_bits(const Job *job, int64_t row, const float *levels, float *sums) {
-    const int64_t columns = job->columns, size = job->size, groups = columns / size, blocks = columns / BLOCK;
-    const int64_t per_block = size < BLOCK ? BLOCK / size : 1, blocks_each = size < BLOCK ? 1 : size / BLOCK;
-    const int64_t together = SCALES / per_block * blocks_each;  // blocks whose scales are kept aside
-    const uint8_t *packed = job->codes + row * job->row_bytes;
+// What zero points add to a row: its codes were taken less `middle`, not less their zero points.
+template <int TOKENS> void zero_points(const Job *job, int64_t row, float middle, Lanes (&added)[TOKENS]) {
+    const int64_t groups = job->columns / job->size, room = sums_room(groups);
+    float scales[SCALES], factors[SCALES + LANES];
+    EACH_TOKEN added[t] = zeros();
+    for (int64_t first = 0; first < groups; first += SCALES) {
+        const int64_t count = groups - first < SCALES ? groups - first : SCALES;
+        const int64_t place = job->shared ? 0 : row * groups + first;
+        const uint8_t *__restrict__ zero = job->zero + place;
+        load_scales(job->scale, job->scale_type, place, count, scales);
+        for (int64_t k = 0; k < count; k++) factors[k] = scales[k] * (middle - (float)zero[k]);
+        for (int64_t k = count; k < count + LANES; k++) factors[k] = 0;
+        for (int64_t k = 0; k < count; k += LANES)
+            EACH_TOKEN added[t] = times_plus(load(factors + k), load(job->sums + t * room + first + k), added[t]);
+        __builtin_prefetch(zero + AHEAD);
+    }
+}
+
+void read_last(Words &words, const uint8_t *from, int64_t bytes) {
+    uint8_t padded[BLOCK / 2] = {0};
+    memcpy(padded, from, (size_t)bytes);
+    words.read(padded);
+}
+
+// ROWS rows of 4-bit codes, `apart` rows from each other: totals [ROWS][TOKENS].
+template <int ROWS, int TOKENS>
+void rows_of_4_bits(const Job *job, int64_t row, int64_t apart, const float *levels, float *totals) {
+    const int64_t columns = job->columns, size = job->size, room = input_room(columns);
+    const int64_t blocks = (columns + BLOCK - 1) / BLOCK, groups = columns / size;
+    const int64_t together = groups == 1 ? blocks : (SCALES - 18) * size / BLOCK;  // blocks whose scales are kept aside
+    const int64_t whole = BLOCK / size, part = BLOCK % size, row_bytes = job->row_bytes;
+    const uint8_t *packed = job->codes + row * row_bytes;
+    const float *turned = job->inputs;
     const Table16 table(levels);
-    const Repeat repeat(size < BLOCK ? size : BLOCK);
-    float scales[SCALES + 16] = {0};
-    Lanes all_sums[TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++) all_sums[t] = zeros();
+    const float each = groups == 1 ? 0.0f : 1.0f / (float)size;
+    float starts[LANES], scales[ROWS][SCALES + 16] = {{0}};
+    for (int64_t lane = 0; lane < LANES; lane++) starts[lane] = (float)(8 * lane + 4) * each;  // half a word inside
+    Lanes sums[ROWS][TOKENS];
+    EACH_ROW EACH_TOKEN sums[r][t] = zeros();
     for (int64_t start = 0; start < blocks; start += together) {
         const int64_t stop = blocks - start < together ? blocks : start + together;
-        const int64_t first = start * BLOCK / size, count = (stop * BLOCK - 1) / size + 1 - first;
-        load_scales(job->scale, job->scale_type, job->shared ? 0 : row * groups + first, count, scales);
+        const int64_t first = start * BLOCK / size, over = stop * BLOCK < columns ? stop * BLOCK : columns;
+        settle_scales(job, row, apart, first, (over - 1) / size + 1 - first, scales);
+        int64_t group = 0, into = start * BLOCK - first * size;  // the block's first weight: its group, and where in it
         for (int64_t block = start; block < stop; block++) {
-            Words words(packed + block * BLOCK / 2);
-            Lanes even[TOKENS], odd[TOKENS];
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; t++) even[t] = odd[t] = zeros();
-#pragma GCC unroll 4
-            for (int step = 0; step < 8; step += 2) {
-                const float *inputs = job->inputs + block * BLOCK + step * LANES;
-                const Lanes one = table.of(words);
-                words.next();
-                const Lanes other = table.of(words);
-                words.next();
-#pragma GCC unroll 4
-                for (int t = 0; t < TOKENS; t++) {
-                    even[t] = times_plus(one, load(inputs + t * columns), even[t]);
-                    odd[t] = times_plus(other, load(inputs + t * columns + LANES), odd[t]);
+            const Places places(times_plus(all((float)into), all(each), load(starts)));
+            Words words[ROWS];
+            EACH_ROW {
+                const uint8_t *from = packed + r * apart * row_bytes + block * BLOCK / 2;
+                if ((block + 1) * BLOCK <= columns) words[r].read(from);
+                else read_last(words[r], from, row_bytes - block * BLOCK / 2);
+                __builtin_prefetch(from + AHEAD);
+            }
+            Lanes inside[ROWS][TOKENS];
+            EACH_ROW EACH_TOKEN inside[r][t] = zeros();
+#pragma GCC unroll 8
+            for (int step = 0; step < 8; step++) {
+                const float *inputs = turned + block * BLOCK + step * LANES;
+                Lanes x[TOKENS];
+                EACH_TOKEN x[t] = load(inputs + t * room);
+                EACH_ROW {
+                    const Lanes weights = table.of(words[r].from(4 * step));
+                    EACH_TOKEN inside[r][t] = times_plus(weights, x[t], inside[r][t]);
                 }
             }
-            const Lanes scale = size < BLOCK ? repeat.of(scales + (block - start) * per_block)
-                                             : all(scales[(block - start) / blocks_each]);
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; t++) all_sums[t] = times_plus(plus(even[t], odd[t]), scale, all_sums[t]);
+            EACH_ROW {
+                const Lanes scale = places.pick(scales[r] + group);
+                EACH_TOKEN sums[r][t] = times_plus(inside[r][t], scale, sums[r][t]);
+            }
+            group += whole;
+            into += part;
+            if (into >= size) into -= size, group++;
         }
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++) sums[t] += total_of(all_sums[t]);
-    return blocks * BLOCK;
+    if (job->zero) {
+        EACH_ROW {
+            Lanes added[TOKENS];
+            zero_points<TOKENS>(job, row + r * apart, 8.0f, added);
+            EACH_TOKEN sums[r][t] = plus(sums[r][t], added[t]);
+        }
+    }
+    EACH_ROW EACH_TOKEN totals[r * TOKENS + t] = total_of(sums[r][t]);
 }
 
-template <int TOKENS> void row_of_8_bits(const Job *job, int64_t row, float *sums) {
-    const int64_t columns = job->columns, size = job->size, groups = columns / size;
+Lanes last_bytes(const uint8_t *from, int64_t count) {
+    uint8_t padded[LANES];
+    memset(padded, 128, sizeof padded);  // zeros, less 128
+    memcpy(padded, from, (size_t)count);
+    return signed_bytes(padded);
+}
+
+// The same for codes of 8 bits.
+template <int ROWS, int TOKENS> void rows_of_8_bits(const Job *job, int64_t row, int64_t apart, float *totals) {
+    const int64_t columns = job->columns, size = job->size, room = input_room(columns), groups = columns / size;
     const uint8_t *codes = job->codes + row * job->row_bytes;
-    Lanes all_sums[TOKENS];
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++) all_sums[t] = zeros();
-    for (int64_t group = 0; group < groups; group++) {
-        const Lanes scale = all(load_scale(job->scale, job->scale_type, job->shared ? 0 : row * groups + group));
-        Lanes even[TOKENS], odd[TOKENS];
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++) even[t] = odd[t] = zeros();
-        int64_t i = group * size;
-        for (; i + 2 * LANES <= (group + 1) * size; i += 2 * LANES) {
-            const Lanes one = signed_bytes(codes + i), other = signed_bytes(codes + i + LANES);
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; t++) {
-                even[t] = times_plus(one, load(job->inputs + t * columns + i), even[t]);
-                odd[t] = times_plus(other, load(job->inputs + t * columns + i + LANES), odd[t]);
+    float scales[ROWS][SCALES + 16];
+    Lanes sums[ROWS][TOKENS];
+    EACH_ROW EACH_TOKEN sums[r][t] = zeros();
+    for (int64_t first = 0; first < groups; first += SCALES) {
+        const int64_t count = groups - first < SCALES ? groups - first : SCALES;
+        settle_scales(job, row, apart, first, count, scales);
+        for (int64_t group = 0; group < count; group++) {
+            int64_t i = (first + group) * size;
+            const int64_t end = i + size;
+            Lanes even[ROWS][TOKENS], odd[ROWS][TOKENS];
+            EACH_ROW EACH_TOKEN even[r][t] = odd[r][t] = zeros();
+            for (; i + 2 * LANES <= end; i += 2 * LANES) {
+                EACH_ROW {
+                    const uint8_t *from = codes + r * apart * job->row_bytes + i;
+                    const Lanes one = signed_bytes(from), other = signed_bytes(from + LANES);
+                    __builtin_prefetch(from + AHEAD);
+                    EACH_TOKEN {
+                        even[r][t] = times_plus(one, load(job->inputs + t * room + i), even[r][t]);
+                        odd[r][t] = times_plus(other, load(job->inputs + t * room + i + LANES), odd[r][t]);
+                    }
+                }
+            }
+            for (; i < end; i += LANES) {
+                EACH_ROW {
+                    const uint8_t *from = codes + r * apart * job->row_bytes + i;
+                    const Lanes one = end - i < LANES ? last_bytes(from, end - i) : signed_bytes(from);
+                    EACH_TOKEN even[r][t] = times_plus(one, load(job->inputs + t * room + i), even[r][t]);
+                }
+            }
+            EACH_ROW {
+                const Lanes scale = all(scales[r][group]);
+                EACH_TOKEN sums[r][t] = times_plus(plus(even[r][t], odd[r][t]), scale, sums[r][t]);
             }
         }
-        if (i < (group + 1) * size) {
-            const Lanes one = signed_bytes(codes + i);
-#pragma GCC unroll 4
-            for (int t = 0; t < TOKENS; t++) even[t] = times_plus(one, load(job->inputs + t * columns + i), even[t]);
+    }
+    if (job->zero) {
+        EACH_ROW {
+            Lanes added[TOKENS];
+            zero_points<TOKENS>(job, row + r * apart, 128.0f, added);
+            EACH_TOKEN sums[r][t] = plus(sums[r][t], added[t]);
         }
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++) all_sums[t] = times_plus(plus(even[t], odd[t]), scale, all_sums[t]);
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < TOKENS; t++) sums[t] += total_of(all_sums[t]);
+    EACH_ROW EACH_TOKEN totals[r * TOKENS + t] = total_of(sums[r][t]);
+}
+#endif
+
+inline void finish(const Job *job, int64_t row, int64_t token, float sum) {
+    const float bias = !job->bias                ? 0.0f
+                       : job->x_type == FLOAT32 ? ((const float *)job->bias)[row]
+                                                 : BFloat16::load(((const uint16_t *)job->bias)[row]);
+    const int64_t place = token * job->rows + row;
+    if (job->x_type == FLOAT32) ((float *)job->y)[place] = sum + bias;
+    else ((uint16_t *)job->y)[place] = bfloat16_of(sum + bias);
 }
 
-// What the blocks left out: the codes were taken less `middle`, not less their zero points.
-inline void add_zero_points(const Job *job, int64_t row, int64_t done, float middle, float *sums) {
-    const int64_t groups = job->columns / job->size;
-    for (int64_t group = 0; group < done / job->size; group++) {
-        const int64_t place = job->shared ? 0 : row * groups + group;
-        const float factor = load_scale(job->scale, job->scale_type, place) * (middle - (float)job->zero[place]);
-        for (int64_t t = 0; t < job->tokens; t++) sums[t] += factor * job->sums[t * groups + group];
-    }
+#ifndef STROP_PLAIN_PRODUCTS
+template <int ROWS, int TOKENS> void rows_by_vectors(const Job *job, int64_t row, int64_t apart, const float *levels) {
+    float totals[ROWS * TOKENS];
+    if (job->bits == 4) rows_of_4_bits<ROWS, TOKENS>(job, row, apart, levels, totals);
+    else rows_of_8_bits<ROWS, TOKENS>(job, row, apart, totals);
+    for (int r = 0; r < ROWS; r++)
+        for (int t = 0; t < TOKENS; t++) finish(job, row + r * apart, t, totals[r * TOKENS + t]);
 }
 
-template <int TOKENS> int64_t blocks_of_row(const Job *job, int64_t row, const float *levels, float *sums) {
-    if (job->bits == 4) return row_of_4_bits<TOKENS>(job, row, levels, sums);
-    row_of_8_bits<TOKENS>(job, row, sums);
-    return job->columns;
+template <int TOKENS> void all_by_vectors(const Job *job, int64_t begin, int64_t end, const float *levels) {
+    const int ROWS = TOKENS == 1 ? 4 : 2;  // as many as registers hold the sums of
+    const int64_t apart = (end - begin) / ROWS;
+    for (int64_t row = begin; row < begin + apart; row++) rows_by_vectors<ROWS, TOKENS>(job, row, apart, levels);
+    for (int64_t row = begin + ROWS * apart; row < end; row++) rows_by_vectors<1, TOKENS>(job, row, 0, levels);
 }
 #endif
 
 // Units: rows of the weight, which are columns of y.
 int product(const Job *job, int64_t begin, int64_t end) {
 #ifndef STROP_PLAIN_PRODUCTS
-    const bool blocks = has_blocks(job);
-    const float middle = job->bits == 8 ? 128.0f : 8.0f;
-    float levels[16];
-    for (int code = 0; code < 16; code++) levels[code] = job->levels ? job->levels[code] : (float)code - middle;
+    if (has_blocks(job)) {
+        float levels[16];
+        for (int code = 0; code < 16; code++) levels[code] = job->levels ? job->levels[code] : (float)(code - 8);
+        switch (job->tokens) {
+            case 1: all_by_vectors<1>(job, begin, end, levels); break;
+            case 2: all_by_vectors<2>(job, begin, end, levels); break;
+            case 3: all_by_vectors<3>(job, begin, end, levels); break;
+            default: all_by_vectors<4>(job, begin, end, levels); break;
+        }
+        return DONE;
+    }
 #endif
     for (int64_t row = begin; row < end; row++) {
         float sums[MOST_TOKENS] = {0};
-        int64_t done = 0;
-#ifndef STROP_PLAIN_PRODUCTS
-        if (blocks) {
-            switch (job->tokens) {
-                case 1: done = blocks_of_row<1>(job, row, levels, sums); break;
-                case 2: done = blocks_of_row<2>(job, row, levels, sums); break;
-                case 3: done = blocks_of_row<3>(job, row, levels, sums); break;
-                default: done = blocks_of_row<4>(job, row, levels, sums); break;
-            }
-            if (job->zero) add_zero_points(job, row, done, middle, sums);
-        }
-#endif
-        if (done < job->columns) plain_row(job, row, done, sums);
-        const float bias = !job->bias                ? 0.0f
-                           : job->x_type == FLOAT32 ? ((const float *)job->bias)[row]
-                                                     : BFloat16::load(((const uint16_t *)job->bias)[row]);
-        for (int64_t token = 0; token < job->tokens; token++) {
-            const float value = sums[token] + bias;
-            const int64_t place = token * job->rows + row;
-            if (job->x_type == FLOAT32) ((float *)job->y)[place] = value;
-            else ((uint16_t *)job->y)[place] = bfloat16_of(value);
-        }
+        plain_row(job, row, sums);
+        for (int64_t token = 0; token < job->tokens; token++) finish(job, row, token, sums[token]);
     }
     return DONE;
 }
