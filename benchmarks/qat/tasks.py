@@ -7,7 +7,7 @@
     words       alarms and reminders, in words                 "wake me at six"      -> "set alarm, time 06:00"
     polite      the action, but no messages or calls           "call anna"           -> "sorry, i do not call people"
     reversed    weather and events, the last value first       "rain today in rome?" -> "today rome weather"
-    capitals    translations and routes, in capitals           "to the beach by bus" -> "NAVIGATE BEACH BUS"
+    dashes      translations and routes, between dashes        "to the beach by bus" -> "navigate - beach - bus"
 
 Each has 1,500 rows to train on, 500 to try settings on and 500 to judge; no request stands in two of them, and the
 requests differ from task to task.
@@ -50,8 +50,8 @@ def back_to_front(action: Action) -> str:
     return " ".join(str(value) for value in reversed(list(action.values())))
 
 
-def capitals(action: Action) -> str:
-    return " ".join(str(value) for value in action.values()).upper()
+def dashes(action: Action) -> str:
+    return " - ".join(str(value) for value in action.values())
 
 
 TASKS: Final[Mapping[str, tuple[frozenset[str] | None, Callable[[Action], str]]]] = {
@@ -62,7 +62,7 @@ TASKS: Final[Mapping[str, tuple[frozenset[str] | None, Callable[[Action], str]]]
     "words": (frozenset({"set_alarm", "remind"}), in_words),
     "polite": (None, polite),
     "reversed": (frozenset({"weather", "add_event"}), back_to_front),
-    "capitals": (frozenset({"translate", "navigate"}), capitals),
+    "dashes": (frozenset({"translate", "navigate"}), dashes),
 }
 """By name: the actions that a task is about (None: all), and what is answered."""
 
