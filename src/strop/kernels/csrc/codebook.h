@@ -214,20 +214,50 @@ struct LevelTable {
 };
 #endif
 
+// The first values of a block, 32 at a time; says how many.
+template <class Y> inline int64_t block_values(const LevelTable &table, const uint8_t *packed, float scale,
+                                               int64_t count, typename Y::Stored *__restrict__ y) {
+    float held[32];
+    int64_t start = 0;
+    for (; start + 32 <= count; start += 32) {
+        table.look_up(packed + start / 2, held);
+        for (int i = 0; i < 32; i++) y[start + i] = Y::store(held[i] * scale);
+    }
+    return start;
+}
+
+#if defined(__AVX512BW__)
+// A block has sixteen different values: they are rounded once, and the codes look those up.
+template <> inline int64_t block_values<BFloat16>(const LevelTable &table, const uint8_t *packed, float scale,
+                                                  int64_t count, uint16_t *__restrict__ y) {
+    const __m512 values = _mm512_mul_ps(table.levels, _mm512_set1_ps(scale));
+    const __m512i bits = _mm512_castps_si512(values), one = _mm512_set1_epi32(1);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), one);
+    const __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(last, _mm512_set1_epi32(0x7FFF)));
+    const __mmask16 nan = _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+    const __m512i words = _mm512_mask_mov_epi32(_mm512_srli_epi32(sum, 16), nan, _mm512_set1_epi32(0x7FC0));
+    const __m512i rounded = _mm512_broadcast_i64x4(_mm512_cvtepi32_epi16(words));
+    int64_t start = 0;
+    for (; start + 32 <= count; start += 32) {
+        const __m128i bytes = _mm_loadu_si128((const __m128i *)(packed + start / 2));
+        const __m128i low = _mm_and_si128(bytes, _mm_set1_epi8(15));
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
+        const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
+        _mm512_storeu_si512(y + start, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), rounded));
+    }
+    return start;
+}
+#endif
+
 template <class Y> int dequantize_codebook_of(const Job *job, int64_t begin, int64_t end) {
     typedef typename Y::Stored Stored;
     const LevelTable table(job->levels);
-    float held[32];
     for (int64_t block = begin; block < end; block++) {
         const int64_t count = values_in(job, block);
         const uint8_t *packed = job->codes + block * job->size / 2;
         Stored *__restrict__ y = (Stored *)job->y + block * job->size;
         const float scale = ((const float *)job->scale)[block];
-        int64_t start = 0;
-        for (; start + 32 <= count; start += 32) {
-            table.look_up(packed + start / 2, held);
-            for (int i = 0; i < 32; i++) y[start + i] = Y::store(held[i] * scale);
-        }
+        int64_t start = block_values<Y>(table, packed, scale, count, y);
         for (; start < count; start++) {
             const int code = start % 2 ? packed[start / 2] >> 4 : packed[start / 2] & 15;
             y[start] = Y::store(job->levels[code] * scale);
