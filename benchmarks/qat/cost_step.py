@@ -23,19 +23,19 @@ import torch
 
 import strop.recipes.tune  # noqa: F401  imports are no part of what is measured
 from strop.config import TuneConfig
-from strop.data.batches import Batch
 from strop.memory import PeakMemory, steady_allocation
 from strop.recipes.session import open_session
 from strop.training.loop import train
+from strop.training.metrics import NAME as METRICS_NAME
+from strop.training.metrics import read_metrics
 
 
 class Turnstile:
     """A reporter that holds the loop between two steps."""
 
-    def __init__(self, memory: PeakMemory) -> None:
-        self.memory, self.training = memory, False
+    def __init__(self, memory: PeakMemory, run: Path) -> None:
+        self.memory, self.run, self.training = memory, run, False
         self.cpu = self.wall = 0.0
-        self.rows = self.tokens = 0  # of the last step
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr)
@@ -48,8 +48,8 @@ class Turnstile:
     def advance(self, done: float, **fields: float | int | str) -> None:
         if self.training:
             cpu, wall = time.process_time() - self.cpu, time.perf_counter() - self.wall
-            seen = {"cpu_seconds": cpu, "seconds": wall, "loss": fields["loss"]}
-            self.wait(seen | {"tokens": self.tokens, "rows": self.rows})
+            row = read_metrics(self.run / METRICS_NAME)[-1]
+            self.wait({"cpu_seconds": cpu, "seconds": wall, "loss": row["loss"], "tokens": row["tokens"]})
 
     def finish(self) -> None:
         self.training = False
@@ -96,7 +96,7 @@ def main() -> None:
     Path(run).mkdir(parents=True, exist_ok=True)
     steady = steady_allocation() if asked.steady else contextlib.nullcontext()
     with steady, PeakMemory() as memory:
-        reporter = Turnstile(memory)
+        reporter = Turnstile(memory, Path(run))
         session = open_session(TuneConfig.from_flat(settings), reporter=reporter)
         short = [shape for shape in session.stream.shapes(steps) if shape != (1, asked.length)]
         if short and not asked.answers:
@@ -104,15 +104,6 @@ def main() -> None:
         if base_config is not None and prepare_layers is not None:
             grid, _, activations = grid.partition("+")
             prepare_layers(session.model, base_config(grid, activations or None), range_learning=False)
-        next_step = session.stream.next_step
-
-        def counted() -> list[Batch]:
-            batches = next_step()
-            reporter.rows = sum(len(row) for batch in batches for row in batch.rows)
-            reporter.tokens = sum(batch.tokens for batch in batches)
-            return batches
-
-        session.stream.next_step = counted  # type: ignore[method-assign]
         torch.manual_seed(0)
         train(
             session.model,

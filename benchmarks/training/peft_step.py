@@ -89,7 +89,6 @@ def main() -> None:
                 "seconds": time.perf_counter() - wall,
                 "loss": float(loss),
                 "tokens": int(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).sum()),
-                "rows": len(batch["input_ids"]),
                 "peak_bytes": memory.peak_bytes,
             }
             print(json.dumps(seen), flush=True)

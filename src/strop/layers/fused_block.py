@@ -21,9 +21,10 @@ others, "LoRA" (2021).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -84,12 +85,16 @@ class BlockParts:
     def modules(self) -> list[nn.Module]:
         """All that the block has of layers and norms, an adapter and what is under it each."""
         parts = list(itertools.chain.from_iterable(self.groups()))
-        norms = [norm.module for norm in (*self.norms, *(self.head_norms or ()))]
-        return [*norms, *(part.base for part in parts), *(part.adapter for part in parts if part.adapter is not None)]
+        adapters = [part.adapter for part in parts if part.adapter is not None]
+        return [*(norm.module for norm in self.all_norms()), *(part.base for part in parts), *adapters]
+
+    def all_norms(self) -> tuple[Norm, ...]:
+        """In the order of the fields."""
+        return *self.norms, *(self.head_norms or ())
 
     def gains(self) -> list[nn.Parameter]:
-        """Of all norms, in the order of the fields."""
-        return [norm.gain for norm in (*self.norms, *(self.head_norms or ()))]
+        """Of all norms."""
+        return [norm.gain for norm in self.all_norms()]
 
 
 @dataclass(frozen=True)
@@ -98,6 +103,18 @@ class Seen:
 
     first: Tensor
     last: Tensor
+
+    @functools.cached_property
+    def stretches(self) -> list[tuple[int, int, int, int]]:
+        """`ROWS_AT_ONCE` tokens at a time, the keys that they see: first token, behind the last, first key, behind."""
+        length, found = self.first.shape[1], []
+        for token in range(0, length, ROWS_AT_ONCE):
+            end = min(token + ROWS_AT_ONCE, length)
+            first, last = self.first[:, token:end], self.last[:, token:end]
+            sees = last >= first
+            keys = (int(first[sees].min()), int(last[sees].max()) + 1) if bool(sees.any()) else (0, 1)
+            found.append((token, end, *keys))
+        return found
 
     @classmethod
     def causal(cls, rows: int, length: int) -> Seen:
@@ -220,7 +237,7 @@ class _Call:
     def __init__(self, parts: BlockParts, dtype: torch.dtype, seen: Seen, turns: Turns, heads: Heads) -> None:
         self.parts, self.dtype, self.seen, self.turns, self.heads = parts, dtype, seen, turns, heads
         self.operands = [[Operands.of(part, dtype) for part in group] for group in parts.groups()]
-        self.gains: list[Tensor] = []
+        self.gains = [gain.detach().float() for gain in parts.gains()]
 
     def tensors(self) -> list[Tensor | None]:
         """All that may be trained: the gains, then the operands' tensors."""
@@ -228,7 +245,7 @@ class _Call:
         return [*self.parts.gains(), *itertools.chain.from_iterable(one.tensors() for one in operands)]
 
     def fill(self, tensors: Sequence[Tensor | None]) -> None:
-        """Put the tensors in that `tensors` gave."""
+        """Put the tensors in again that `tensors` gave."""
         count = len(self.parts.gains())
         self.gains = [gain.detach().float() for gain in tensors[:count] if gain is not None]
         given = iter(tensors[count:])
@@ -258,21 +275,12 @@ class _Call:
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
-    def _stretches(self) -> list[tuple[Scores, slice, slice]]:
+    def _stretches(self) -> Iterator[tuple[Scores, slice, slice]]:
         """The parts of the scores: each with its rows of queries, and its keys."""
-        heads, (first, last) = self.heads, (self.seen.first, self.seen.last)
-        found = []
-        for token in range(0, heads.length, ROWS_AT_ONCE):
-            tokens = slice(token, min(token + ROWS_AT_ONCE, heads.length))
-            sees = last[:, tokens] >= first[:, tokens]
-            if not bool(sees.any()):
-                begin, end = 0, 1
-            else:
-                begin = int(first[:, tokens][sees].min())
-                end = int(last[:, tokens][sees].max()) + 1
-            part = Scores(heads, self.parts.scaling, first, last, token, tokens.stop - token, begin)
-            found.append((part, slice(token * heads.group, tokens.stop * heads.group), slice(begin, end)))
-        return found
+        heads, seen = self.heads, self.seen
+        for token, end, begin, behind in seen.stretches:
+            part = Scores(heads, self.parts.scaling, seen.first, seen.last, token, end - token, begin)
+            yield part, slice(token * heads.group, end * heads.group), slice(begin, behind)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Turned heads -> the output by tokens [tokens, heads * size], and the logarithm of each row's sum."""
@@ -387,7 +395,6 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: _Call, x: Tensor, *tensors: Tensor | None) -> Tensor:
-        call.fill(tensors)
         with torch.autocast("cpu", enabled=False):
             y, saved = call.forward(x.reshape(-1, x.shape[-1]).contiguous())
         call.empty()

@@ -198,11 +198,7 @@ def _fused(block: nn.Module, observed: Observed) -> FusedBlock | None:
     parts = _parts(block, observed)
     if parts is None:
         return None
-    mask = observed.options.get("attention_mask")
-
-    def fuse(of: nn.Module, parts: BlockParts, own: Callable[..., Any], wrap: Callable[[Tensor], Any]) -> FusedBlock:
-        return FusedBlock(of, parts, own, unmasked_is_causal=mask is None, wrap=wrap)
-
+    unmasked = observed.options.get("attention_mask") is None
     trial = _float_copy(block)
     trial_parts = _parts(trial, _moved(observed, block, trial))
     if trial_parts is None:
@@ -214,12 +210,14 @@ def _fused(block: nn.Module, observed: Observed) -> FusedBlock | None:
         wrap = _wrapper(given)
         if wrap is None or not torch.equal(_hidden(given), _hidden(trial.forward(x, **options))):
             return None
-        fused = fuse(trial, trial_parts, _refused, wrap)
+        fused = FusedBlock(trial, trial_parts, _refused, unmasked_is_causal=unmasked, wrap=wrap)
         try:
             agree = _agree(trial, fused, x, options)
         except _NotTakenError:
             return None
-    return fuse(block, parts, _own_forward(block), wrap) if agree else None
+    if not agree:
+        return None
+    return FusedBlock(block, parts, _own_forward(block), unmasked_is_causal=unmasked, wrap=wrap)
 
 
 def _own_forward(block: nn.Module) -> Callable[..., Any]:

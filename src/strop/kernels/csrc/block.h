@@ -138,23 +138,33 @@ inline void turn(const typename Y::Stored *__restrict__ from, typename Y::Stored
     for (int64_t i = turned; i < size; i++) to[i] = from[i];
 }
 
+// Where a token's heads lie among those of its row, and where its rotary position does.
+struct Place {
+    int64_t kv, group, length, row, at, angle;
+    inline Place(const BlockJob *job, int64_t token) {
+        kv = job->kv_heads, group = job->heads / kv, length = job->length;
+        row = token / length, at = token % length, angle = (job->shared ? at : token) * job->turned;
+    }
+    inline int64_t query(int64_t head) const {  // its row among all rows of queries
+        return ((row * kv + head / group) * length + at) * group + head % group;
+    }
+    inline int64_t key(int64_t head) const { return (row * kv + head) * length + at; }
+};
+
 template <class Y> int split_heads_of(const BlockJob *job, int64_t begin, int64_t end) {
     typedef typename Y::Stored Stored;
-    const int64_t size = job->columns, kv = job->kv_heads, group = job->heads / kv, length = job->length;
+    const int64_t size = job->columns, heads = job->heads;
     for (int64_t token = begin; token < end; token++) {
-        const int64_t row = token / length, at = token % length;
-        const int64_t place = (job->shared ? at : token) * job->turned;
-        const float *cos = job->cos + place, *sin = job->sin + place;
-        for (int64_t head = 0; head < job->heads; head++)
-            turn<Y>((const Stored *)job->x + token * job->stride + head * size,
-                    (Stored *)job->q + (((row * kv + head / group) * length + at) * group + head % group) * size, cos,
-                    sin, size, job->turned, 1.0f);
-        for (int64_t head = 0; head < kv; head++) {
-            const int64_t to = ((row * kv + head) * length + at) * size;
-            turn<Y>((const Stored *)job->x + token * job->stride + (job->heads + head) * size, (Stored *)job->k + to,
-                    cos, sin, size, job->turned, 1.0f);
-            memcpy((Stored *)job->v + to,
-                   (const Stored *)job->add + token * job->stride + head * size, (size_t)size * sizeof(Stored));
+        const Place place(job, token);
+        const float *cos = job->cos + place.angle, *sin = job->sin + place.angle;
+        const Stored *x = (const Stored *)job->x + token * job->stride;
+        const Stored *plain = (const Stored *)job->add + token * job->stride;
+        for (int64_t head = 0; head < heads; head++)
+            turn<Y>(x + head * size, (Stored *)job->q + place.query(head) * size, cos, sin, size, job->turned, 1.0f);
+        for (int64_t head = 0; head < job->kv_heads; head++) {
+            const int64_t to = place.key(head) * size;
+            turn<Y>(x + (heads + head) * size, (Stored *)job->k + to, cos, sin, size, job->turned, 1.0f);
+            memcpy((Stored *)job->v + to, plain + head * size, (size_t)size * sizeof(Stored));
         }
     }
     return DONE;
@@ -163,19 +173,18 @@ template <class Y> int split_heads_of(const BlockJob *job, int64_t begin, int64_
 // The gradient of what split_heads was given: y like its x and add together, [tokens, stride].
 template <class Y> int split_heads_backward_of(const BlockJob *job, int64_t begin, int64_t end) {
     typedef typename Y::Stored Stored;
-    const int64_t size = job->columns, kv = job->kv_heads, group = job->heads / kv, length = job->length;
+    const int64_t size = job->columns, heads = job->heads, kv = job->kv_heads;
     for (int64_t token = begin; token < end; token++) {
-        const int64_t row = token / length, at = token % length;
-        const int64_t place = (job->shared ? at : token) * job->turned;
-        const float *cos = job->cos + place, *sin = job->sin + place;
+        const Place place(job, token);
+        const float *cos = job->cos + place.angle, *sin = job->sin + place.angle;
         Stored *y = (Stored *)job->y + token * job->stride;
-        for (int64_t head = 0; head < job->heads; head++)
-            turn<Y>((const Stored *)job->q + (((row * kv + head / group) * length + at) * group + head % group) * size,
-                    y + head * size, cos, sin, size, job->turned, -1.0f);
+        for (int64_t head = 0; head < heads; head++)
+            turn<Y>((const Stored *)job->q + place.query(head) * size, y + head * size, cos, sin, size,
+                    job->turned, -1.0f);
         for (int64_t head = 0; head < kv; head++) {
-            const int64_t from = ((row * kv + head) * length + at) * size;
-            turn<Y>((const Stored *)job->k + from, y + (job->heads + head) * size, cos, sin, size, job->turned, -1.0f);
-            memcpy(y + (job->heads + kv + head) * size, (const Stored *)job->v + from, (size_t)size * sizeof(Stored));
+            const int64_t from = place.key(head) * size;
+            turn<Y>((const Stored *)job->k + from, y + (heads + head) * size, cos, sin, size, job->turned, -1.0f);
+            memcpy(y + (heads + kv + head) * size, (const Stored *)job->v + from, (size_t)size * sizeof(Stored));
         }
     }
     return DONE;
@@ -184,10 +193,11 @@ template <class Y> int split_heads_backward_of(const BlockJob *job, int64_t begi
 // y [tokens, heads * size] = what attention gave, laid like q, times each row's reciprocal.
 template <class Y> int merge_heads_of(const BlockJob *job, int64_t begin, int64_t end) {
     typedef typename Y::Stored Stored;
-    const int64_t size = job->columns, kv = job->kv_heads, group = job->heads / kv, length = job->length;
+    const int64_t size = job->columns;
     for (int64_t token = begin; token < end; token++) {
+        const Place place(job, token);
         for (int64_t head = 0; head < job->heads; head++) {
-            const int64_t row = ((token / length * kv + head / group) * length + token % length) * group + head % group;
+            const int64_t row = place.query(head);
             const float reciprocal = job->reciprocal[row];
             const Stored *from = (const Stored *)job->q + row * size;
             Stored *__restrict__ to = (Stored *)job->y + (token * job->heads + head) * size;
@@ -197,15 +207,15 @@ template <class Y> int merge_heads_of(const BlockJob *job, int64_t begin, int64_
     return DONE;
 }
 
-// q = the gradient in `grad` [tokens, heads * size], laid like q; sums[row] = grad . x of each head, x what was given out.
+// q = the gradient in `grad` [tokens, heads * size], laid like q; sums[row] = grad . x of a head, x what was given.
 template <class Y> int merge_heads_backward_of(const BlockJob *job, int64_t begin, int64_t end) {
     typedef typename Y::Stored Stored;
-    const int64_t size = job->columns, kv = job->kv_heads, group = job->heads / kv, length = job->length;
+    const int64_t size = job->columns;
     for (int64_t token = begin; token < end; token++) {
+        const Place place(job, token);
         for (int64_t head = 0; head < job->heads; head++) {
-            const int64_t row = ((token / length * kv + head / group) * length + token % length) * group + head % group;
-            const int64_t place = (token * job->heads + head) * size;
-            const Stored *grad = (const Stored *)job->grad + place, *x = (const Stored *)job->x + place;
+            const int64_t row = place.query(head), at = (token * job->heads + head) * size;
+            const Stored *grad = (const Stored *)job->grad + at, *x = (const Stored *)job->x + at;
             memcpy((Stored *)job->q + row * size, grad, (size_t)size * sizeof(Stored));
             float lanes[SUMS] = {0};
             int64_t i = 0;

@@ -225,6 +225,20 @@ void read_last(Words &words, const uint8_t *from, int64_t bytes) {
     words.read(padded);
 }
 
+// What the codes less `middle` came to, made up for their zero points, in one number a row and token.
+template <int ROWS, int TOKENS>
+inline void settle_totals(const Job *job, int64_t row, int64_t apart, float middle, Lanes (*sums)[TOKENS],
+                          float *totals) {
+    if (job->zero) {
+        EACH_ROW {
+            Lanes added[TOKENS];
+            zero_points<TOKENS>(job, row + r * apart, middle, added);
+            EACH_TOKEN sums[r][t] = plus(sums[r][t], added[t]);
+        }
+    }
+    EACH_ROW EACH_TOKEN totals[r * TOKENS + t] = total_of(sums[r][t]);
+}
+
 // ROWS rows of 4-bit codes, `apart` rows from each other: totals [ROWS][TOKENS].
 template <int ROWS, int TOKENS>
 void rows_of_4_bits(const Job *job, int64_t row, int64_t apart, const float *levels, float *totals) {
@@ -275,14 +289,7 @@ void rows_of_4_bits(const Job *job, int64_t row, int64_t apart, const float *lev
             if (into >= size) into -= size, group++;
         }
     }
-    if (job->zero) {
-        EACH_ROW {
-            Lanes added[TOKENS];
-            zero_points<TOKENS>(job, row + r * apart, 8.0f, added);
-            EACH_TOKEN sums[r][t] = plus(sums[r][t], added[t]);
-        }
-    }
-    EACH_ROW EACH_TOKEN totals[r * TOKENS + t] = total_of(sums[r][t]);
+    settle_totals<ROWS, TOKENS>(job, row, apart, 8.0f, sums, totals);
 }
 
 Lanes last_bytes(const uint8_t *from, int64_t count) {
@@ -331,14 +338,7 @@ template <int ROWS, int TOKENS> void rows_of_8_bits(const Job *job, int64_t row,
             }
         }
     }
-    if (job->zero) {
-        EACH_ROW {
-            Lanes added[TOKENS];
-            zero_points<TOKENS>(job, row + r * apart, 128.0f, added);
-            EACH_TOKEN sums[r][t] = plus(sums[r][t], added[t]);
-        }
-    }
-    EACH_ROW EACH_TOKEN totals[r * TOKENS + t] = total_of(sums[r][t]);
+    settle_totals<ROWS, TOKENS>(job, row, apart, 128.0f, sums, totals);
 }
 #endif
 
