@@ -329,6 +329,23 @@ def test_a_call_with_a_cache_or_weights_in_its_mask_goes_to_the_block():
     assert "forward" not in vars(blocks[0])
 
 
+@pytest.mark.parametrize("part", ["self_attn.q_proj", "self_attn", "mlp.down_proj", "input_layernorm"])
+def test_a_hook_inside_a_block_is_called(part):
+    """What one piece computes makes no call of a layer: while somebody waits for one, the block makes them."""
+    model = model_of("llama")
+    batch, blocks = batch_of(model, "one row"), blocks_of(model)
+    with torch.no_grad():
+        plain = model(**batch.inputs()).logits
+        with in_one_piece(blocks, fused_of(model, batch)):
+            calls: list[nn.Module] = []
+            handle = blocks[1].get_submodule(part).register_forward_hook(lambda module, *_: calls.append(module))
+            assert torch.allclose(model(**batch.inputs()).logits, plain, atol=1e-4)
+            assert len(calls) == 1
+            handle.remove()
+            model(**batch.inputs())
+            assert len(calls) == 1
+
+
 def test_masks_that_are_stretches_and_those_that_are_not():
     causal = torch.ones(2, 1, 5, 5).bool().tril()
     seen = Seen.of(causal)

@@ -189,14 +189,19 @@ class FusedBlock:
             for name, module in owner.named_children()
             if id(module) in used
         ]
+        self._inner = [module for module in block.modules() if module is not block]
 
     def in_place(self) -> bool:
         """Whether the layers that it is made of are still those of the block: adapters come and go."""
         return all(owner._modules.get(name) is module for owner, name, module in self._places)
 
+    def _watched(self) -> bool:
+        """Whether somebody waits for a call of a layer inside, which one piece does not make."""
+        return any(hooks for module in self._inner for hooks in _hooks(module))
+
     def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
         """The block's forward."""
-        call = None if args or not self.in_place() else self._call(hidden_states, options)
+        call = None if args or not self.in_place() or self._watched() else self._call(hidden_states, options)
         if call is None:
             return self.own(hidden_states, *args, **options)
         return self.wrap(_Function.apply(call, hidden_states, *call.tensors()))
@@ -229,6 +234,11 @@ class FusedBlock:
     def _heads(self) -> tuple[int, int, int]:
         size = self.parts.head_size
         return self.parts.qkv[0].shape[0] // size, self.parts.qkv[1].shape[0] // size, size
+
+
+def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    backward = (module._backward_pre_hooks, module._backward_hooks)
+    return module._forward_pre_hooks, module._forward_hooks, *backward
 
 
 class _Call:
