@@ -11,7 +11,7 @@ from tests.fresh import in_fresh_process
 from tests.tiny import tiny_config
 from transformers import CohereConfig, FalconH1Config, Gemma2Config, GraniteConfig
 
-from strop.planner.memory import Step, plan_memory
+from strop.planner.memory import MemoryPlan, Step, plan_memory
 from strop.planner.parameters import read_shape
 from strop.planner.process import PRODUCT_BYTES, PRODUCTS_KEPT, SESSION_BYTES
 
@@ -60,6 +60,7 @@ def test_every_shape_of_batch_compiles_the_products_of_every_shape_of_layer() ->
     assert parts(shapes=3)["products_bytes"] == 3 * parts()["products_bytes"]
     assert parts(eval_shapes=2)["products_bytes"] - parts()["products_bytes"] == 2 * PRODUCT_BYTES * (5 + 2)
     assert parts("lora", attention="fused")["products_bytes"] == PRODUCT_BYTES * (2 * 5 + 3 * (2 + 3))
+    assert parts("lora", attention="block")["products_bytes"] == PRODUCT_BYTES * (2 * 5 + 4 * 6 + 3)
     assert parts(shapes=10**6)["products_bytes"] == PRODUCT_BYTES * PRODUCTS_KEPT
     assert parts(dtype="float32")["products_bytes"] == 0
 
@@ -77,12 +78,22 @@ def test_a_trial_keeps_a_copy_of_what_is_trained() -> None:
     assert tried["peak_bytes"] - parts()["peak_bytes"] == tried["trial_bytes"]
 
 
-@pytest.mark.parametrize("blocks", [0, 1, 2])
-def test_some_blocks_recomputed_lie_between_none_and_all(blocks: int) -> None:
-    none, everything = parts()["activations_bytes"], parts(checkpointing=True)["activations_bytes"]
-    some = parts(checkpointing=True, recomputed=blocks)
-    assert some["activations_bytes"] == none - blocks * (none - everything) // 2
-    assert (some["block_backward_bytes"] > parts()["block_backward_bytes"]) == (blocks > 0)
+@pytest.mark.parametrize("attention", ["plain", "block"])
+def test_every_block_recomputed_saves_but_the_last_whose_activations_are_needed_at_once(attention: str) -> None:
+    shape = read_shape(tiny_config("llama", num_hidden_layers=4))
+
+    def plan(blocks: int) -> MemoryPlan:
+        return plan_memory(
+            shape, "full", Step(**(CPU | {"attention": attention}), checkpointing=True, recomputed=blocks)
+        )
+
+    plans = [plan(blocks) for blocks in range(5)]
+    kept = [made.activations_bytes for made in plans]
+    assert [kept[0] - some for some in kept] == [blocks * (kept[0] - kept[4]) // 4 for blocks in range(5)]
+    held = [made.activations_bytes + made.block_backward_bytes for made in plans]
+    one_input = held[4] - held[3]
+    assert [held[blocks] - held[blocks + 1] for blocks in range(3)] == [kept[0] - kept[1]] * 3
+    assert one_input == plans[0].step.tokens * 4 * shape.hidden_size
 
 
 SIZES = {

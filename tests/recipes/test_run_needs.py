@@ -30,7 +30,7 @@ def test_the_manifest_predicts_what_the_memory_policy_really_chose(base, data, t
     session = open_session(run.config.replace(resume=None))
     [tried] = [check["figures"]["shapes"] for check in run.report["checks"] if check["name"] == "accumulation"]
 
-    def predicted(checkpointing: str) -> int:
+    def predicted(checkpointing: str | int) -> int:
         settings = replace(session.train_settings(), checkpointing=checkpointing)
         plan = predicted_memory(session, settings, tried=tried)
         assert plan is not None
@@ -39,10 +39,7 @@ def test_the_manifest_predicts_what_the_memory_policy_really_chose(base, data, t
     none, everything = predicted("none"), predicted("all")
     assert notes.notes.count(f"{blocks} of 2 blocks are recomputed, to stay within max_memory") == 1
     assert everything < none
-    if blocks == 1:
-        assert everything < told < none
-    else:
-        assert told == (everything if blocks else none)
+    assert told == (none, predicted(1), everything)[blocks]
 
 
 def test_as_many_blocks_are_recomputed_in_the_run_as_were_chosen(base, data, tmp_path, monkeypatch):

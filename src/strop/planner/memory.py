@@ -217,7 +217,7 @@ def plan_memory(
             () if trains_all else tuple(adapted),
             rank=step.rank,
             trained=trains_all,
-            plain_attention=step.attention != "fused",
+            attention=step.attention,
             shapes=step.shapes,
             eval_shapes=step.eval_shapes,
         )
@@ -307,6 +307,7 @@ def _activation_bytes(shape: ModelShape, method: Method, step: Step, adapted: Se
         kept.append(step.tokens * of_token)
         gradients.append(step.tokens * block.backward_bytes(step.element_bytes))
     count = step.blocks_recomputed(len(kept))
-    inputs = precision.residual_bytes * shape.hidden_size * step.tokens * count
-    again = [one + other for one, other in zip(kept[:count], gradients[:count], strict=True)]
-    return int(inputs + sum(kept[count:])), int(max([*again, *gradients[count:]], default=0))
+    inputs, others = precision.residual_bytes * shape.hidden_size * step.tokens * count, sum(kept[count:])
+    # the backward pass comes to the first blocks, which are recomputed, when it has freed what the others kept
+    again = [one + other - others for one, other in zip(kept[:count], gradients[:count], strict=True)]
+    return int(inputs + others), int(max([*again, *gradients[count:]], default=0))
