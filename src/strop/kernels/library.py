@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from strop.errors import ConfigError, nearest
 from strop.kernels.build import LIBRARY, RECEIPT, sources_digest
@@ -58,10 +58,21 @@ class BlockJob(ctypes.Structure):
     )
 
 
+class SearchJob(ctypes.Structure):
+    """A search of superblocks; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "codes", "d", "dmin", "sub_scale", "sub_minimum")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+    )
+
+
 BLOCK_KERNELS = (
     *("norm", "norm_backward", "norm_gain", "split_heads", "split_heads_backward", "merge_heads"),
     *("merge_heads_backward", "softmax", "softmax_backward", "swiglu", "swiglu_backward", "cross_entropy"),
 )
+
+SEARCH_KERNELS = ("search_four_bit", "search_six_bit")
 
 KERNELS = (
     "round_affine",
@@ -110,17 +121,20 @@ class Library:
     def __init__(self, path: Path, compiler: str = "") -> None:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
-        for has, needs in ((native.strop_job_bytes, Job), (native.strop_block_job_bytes, BlockJob)):
+        jobs = ((native.strop_job_bytes, Job), (native.strop_block_job_bytes, BlockJob))
+        for has, needs in (*jobs, (native.strop_search_job_bytes, SearchJob)):
             if has() != ctypes.sizeof(needs):
                 raise ValueError(f"its jobs have {has()} bytes, needed {ctypes.sizeof(needs)}")
         built, runs = native.strop_built(), native.strop_runnable()
         self.built = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if built >> number & 1)
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
-        self.functions = {name: getattr(native, f"strop_{name}") for name in (*KERNELS, *BLOCK_KERNELS)}
-        for name, function in self.functions.items():
-            function.argtypes = (ctypes.POINTER(Job if name in KERNELS else BlockJob), ctypes.c_int, ctypes.c_int)
+        self.functions: dict[str, Any] = {}
+        for names, job in ((KERNELS, Job), (BLOCK_KERNELS, BlockJob), (SEARCH_KERNELS, SearchJob)):
+            for name in names:
+                self.functions[name] = function = getattr(native, f"strop_{name}")
+                function.argtypes = (ctypes.POINTER(job), ctypes.c_int, ctypes.c_int)
 
-    def call(self, kernel: str, job: Job | BlockJob, instruction_set: str, threads: int) -> bool:
+    def call(self, kernel: str, job: Job | BlockJob | SearchJob, instruction_set: str, threads: int) -> bool:
         """Run a kernel; False where it refuses the values, and the reference has the message."""
         number = INSTRUCTION_SETS.index(instruction_set)
         return self.functions[kernel](ctypes.byref(job), number, threads) == 0

@@ -141,6 +141,24 @@ int run_block(BlockKernel BlockTable::*kernel, const BlockJob *job, int level, i
     return table ? split(table->*kernel, job, threads, units) : REFUSED;
 }
 
+const SearchTable *search_table_of(int level) {
+    switch (level) {
+        case PORTABLE: return &portable_search;
+#ifdef STROP_HAS_AVX2
+        case AVX2: return &avx2_search;
+#endif
+#ifdef STROP_HAS_AVX512
+        case AVX512: return &avx512_search;
+#endif
+        default: return nullptr;
+    }
+}
+
+int run_search(SearchKernel SearchTable::*kernel, const SearchJob *job, int level, int threads) {
+    const SearchTable *table = search_table_of(level);
+    return table ? split(table->*kernel, job, threads, job->rows * (job->columns / 256)) : REFUSED;
+}
+
 int64_t groups_of(const Job *job) { return job->rows * (job->columns / job->size); }
 int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size - 1) / job->size; }
 
@@ -148,6 +166,7 @@ int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size
 
 EXPORT int strop_job_bytes(void) { return (int)sizeof(Job); }
 EXPORT int strop_block_job_bytes(void) { return (int)sizeof(BlockJob); }
+EXPORT int strop_search_job_bytes(void) { return (int)sizeof(SearchJob); }
 
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
 EXPORT int strop_built(void) {
@@ -238,4 +257,10 @@ EXPORT int strop_swiglu_backward(const BlockJob *job, int level, int threads) {
 }
 EXPORT int strop_cross_entropy(const BlockJob *job, int level, int threads) {
     return run_block(&BlockTable::cross_entropy, job, level, threads, job->rows);
+}
+EXPORT int strop_search_four_bit(const SearchJob *job, int level, int threads) {
+    return run_search(&SearchTable::search_four_bit, job, level, threads);
+}
+EXPORT int strop_search_six_bit(const SearchJob *job, int level, int threads) {
+    return run_search(&SearchTable::search_six_bit, job, level, threads);
 }

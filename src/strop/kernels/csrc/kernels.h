@@ -88,3 +88,22 @@ typedef struct {
 } BlockTable;
 
 extern const BlockTable portable_block, avx2_block, avx512_block;
+
+// A search of superblocks: x [rows, columns], columns in whole superblocks of 256; see search.h.
+typedef struct {
+    const float *x;
+    const float *weights;  // of the columns' squared errors, [columns], not negative; null for 1
+    uint8_t *codes;        // Q6_K's, 256 a superblock, signed; else null
+    uint16_t *d, *dmin;    // float16, one a superblock; dmin of Q4_K alone
+    uint8_t *sub_scale;    // one a group: signed in Q6_K
+    uint8_t *sub_minimum;  // one a group, of Q4_K alone
+    int64_t rows, columns;
+} SearchJob;
+
+typedef int (*SearchKernel)(const SearchJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    SearchKernel search_four_bit, search_six_bit;  // units: superblocks
+} SearchTable;
+
+extern const SearchTable portable_search, avx2_search, avx512_search;
