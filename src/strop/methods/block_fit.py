@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from strop.kernels import searches
-from strop.numerics.sums import halved_sum
+from strop.numerics.reductions import halved_sum
 
 _STEPS = tuple(0.2 * step for step in range(-4, 5))
 """What is added to the code that the value of largest magnitude takes."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from strop.kernels import searches
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import row_chunks
-from strop.numerics.sums import halved_sum
+from strop.numerics.reductions import halved_sum
 from strop.numerics.superblock import SuperScale, plain_super_scale, super_scale_of
 
 _STEPS = (-1.5, -0.5, 0.0, 0.5, 1.5, 3.0, 5.0)  # a range is cut into 15 + this many steps

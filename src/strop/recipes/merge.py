@@ -45,6 +45,7 @@ from strop.layers.surgery import detach_lora, linear_modules, lora_modules, plan
 from strop.models import OpenedModel, load
 from strop.models.sources import find_folder
 from strop.numerics.qtensor import quantize_tensor
+from strop.numerics.reductions import all_finite
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
 from strop.recipes.manifest import adapter_digest
@@ -287,7 +288,7 @@ class _Probe:
             device = model.device
             found = model(input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False).logits
         logits = (found[compared.to(found.device)] if found.dim() == 3 else found).float().cpu()
-        if not torch.isfinite(logits).all():
+        if not all_finite(logits):
             raise ModelError("the model's logits hold NaN or infinity, so nothing can be compared; check its weights")
         return logits
 
