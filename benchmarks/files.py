@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Final
 
 QUANTIZED: Final = ("int8", "int4-g128", "nf4")
-EXPORTED: Final = {"q8_0": 7, "q4_0": 2}
-"""Types of GGUF files, and llama.cpp's numbers of them (`llama_ftype`)."""
+EXPORTED: Final = {"q8_0": 7, "q4_0": 2, "q4_k_m": 15}
+"""Types and mixtures of GGUF files, and llama.cpp's numbers of them (`llama_ftype`)."""
 CASES: Final = (*(f"quantize {name}" for name in QUANTIZED), "merge", *(f"export {name}" for name in EXPORTED))
 RIVALS: Final = {
     "quantize int8": "bitsandbytes",
@@ -35,6 +35,7 @@ RIVALS: Final = {
     "merge": "PEFT",
     "export q8_0": "llama.cpp",
     "export q4_0": "llama.cpp",
+    "export q4_k_m": "llama.cpp",
 }
 
 Work = Callable[[], object]
