@@ -99,6 +99,9 @@ const Table *table_of(int level) {
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_table;
 #endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_table;
+#endif
         default: return nullptr;
     }
 }
@@ -131,6 +134,9 @@ const BlockTable *block_table_of(int level) {
 #endif
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_block;
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_block;
 #endif
         default: return nullptr;
     }
@@ -167,6 +173,8 @@ EXPORT int strop_runnable(void) {
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
             runnable |= 1 << AVX512;
     }
+#elif defined(__aarch64__)
+    runnable |= 1 << NEON;  // every processor of this kind has it
 #endif
     return runnable;
 }
