@@ -99,6 +99,9 @@ const Table *table_of(int level) {
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_table;
 #endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_table;
+#endif
         default: return nullptr;
     }
 }
@@ -132,6 +135,9 @@ const BlockTable *block_table_of(int level) {
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_block;
 #endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_block;
+#endif
         default: return nullptr;
     }
 }
@@ -149,6 +155,9 @@ const SearchTable *search_table_of(int level) {
 #endif
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_search;
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_search;
 #endif
         default: return nullptr;
     }
@@ -186,6 +195,8 @@ EXPORT int strop_runnable(void) {
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
             runnable |= 1 << AVX512;
     }
+#elif defined(__aarch64__)
+    runnable |= 1 << NEON;  // every processor of this kind has it
 #endif
     return runnable;
 }

@@ -12,7 +12,7 @@
 
 enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, LEVELS = 3 };
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3, LEVELS = 4 };
 enum Status { DONE = 0, REFUSED = 1 };  // REFUSED (NaN, infinities, an overflow): the reference has the message
 
 // Values lie in `rows` rows of `columns`, cut into groups of `size` that share a scale. A codebook's blocks are cut
@@ -55,7 +55,7 @@ typedef struct {
     Kernel product;             // units: rows of the weight. y[t, row] = x[t] . row + bias, summed in float32
 } Table;
 
-extern const Table portable_table, avx2_table, avx512_table;
+extern const Table portable_table, avx2_table, avx512_table, neon_table;
 
 // What a part of a decoder's block is asked to do (block.h). `stride` is the distance of two tokens in x; heads of
 // queries share keys in groups of heads / kv_heads, and lie as [rows, kv_heads, length, group, columns].
@@ -88,7 +88,7 @@ typedef struct {
     BlockKernel round_rows, scale_sums;               // units: rows
 } BlockTable;
 
-extern const BlockTable portable_block, avx2_block, avx512_block;
+extern const BlockTable portable_block, avx2_block, avx512_block, neon_block;
 
 // A search of superblocks: x [rows, columns], columns in whole superblocks of 256; see search.h.
 typedef struct {
@@ -107,4 +107,4 @@ typedef struct {
     SearchKernel search_four_bit, search_six_bit;  // units: superblocks
 } SearchTable;
 
-extern const SearchTable portable_search, avx2_search, avx512_search;
+extern const SearchTable portable_search, avx2_search, avx512_search, neon_search;

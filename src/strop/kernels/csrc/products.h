@@ -91,6 +91,51 @@ struct Places {
     inline Places(Lanes lanes) { of = _mm256_cvttps_epi32(lanes); }
     inline Lanes pick(const float *scales) const { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), of); }
 };
+#elif defined(STROP_NEON)
+typedef float32x4_t Lanes;
+const int64_t LANES = 4;
+inline Lanes zeros() { return vdupq_n_f32(0.0f); }
+inline Lanes all(float value) { return vdupq_n_f32(value); }
+inline Lanes load(const float *from) { return vld1q_f32(from); }
+inline Lanes plus(Lanes a, Lanes b) { return vaddq_f32(a, b); }
+inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
+inline float total_of(Lanes lanes) { return vaddvq_f32(lanes); }
+inline Lanes signed_bytes(const uint8_t *codes) {
+    uint32_t four;
+    memcpy(&four, codes, 4);
+    const int16x8_t halves = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four ^ 0x80808080)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
+}
+// Where a table of bytes has the four of each of these floats.
+inline uint8x16_t bytes_of(uint32x4_t floats) {
+    const uint32x4_t first = vmulq_u32(floats, vdupq_n_u32(0x04040404));
+    return vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100)));
+}
+struct Words {
+    uint32x4_t words;
+    inline void read(const uint8_t *packed) { words = vreinterpretq_u32_u8(vld1q_u8(packed)); }
+    inline Words from(int bit) const {
+        Words later;
+        later.words = vshlq_u32(words, vdupq_n_s32(-bit));
+        return later;
+    }
+};
+struct Table16 {
+    uint8x16x4_t bytes;
+    inline Table16(const float *from) {
+        for (int k = 0; k < 4; k++) bytes.val[k] = vld1q_u8((const uint8_t *)(from + 4 * k));
+    }
+    inline Lanes of(Words at) const {
+        return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, bytes_of(vandq_u32(at.words, vdupq_n_u32(15)))));
+    }
+};
+struct Places {
+    uint8x16_t of;
+    inline Places(Lanes lanes) { of = bytes_of(vcvtq_u32_f32(lanes)); }
+    inline Lanes pick(const float *scales) const {
+        return vreinterpretq_f32_u8(vqtbl1q_u8(vld1q_u8((const uint8_t *)scales), of));
+    }
+};
 #else
 #define STROP_PLAIN_PRODUCTS
 const int64_t LANES = 16;

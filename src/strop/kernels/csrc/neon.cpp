@@ -1,0 +1,19 @@
+#define STROP_NEON  // the compiler has no name of its own for what is more than portable.cpp here
+#include "affine.h"
+#include "block.h"
+#include "codebook.h"
+#include "products.h"
+#include "search.h"
+
+extern const Table neon_table = {
+    round_affine,   quantize_affine,     dequantize_affine, round_codebook, quantize_codebook,
+    dequantize_codebook, mask_gradient, prepare_product,   product,
+};
+
+extern const BlockTable neon_block = {
+    norm,       norm_backward,        norm_gain, split_heads,      split_heads_backward, merge_heads,
+    merge_heads_backward, softmax, softmax_backward, swiglu, swiglu_backward,      cross_entropy,
+    round_rows, scale_sums,
+};
+
+extern const SearchTable neon_search = {superblocks::search_four_bit, superblocks::search_six_bit};
