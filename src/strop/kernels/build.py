@@ -40,6 +40,7 @@ _LEVELS: dict[str, tuple[str, ...]] = {
         *("-mfma", "-mprefer-vector-width=512"),
     ),
 }
+_LEVELS["amx"] = (*_LEVELS["avx512"], "-mamx-tile", "-mamx-bf16")
 _COMPILE_SECONDS = 300
 
 

@@ -4,8 +4,8 @@ Nothing is trusted before its digest: the receipt beside the library (`build`) n
 the sources that it was made of, and both are compared before it is loaded. Whatever is wrong, the PyTorch reference
 does the work and `in_use().reason` says why.
 
-`STROP_KERNELS` forces a choice: `reference`, `portable`, `avx2` or `avx512`. One that this machine cannot run is the
-reference again, with its reason; `forced` does the same within a program.
+`STROP_KERNELS` forces a choice: `reference`, `portable`, `avx2`, `avx512` or `amx`. One that this machine cannot run is
+the reference again, with its reason; `forced` does the same within a program.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from strop.errors import ConfigError, nearest
 from strop.kernels.build import LIBRARY, RECEIPT, sources_digest
 
 REFERENCE = "reference"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx")
 """Those there are, as the library numbers them; the last that is built and runs here is chosen."""
 
 VARIABLE = "STROP_KERNELS"
@@ -36,7 +36,7 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y", "codes", "scale", "value_scale", "zero", "mask")),
-        *((name, ctypes.c_void_p) for name in ("levels", "midpoints", "order", "bias", "inputs", "sums")),
+        *((name, ctypes.c_void_p) for name in ("levels", "midpoints", "order", "bias", "inputs", "sums", "laid")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "size", "row_bytes", "tokens")),
         *(
             (name, ctypes.c_int32)
@@ -72,6 +72,7 @@ KERNELS = (
     "dequantize_codebook",
     "mask_gradient",
     "product",
+    "tiled_product",
 )
 
 

@@ -195,7 +195,9 @@ def product(
     """
     rows, columns = shape
     grid = _product_grid(scheme, columns)
-    if grid is None or not 1 <= x.numel() // columns <= operations.MOST_TOKENS or "group_index" in parts:
+    if grid is None or "group_index" in parts:
+        return None
+    if not operations.product_takes(x.numel() // columns, grid, columns, x.dtype):
         return None
     if "nested_codes" in parts:
         scale = NestedScale(parts["nested_codes"], parts["nested_scale"], parts["nested_offset"]).dequantize()

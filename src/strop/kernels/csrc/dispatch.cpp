@@ -9,6 +9,12 @@
 #include <pthread.h>
 #endif
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 #ifdef _WIN32
@@ -98,6 +104,9 @@ const Table *table_of(int level) {
 #endif
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_table;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_table;
+#endif
 #endif
         default: return nullptr;
     }
@@ -131,6 +140,9 @@ const BlockTable *block_table_of(int level) {
 #endif
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_block;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_block;
+#endif
 #endif
         default: return nullptr;
     }
@@ -139,6 +151,18 @@ const BlockTable *block_table_of(int level) {
 int run_block(BlockKernel BlockTable::*kernel, const BlockJob *job, int level, int threads, int64_t units) {
     const BlockTable *table = block_table_of(level);
     return table ? split(table->*kernel, job, threads, units) : REFUSED;
+}
+
+// Whether the processor multiplies tiles, and the system lets this process do it: the room for tiles is asked for.
+bool has_amx() {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const unsigned needed = 1u << 22 | 1u << 24;                    // AMX-BF16, AMX-TILE
+    return (d & needed) == needed && !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, the tiles' state
+#else
+    return false;
+#endif
 }
 
 int64_t groups_of(const Job *job) { return job->rows * (job->columns / job->size); }
@@ -165,7 +189,7 @@ EXPORT int strop_runnable(void) {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-            runnable |= 1 << AVX512;
+            runnable |= 1 << AVX512 | (has_amx() ? 1 << AMX : 0);
     }
 #endif
     return runnable;
@@ -194,7 +218,7 @@ EXPORT int strop_mask_gradient(const Job *job, int level, int threads) {
 }
 EXPORT int strop_product(const Job *job, int level, int threads) {
     const Table *table = table_of(level);
-    if (!table || job->tokens < 1 || job->tokens > 4) return REFUSED;
+    if (!table || job->tokens < 1) return REFUSED;
     const int64_t inputs = job->tokens * input_room(job->columns), sums = job->tokens * sums_room(job->columns / job->size);
     std::vector<float> room((size_t)(inputs + sums));
     Job whole = *job;
@@ -202,6 +226,21 @@ EXPORT int strop_product(const Job *job, int level, int threads) {
     whole.sums = room.data() + inputs;
     table->prepare_product(&whole, 0, whole.tokens);
     return run(&Table::product, &whole, level, threads, whole.rows);
+}
+EXPORT int strop_tiled_product(const Job *job, int level, int threads) {
+#if defined(STROP_HAS_AVX512) && defined(STROP_HAS_AMX)
+    if (level != AMX || !table_of(level)) return REFUSED;
+    if (job->x_type != BFLOAT16 || job->tokens < 1 || job->tokens > MOST_TILED) return REFUSED;
+    const int64_t tokens = (job->tokens + 15) / 16 * 16, columns = (job->columns + 127) / 128 * 128;
+    std::vector<uint16_t> room((size_t)(tokens * columns + 32));
+    Job whole = *job;
+    whole.laid = (uint16_t *)(((uintptr_t)room.data() + 63) / 64 * 64);
+    amx_tiles.lay(&whole, 0, whole.tokens);
+    return split(amx_tiles.product, &whole, threads, whole.rows);
+#else
+    (void)job, (void)level, (void)threads;
+    return REFUSED;
+#endif
 }
 EXPORT int strop_norm(const BlockJob *job, int level, int threads) {
     return run_block(&BlockTable::norm, job, level, threads, job->rows);

@@ -12,7 +12,7 @@
 
 enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, LEVELS = 3 };
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, LEVELS = 4 };
 enum Status { DONE = 0, REFUSED = 1 };  // REFUSED (NaN, infinities, an overflow): the reference has the message
 
 // Values lie in `rows` rows of `columns`, cut into groups of `size` that share a scale. A codebook's blocks are cut
@@ -30,6 +30,7 @@ typedef struct {
     const uint8_t *order;      // codebooks: the codes of the ascending levels, 16
     const void *bias;          // products: x_type, one a row, or null
     float *inputs, *sums;      // products: what prepare_product makes of x, tokens * input_room and tokens * sums_room
+    uint16_t *laid;            // products of many tokens: x as lay_tiles lays it, tokens and columns filled up with zeros
     int64_t rows, columns, size, row_bytes, tokens;
     int32_t x_type, y_type, scale_type, bits, qmin, mode;
     int32_t given;             // whether scales (and zero points) are read, not written
@@ -56,6 +57,17 @@ typedef struct {
 } Table;
 
 extern const Table portable_table, avx2_table, avx512_table;
+
+// Products of bfloat16 inputs with weights decoded into bfloat16, a tile at a time (tiles.h), for up to MOST_TILED
+// tokens. AMX has these alone: for all else it is AVX512.
+const int64_t MOST_TILED = 64;
+
+typedef struct {
+    Kernel lay;      // units: tokens. x into laid
+    Kernel product;  // units: rows of the weight, as Table's
+} Tiles;
+
+extern const Tiles amx_tiles;
 
 // What a part of a decoder's block is asked to do (block.h). `stride` is the distance of two tokens in x; heads of
 // queries share keys in groups of heads / kv_heads, and lie as [rows, kv_heads, length, group, columns].
