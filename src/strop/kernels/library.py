@@ -58,6 +58,23 @@ class BlockJob(ctypes.Structure):
     )
 
 
+class StepJob(ctypes.Structure):
+    """What a decoder's block is asked to do for one token of each text; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("products", ctypes.POINTER(Job) * 7),
+        ("gains", ctypes.c_void_p * 4),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values", "index")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "gate", "up", "between", "given", "normed", "scores")),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "inner", "heads", "kv_heads", "size", "turned")),
+        ("columns", ctypes.c_int64),
+        ("eps", ctypes.c_float * 4),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("type", "tiled")),
+    )
+
+
 BLOCK_KERNELS = (
     *("norm", "norm_backward", "norm_gain", "split_heads", "split_heads_backward", "merge_heads"),
     *("merge_heads_backward", "softmax", "softmax_backward", "swiglu", "swiglu_backward", "cross_entropy"),
@@ -111,17 +128,19 @@ class Library:
     def __init__(self, path: Path, compiler: str = "") -> None:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
-        for has, needs in ((native.strop_job_bytes, Job), (native.strop_block_job_bytes, BlockJob)):
+        sizes = (native.strop_job_bytes, native.strop_block_job_bytes, native.strop_step_job_bytes)
+        for has, needs in zip(sizes, (Job, BlockJob, StepJob), strict=True):
             if has() != ctypes.sizeof(needs):
                 raise ValueError(f"its jobs have {has()} bytes, needed {ctypes.sizeof(needs)}")
         built, runs = native.strop_built(), native.strop_runnable()
         self.built = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if built >> number & 1)
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
-        self.functions = {name: getattr(native, f"strop_{name}") for name in (*KERNELS, *BLOCK_KERNELS)}
+        jobs = {name: Job for name in KERNELS} | {name: BlockJob for name in BLOCK_KERNELS} | {"step": StepJob}
+        self.functions = {name: getattr(native, f"strop_{name}") for name in jobs}
         for name, function in self.functions.items():
-            function.argtypes = (ctypes.POINTER(Job if name in KERNELS else BlockJob), ctypes.c_int, ctypes.c_int)
+            function.argtypes = (ctypes.POINTER(jobs[name]), ctypes.c_int, ctypes.c_int)
 
-    def call(self, kernel: str, job: Job | BlockJob, instruction_set: str, threads: int) -> bool:
+    def call(self, kernel: str, job: Job | BlockJob | StepJob, instruction_set: str, threads: int) -> bool:
         """Run a kernel; False where it refuses the values, and the reference has the message."""
         number = INSTRUCTION_SETS.index(instruction_set)
         return self.functions[kernel](ctypes.byref(job), number, threads) == 0

@@ -232,13 +232,13 @@ def product_takes(tokens: int, grid: AffineGrid | Codebook, columns: int, dtype:
     if found is None or not 1 <= tokens <= MOST_TOKENS:
         return False
     bits, size = (4, grid.size) if isinstance(grid, Codebook) else (grid.bits, grid.size)
-    if _tiled(tokens, bits, dtype, found[1]):
+    if is_tiled(tokens, bits, dtype, found[1]):
         return True
     by_vectors = found[1] != "portable" and (bits == 8 or (bits == 4 and (size % 8 == 0 or size == columns)))
     return tokens <= (_FEW if not by_vectors else 16 if dtype == torch.bfloat16 else 32)
 
 
-def _tiled(tokens: int, bits: int, dtype: torch.dtype, instruction_set: str) -> bool:
+def is_tiled(tokens: int, bits: int, dtype: torch.dtype, instruction_set: str) -> bool:
     """Whether weights are decoded into bfloat16 tiles: where few rows do not pay for that, they are not."""
     return instruction_set == "amx" and dtype == torch.bfloat16 and tokens > (2 * _FEW if bits == 8 else _FEW)
 
@@ -276,6 +276,25 @@ def product(
         return None
     if bias is not None and (bias.dtype != x.dtype or bias.shape != shape[:1]):
         return None
+    job = product_job(codes, grid, scale=scale, zero=zero, bias=bias, shape=shape)
+    if job is None:
+        return None
+    result = x.new_empty((x.shape[0], shape[0]))
+    job.x, job.x_type, job.y, job.tokens = x.data_ptr(), _TYPES[x.dtype], result.data_ptr(), x.shape[0]
+    tiled = is_tiled(job.tokens, job.bits, x.dtype, found[1])
+    return result if _run(found, "tiled_product" if tiled else "product", job) else None
+
+
+def product_job(
+    codes: Tensor,
+    grid: AffineGrid | Codebook,
+    *,
+    scale: Tensor,
+    zero: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+) -> Job | None:
+    """What `product` asks of the kernels but for x and y; None where these are no weights that they read."""
     known = _product_job(grid, shape, scale.dtype)
     if known is None or codes.dtype != torch.uint8 or codes.numel() != shape[0] * known.row_bytes:
         return None
@@ -285,11 +304,8 @@ def product(
     elif zero is not None or scale.numel() * grid.size != shape[0] * shape[1]:
         return None
     job = Job.from_buffer_copy(known)
-    result = x.new_empty((x.shape[0], shape[0]))
-    job.x, job.x_type, job.y, job.tokens = x.data_ptr(), _TYPES[x.dtype], result.data_ptr(), x.shape[0]
     job.codes, job.scale, job.zero, job.bias = codes.data_ptr(), scale.data_ptr(), _pointer(zero), _pointer(bias)
-    tiled = _tiled(job.tokens, job.bits, x.dtype, found[1])
-    return result if _run(found, "tiled_product" if tiled else "product", job) else None
+    return job
 
 
 @functools.lru_cache(maxsize=256)

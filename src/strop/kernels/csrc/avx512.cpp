@@ -2,6 +2,7 @@
 #include "block.h"
 #include "codebook.h"
 #include "products.h"
+#include "step.h"
 
 extern const Table avx512_table = {
     round_affine,   quantize_affine,     dequantize_affine, round_codebook, quantize_codebook,
@@ -12,3 +13,5 @@ extern const BlockTable avx512_block = {
     norm,       norm_backward,        norm_gain, split_heads,      split_heads_backward, merge_heads,
     merge_heads_backward, softmax, softmax_backward, swiglu, swiglu_backward,      cross_entropy,
 };
+
+extern const StepTable avx512_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};

@@ -100,3 +100,31 @@ typedef struct {
 } BlockTable;
 
 extern const BlockTable portable_block, avx2_block, avx512_block;
+
+// A decoder's block while each of some texts gets one token (step.h): what comes in and goes out is x.
+typedef struct {
+    void *x;                    // the stream, [tokens, hidden]
+    const Job *products[7];     // of queries, keys, values, the output, gate, up, down: weights, scales and biases
+    const float *gains[4];      // of the norms before attention, before the feed-forward part, of queries, of keys
+    const float *cos, *sin;     // [tokens, turned]
+    void *keys, *values;        // the cache, [slots, columns, kv_heads, size]
+    const int64_t *index;       // where each token goes in it: slot * columns + column
+    void *q, *k, *v, *gate, *up, *between, *given, *normed;  // room, by strop_step
+    float *scores;              // [tokens, heads, columns], the same
+    int64_t tokens, hidden, inner, heads, kv_heads, size, turned, columns;
+    float eps[4];
+    float scaling;
+    int32_t type;               // of everything that is no gain, position or score
+    int32_t tiled;              // bit i: product i goes through tiles
+} StepJob;
+
+typedef int (*StepKernel)(const StepJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    StepKernel turn;           // units: tokens
+    StepKernel attend;         // units: tokens * kv_heads
+    StepKernel swiglu, add;    // units: tokens
+    int64_t most_queries;      // values of the queries that share keys
+} StepTable;
+
+extern const StepTable portable_step, avx2_step, avx512_step;
