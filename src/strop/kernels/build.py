@@ -41,6 +41,7 @@ _X86: dict[str, tuple[str, ...]] = {
         *("-mfma", "-mprefer-vector-width=512"),
     ),
 }
+_X86["amx"] = (*_X86["avx512"], "-mamx-tile", "-mamx-bf16")
 _ARM: dict[str, tuple[str, ...]] = {"neon": ()}  # every 64-bit ARM processor has it
 _LEVELS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 _COMPILE_SECONDS = 300

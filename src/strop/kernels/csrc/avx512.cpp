@@ -3,6 +3,7 @@
 #include "codebook.h"
 #include "products.h"
 #include "search.h"
+#include "step.h"
 
 extern const Table avx512_table = {
     round_affine,   quantize_affine,     dequantize_affine, round_codebook, quantize_codebook,
@@ -16,3 +17,4 @@ extern const BlockTable avx512_block = {
 };
 
 extern const SearchTable avx512_search = {superblocks::search_four_bit, superblocks::search_six_bit};
+extern const StepTable avx512_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};

@@ -12,7 +12,7 @@
 
 enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, NEON = 3, LEVELS = 4 };
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, LEVELS = 5 };
 enum Status { DONE = 0, REFUSED = 1 };  // REFUSED (NaN, infinities, an overflow): the reference has the message
 
 // Values lie in `rows` rows of `columns`, cut into groups of `size` that share a scale. A codebook's blocks are cut
@@ -30,6 +30,7 @@ typedef struct {
     const uint8_t *order;      // codebooks: the codes of the ascending levels, 16
     const void *bias;          // products: x_type, one a row, or null
     float *inputs, *sums;      // products: what prepare_product makes of x, tokens * input_room and tokens * sums_room
+    uint16_t *laid;            // products of many tokens: x as lay_tiles lays it, tokens and columns filled up with zeros
     int64_t rows, columns, size, row_bytes, tokens;
     int32_t x_type, y_type, scale_type, bits, qmin, mode;
     int32_t given;             // whether scales (and zero points) are read, not written
@@ -56,6 +57,17 @@ typedef struct {
 } Table;
 
 extern const Table portable_table, avx2_table, avx512_table, neon_table;
+
+// Products of bfloat16 inputs with weights decoded into bfloat16, a tile at a time (tiles.h), for up to MOST_TILED
+// tokens. AMX has these alone: for all else it is AVX512.
+const int64_t MOST_TILED = 64;
+
+typedef struct {
+    Kernel lay;      // units: tokens. x into laid
+    Kernel product;  // units: rows of the weight, as Table's
+} Tiles;
+
+extern const Tiles amx_tiles;
 
 // What a part of a decoder's block is asked to do (block.h). `stride` is the distance of two tokens in x; heads of
 // queries share keys in groups of heads / kv_heads, and lie as [rows, kv_heads, length, group, columns].
@@ -108,3 +120,31 @@ typedef struct {
 } SearchTable;
 
 extern const SearchTable portable_search, avx2_search, avx512_search, neon_search;
+
+// A decoder's block while each of some texts gets one token (step.h): what comes in and goes out is x.
+typedef struct {
+    void *x;                    // the stream, [tokens, hidden]
+    const Job *products[7];     // of queries, keys, values, the output, gate, up, down: weights, scales and biases
+    const float *gains[4];      // of the norms before attention, before the feed-forward part, of queries, of keys
+    const float *cos, *sin;     // [tokens, turned]
+    void *keys, *values;        // the cache, [slots, columns, kv_heads, size]
+    const int64_t *index;       // where each token goes in it: slot * columns + column
+    void *q, *k, *v, *gate, *up, *between, *given, *normed;  // room, by strop_step
+    float *scores;              // [tokens, heads, columns], the same
+    int64_t tokens, hidden, inner, heads, kv_heads, size, turned, columns;
+    float eps[4];
+    float scaling;
+    int32_t type;               // of everything that is no gain, position or score
+    int32_t tiled;              // bit i: product i goes through tiles
+} StepJob;
+
+typedef int (*StepKernel)(const StepJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    StepKernel turn;           // units: tokens
+    StepKernel attend;         // units: tokens * kv_heads
+    StepKernel swiglu, add;    // units: tokens
+    int64_t most_queries;      // values of the queries that share keys
+} StepTable;
+
+extern const StepTable portable_step, avx2_step, avx512_step, neon_step;

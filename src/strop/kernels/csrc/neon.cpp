@@ -4,6 +4,7 @@
 #include "codebook.h"
 #include "products.h"
 #include "search.h"
+#include "step.h"
 
 extern const Table neon_table = {
     round_affine,   quantize_affine,     dequantize_affine, round_codebook, quantize_codebook,
@@ -17,3 +18,4 @@ extern const BlockTable neon_block = {
 };
 
 extern const SearchTable neon_search = {superblocks::search_four_bit, superblocks::search_six_bit};
+extern const StepTable neon_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};

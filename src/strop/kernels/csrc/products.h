@@ -413,8 +413,7 @@ template <int TOKENS> void all_by_vectors(const Job *job, int64_t begin, int64_t
 }
 #endif
 
-// Units: rows of the weight, which are columns of y.
-int product(const Job *job, int64_t begin, int64_t end) {
+int few_tokens(const Job *job, int64_t begin, int64_t end) {
 #ifndef STROP_PLAIN_PRODUCTS
     if (has_blocks(job)) {
         float levels[16];
@@ -432,6 +431,26 @@ int product(const Job *job, int64_t begin, int64_t end) {
         float sums[MOST_TOKENS] = {0};
         plain_row(job, row, sums);
         for (int64_t token = 0; token < job->tokens; token++) finish(job, row, token, sums[token]);
+    }
+    return DONE;
+}
+
+const int64_t STRETCH = 64;  // rows whose codes the caches keep until all tokens have met them
+
+// Units: rows of the weight, which are columns of y.
+int product(const Job *job, int64_t begin, int64_t end) {
+    if (job->tokens <= MOST_TOKENS) return few_tokens(job, begin, end);
+    const int64_t groups = job->columns / job->size, bytes = job->x_type == FLOAT32 ? 4 : 2;
+    for (int64_t row = begin; row < end; row += STRETCH) {
+        const int64_t stop = end - row < STRETCH ? end : row + STRETCH;
+        for (int64_t token = 0; token < job->tokens; token += MOST_TOKENS) {
+            Job part = *job;
+            part.tokens = job->tokens - token < MOST_TOKENS ? job->tokens - token : MOST_TOKENS;
+            part.inputs += token * input_room(job->columns);
+            part.sums += token * sums_room(groups);
+            part.y = (char *)job->y + token * job->rows * bytes;
+            few_tokens(&part, row, stop);
+        }
     }
     return DONE;
 }
