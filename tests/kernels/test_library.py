@@ -95,7 +95,7 @@ def test_a_library_that_lacks_a_function_is_not_used(copy: Path) -> None:
 def test_an_instruction_set_that_the_processor_lacks_gives_the_reference(copy: Path) -> None:
     found = library.load(copy)
     assert isinstance(found, library.Library)
-    found.runnable = ("portable",)  # a processor without any
+    found.built, found.runnable = ("portable", "avx512"), ("portable",)  # a processor without
     choice = library.choose(found, "avx512")
     assert choice.name == "reference"
     assert "this processor does not run it" in choice.reason
