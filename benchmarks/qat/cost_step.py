@@ -1,7 +1,6 @@
 """One contender's training steps, each when it is told to: `cost_step.py KIND MODEL ROWS RUN STEPS [options]`.
 
     full   lora   qlora:GRID   qat:GRID   qat:GRID@learned   qat-lora:GRID@HOLD   torchao:GRID   torchao:GRID+int8
-    lora:@int8   qlora:GRID@int8
 
 Prints a line of JSON when it is ready for a step and waits for a line; then the same with the CPU seconds, the seconds
 and the peak of the step that it did. It is strop's own loop for all of them, bookkeeping included; only the layers
@@ -93,7 +92,7 @@ def main() -> None:
     }
     extra = grid.partition("@")[2]
     if extra:
-        settings[{"qat": "scales", "qat-lora": "hold"}.get(who, "compute")] = extra
+        settings |= {"scales": extra} if who == "qat" else {"hold": extra}
     Path(run).mkdir(parents=True, exist_ok=True)
     steady = steady_allocation() if asked.steady else contextlib.nullcontext()
     with steady, PeakMemory() as memory:

@@ -255,23 +255,3 @@ def test_threads_change_no_bit():
             torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("width", WIDTHS)
-def test_rows_as_int8_codes_and_sums_back_to_values(dtype, width):
-    wide, gain = random(5, width + 3, dtype=dtype), random(width, seed=1)
-    wide[1] = 0
-    wide[2] *= 1e30
-    wide[3, :width:2] *= 1e-30
-    x = wide[:, 1 : width + 1]
-    codes, scale = block.round_rows(x, gain)
-    values = x.float() * gain
-    assert torch.equal(scale, values.abs().amax(-1) / 127)
-    assert ((codes * scale[:, None] - values).abs() <= 0.50001 * scale[:, None]).all()
-    sums = torch.randint(-(2**31), 2**31, (5, width), generator=torch.Generator().manual_seed(0)).int()
-    out = torch.zeros_like(wide)
-    block.scale_sums(sums, scale, gain, out[:, 1 : width + 1])
-    assert_close(out[:, 1 : width + 1], sums * scale[:, None].double() * gain)
-    assert not out[:, 0].any()
-    assert not out[:, width + 1 :].any()

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from strop import kernels
 from strop.data.batches import Batch, padded_batch
 from strop.layers import fused_block
-from strop.layers.block_products import TILE_VALUES, Operands, Part, Product, weight_tiles
+from strop.layers.block_products import TILE_VALUES, Operands, Part, Product
 from strop.layers.fused_block import FusedBlock, Seen
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_linear import QuantLinear
@@ -417,7 +417,8 @@ def test_quantized_weights_are_not_dense_as_a_whole():
     part = Part.of(holder["a"])
     assert part is not None
     assert isinstance(part.base, QuantLinear)
-    rows = [len(weight) for _, weight in weight_tiles([Operands.of(part, torch.bfloat16)], torch.bfloat16)]
+    product = Product([Operands.of(part, torch.bfloat16)], torch.bfloat16)
+    rows = [len(weight) for _, weight in product._tiles()]
     assert sum(rows) == 4096
     assert max(rows) * 512 <= TILE_VALUES
 

@@ -211,11 +211,6 @@ def _build(layers: Iterable[Layer]) -> TuneConfig | AutoConfig:
         if values.get("rank") == "auto" and "kv_cache" in values:
             problems.append(f"{origins['kv_cache']}: kv_cache: rank auto races without it; name the rank")
         _complete_teacher(values, cast("str", method), origins, problems)
-        if values.get("compute") == "int8" and not issubclass(group, LowRank):
-            problems.append(
-                f"{origins['compute']}: compute: int8 multiplies by a frozen base, and {method} has none; take lora or "
-                "qlora, or leave it out"
-            )
         take("method", group, fields_of(group))
     length = next((kind for key, kind in LENGTHS.items() if key in values), Epochs)
     take("length", length, fields_of(length))

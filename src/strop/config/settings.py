@@ -368,11 +368,6 @@ class Machine(Settings):
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)] = Field(
         "auto", description="Precision of the products; auto takes bfloat16 where the processor has it."
     )
-    compute: Literal["bf16", "int8"] = Field(
-        "bf16",
-        description="What multiplies by a frozen base in training on a CPU: int8 where it keeps the gradient; bf16 is "
-        "the dtype above.",
-    )
     checkpointing: Annotated[Literal["none", "all", "auto"], BeforeValidator(_checkpointing)] = Field(
         "none", description="Blocks recomputed in the backward pass, to save memory; auto: as many as max_memory asks."
     )

@@ -302,41 +302,6 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return losses
 
 
-def round_rows(x: Tensor, gain: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Codes of each row on a grid of its own: q = round(x * gain / s), s = max |x * gain| / 127.
-
-    Args:
-        x: [rows, columns], columns next to each other.
-        gain: float32 [columns]; None for 1.
-
-    Returns:
-        q, int8 [rows, columns], and s, float32 [rows]: NaN or infinite where the row holds such values, q being 0.
-    """
-    codes, scale = torch.empty(x.shape, dtype=torch.int8), torch.empty(x.shape[0], dtype=torch.float32)
-    job = BlockJob(rows=x.shape[0], columns=x.shape[1], stride=x.stride(0), y_type=_TYPES[x.dtype])
-    assert x.stride(1) == 1, "the kernels read columns next to each other"
-    job.x, job.gain = x.data_ptr(), None if gain is None else _pointers(gain)[0]
-    job.q, job.sums = _pointers(codes, scale)
-    _run("round_rows", job)
-    return codes, scale
-
-
-def scale_sums(sums: Tensor, scale: Tensor, gain: Tensor | None, out: Tensor) -> None:
-    """Sums of codes' products as values: out = sums * scale * gain.
-
-    Args:
-        sums: int32 [rows, columns].
-        scale: float32 [rows]; what is not finite makes its row NaN.
-        gain: float32 [columns]; None for 1.
-        out: [rows, columns], columns next to each other.
-    """
-    job = BlockJob(rows=out.shape[0], columns=out.shape[1], stride=out.stride(0), y_type=_TYPES[out.dtype])
-    assert out.stride(1) == 1, "the kernels write columns next to each other"
-    job.x, job.sums = _pointers(sums, scale)
-    job.gain, job.y = None if gain is None else _pointers(gain)[0], out.data_ptr()
-    _run("scale_sums", job)
-
-
 def _rows_job(x: Tensor, y: Tensor, columns: int) -> BlockJob:
     rows = x.numel() // columns
     return BlockJob(rows=rows, columns=columns, stride=columns, heads=1, x_type=_TYPES[x.dtype], y_type=_TYPES[y.dtype])

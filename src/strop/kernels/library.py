@@ -89,7 +89,6 @@ AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob
 BLOCK_KERNELS = (
     *("norm", "norm_backward", "norm_gain", "split_heads", "split_heads_backward", "merge_heads"),
     *("merge_heads_backward", "softmax", "softmax_backward", "swiglu", "swiglu_backward", "cross_entropy"),
-    *("round_rows", "scale_sums"),
 )
 
 SEARCH_KERNELS = ("search_four_bit", "search_six_bit")

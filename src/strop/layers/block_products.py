@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,6 @@ from strop.layers.fake_quant_linear import FakeQuantLinear
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_linear import QuantLinear
 from strop.numerics.accelerated import RowReader
-
-if TYPE_CHECKING:
-    from strop.layers.int8_products import Int8Weight
 
 TILE_VALUES: Final = 1 << 22
 """Values of a weight that are dense at a time: 8 MiB in bfloat16."""
@@ -193,11 +190,10 @@ class Product:
     Args:
         parts: Its layers' operands.
         dtype: What is multiplied in.
-        int8: Their weights in int8, which are multiplied in that place; None for those of the operands.
     """
 
-    def __init__(self, parts: Sequence[Operands], dtype: torch.dtype, int8: Int8Weight | None = None) -> None:
-        self.parts, self.dtype, self.int8 = list(parts), dtype, int8
+    def __init__(self, parts: Sequence[Operands], dtype: torch.dtype) -> None:
+        self.parts, self.dtype = list(parts), dtype
         self.columns, self.stacks = parts[0].shape[1], _Stack.of(parts)
         self.starts = [sum(part.shape[0] for part in parts[:index]) for index in range(len(parts) + 1)]
 
@@ -208,11 +204,8 @@ class Product:
         [tokens, in], None without dropout.
         """
         y = x.new_empty(x.shape[0], self.starts[-1])
-        if self.int8 is not None:
-            self.int8.forward(x, y)
-        else:
-            for start, weight in weight_tiles(self.parts, self.dtype):
-                torch.mm(x, weight.t(), out=y[:, start : start + weight.shape[0]])
+        for start, weight in self._tiles():
+            torch.mm(x, weight.t(), out=y[:, start : start + weight.shape[0]])
         columns = self._columns_of(y)
         for part, mine in zip(self.parts, columns, strict=True):
             if part.bias is not None:
@@ -232,10 +225,8 @@ class Product:
     def backward(self, grad: Tensor, kept: Sequence[Tensor | None], *, wants_x: bool = True) -> ProductBackward:
         """The backward pass for a gradient of y [tokens, sum of out], in the products' dtype."""
         back: Tensor | None = None
-        if wants_x and self.int8 is not None:
-            back = self.int8.backward(grad)
-        elif wants_x:
-            for start, weight in weight_tiles(self.parts, self.dtype):
+        if wants_x:
+            for start, weight in self._tiles():
                 piece = grad[:, start : start + weight.shape[0]]
                 back = piece @ weight if back is None else back.addmm_(piece, weight)
         columns, through = self._columns_of(grad), []
@@ -255,41 +246,38 @@ class Product:
         """Each layer's."""
         return [y[:, begin:end] for begin, end in itertools.pairwise(self.starts)]
 
+    def _tiles(self) -> Iterator[tuple[int, Tensor]]:
+        """The weight's rows in stretches: (the first row's place, [rows, in] in the products' dtype).
 
-def weight_tiles(parts: Sequence[Operands], dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The rows of layers' weights in stretches: (the first row's place, [rows, in] in `dtype`).
-
-    A tile is overwritten by the next.
-    """
-    columns, total = parts[0].shape[1], sum(part.shape[0] for part in parts)
-    most = max(1, TILE_VALUES // columns)
-    starts = itertools.accumulate((part.shape[0] for part in parts), initial=0)
-    held: Tensor | None = None
-    first = filled = 0
-    for start, part in zip(starts, parts, strict=False):
-        if part.weight is not None and part.weight.dtype == dtype:
-            if held is not None and filled:
-                yield first, held[:filled]
-            yield start, part.weight
-            first, filled = start + part.shape[0], 0
-            continue
-        done = 0
-        while done < part.shape[0]:
-            if held is None:
-                held = torch.empty(min(most, total), columns, dtype=dtype)
-            count = min(part.shape[0] - done, len(held) - filled)
-            room = held[filled : filled + count]
-            if part.reader is not None:
-                part.reader.read(done, done + count, room)
-            else:
-                assert part.weight is not None
-                room.copy_(part.weight[done : done + count])
-            filled, done = filled + count, done + count
-            if filled == len(held):
-                yield first, held
-                first, filled = first + filled, 0
-    if held is not None and filled:
-        yield first, held[:filled]
+        A tile is overwritten by the next.
+        """
+        most = max(1, TILE_VALUES // self.columns)
+        held: Tensor | None = None
+        first = filled = 0
+        for start, part in zip(self.starts, self.parts, strict=False):
+            if part.weight is not None and part.weight.dtype == self.dtype:
+                if held is not None and filled:
+                    yield first, held[:filled]
+                yield start, part.weight
+                first, filled = start + part.shape[0], 0
+                continue
+            done = 0
+            while done < part.shape[0]:
+                if held is None:
+                    held = torch.empty(min(most, self.starts[-1]), self.columns, dtype=self.dtype)
+                count = min(part.shape[0] - done, len(held) - filled)
+                room = held[filled : filled + count]
+                if part.reader is not None:
+                    part.reader.read(done, done + count, room)
+                else:
+                    assert part.weight is not None
+                    room.copy_(part.weight[done : done + count])
+                filled, done = filled + count, done + count
+                if filled == len(held):
+                    yield first, held
+                    first, filled = first + filled, 0
+        if held is not None and filled:
+            yield first, held[:filled]
 
 
 @dataclass(frozen=True, eq=False)

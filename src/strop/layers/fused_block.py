@@ -35,7 +35,6 @@ from strop.kernels import block as kernels
 from strop.kernels.block import HeadNorm, Heads, Scores, Turns
 from strop.layers.base import compute_dtype
 from strop.layers.block_products import Operands, Part, Product
-from strop.layers.int8_products import Int8Weight
 
 ROWS_AT_ONCE: Final = 128
 """Tokens whose scores are there at once."""
@@ -171,13 +170,7 @@ class FusedBlock:
         own: The block's own forward, for calls that this one does not take.
         unmasked_is_causal: Whether a call without a mask means that each token sees those before it.
         wrap: What the block gives back, of its hidden states.
-
-    Attributes:
-        int8: The weights of each of its four products in int8, by which a block in training mode multiplies; None
-            for those of the layers.
     """
-
-    int8: tuple[Int8Weight | None, ...] | None
 
     def __init__(
         self,
@@ -189,7 +182,6 @@ class FusedBlock:
         wrap: Callable[[Tensor], Any],
     ) -> None:
         self.parts, self.own, self.unmasked_is_causal, self.wrap = parts, own, unmasked_is_causal, wrap
-        self.block, self.int8 = block, None
         used = {id(module) for module in parts.modules()}
         self._places = [
             (owner, name, module)
@@ -237,8 +229,7 @@ class FusedBlock:
             return None
         flat = [part.float().reshape(-1, part.shape[-1]).contiguous() for part in (cos, sin)]
         turns = Turns(flat[0], flat[1], shared=cos.shape[0] == 1)
-        int8 = self.int8 if self.block.training else None
-        return _Call(self.parts, dtype, seen, turns, Heads(*self._heads(), rows, length, cos.shape[-1]), int8)
+        return _Call(self.parts, dtype, seen, turns, Heads(*self._heads(), rows, length, cos.shape[-1]))
 
     def _heads(self) -> tuple[int, int, int]:
         size = self.parts.head_size
@@ -253,17 +244,8 @@ def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
 class _Call:
     """One call: the layers as they stand, and how tokens and heads lie."""
 
-    def __init__(
-        self,
-        parts: BlockParts,
-        dtype: torch.dtype,
-        seen: Seen,
-        turns: Turns,
-        heads: Heads,
-        int8: tuple[Int8Weight | None, ...] | None,
-    ) -> None:
+    def __init__(self, parts: BlockParts, dtype: torch.dtype, seen: Seen, turns: Turns, heads: Heads) -> None:
         self.parts, self.dtype, self.seen, self.turns, self.heads = parts, dtype, seen, turns, heads
-        self.int8 = int8 or (None,) * 4
         self.operands = [[Operands.of(part, dtype) for part in group] for group in parts.groups()]
         self.gains = [gain.detach().float() for gain in parts.gains()]
 
@@ -289,7 +271,7 @@ class _Call:
 
     def products(self) -> list[Product]:
         """Those of queries, keys and values; of attention's output; of gate and up; and the last."""
-        return [Product(group, self.dtype, int8) for group, int8 in zip(self.operands, self.int8, strict=True)]
+        return [Product(group, self.dtype) for group in self.operands]
 
     def head_norms(self) -> tuple[HeadNorm, HeadNorm] | None:
         """Of queries and keys."""

@@ -190,9 +190,10 @@ def predicted_memory(session: Session, settings: TrainSettings, *, tried: int = 
         steady=settings.max_memory is not None,
     )
     plan = plan_memory(shape, method.name, step, adapted=adapted or None)
-    teacher, beside = session.objective.teacher, session.int8.nbytes if session.int8 is not None else 0
-    if isinstance(teacher, ModelTeacher):
-        beside += sum(parameter.nbytes for parameter in teacher.model.parameters())
+    teacher = session.objective.teacher
+    if not isinstance(teacher, ModelTeacher):
+        return plan
+    beside = sum(parameter.nbytes for parameter in teacher.model.parameters())
     return replace(plan, weights_bytes=plan.weights_bytes + beside)
 
 

@@ -37,7 +37,6 @@ from strop.progress import SILENT, Reporter
 from strop.recipes.teacher import TeacherSource, cached_teacher, find_teacher, row_length, student_folder
 from strop.training.events import require_tensorboard
 from strop.training.fusing import fuse
-from strop.training.int8_compute import Int8Compute, use_int8
 from strop.training.objective import Objective
 from strop.training.optimizers import default_learning_rate
 from strop.training.preparing import Base, Trained, open_base, put_layers
@@ -68,7 +67,6 @@ class Session:
         teacher: where the teacher comes from; None without one.
         attention: the model's attention implementation.
         one_piece: how many of its blocks run as one piece.
-        int8: which of them multiply by the frozen base in int8; None where that was not asked for.
         device: where it runs.
         dtype: of the products.
     """
@@ -84,7 +82,6 @@ class Session:
     teacher: TeacherSource | None
     attention: str
     one_piece: int
-    int8: Int8Compute | None
     device: torch.device
     dtype: torch.dtype
 
@@ -171,7 +168,6 @@ class Session:
             "stored_dtype": str(base.stored_dtype).removeprefix("torch."),
             "attention": self.attention,
             "blocks_in_one_piece": self.one_piece,
-            **({"int8": asdict(self.int8)} if self.int8 is not None else {}),
             "kernels": kernels.in_use().name,
             "device": str(self.device),
             "threads": torch.get_num_threads(),
@@ -235,9 +231,6 @@ def open_session(
     one_piece = fuse(model, stream) if objective.rounding is None else 0
     if one_piece:
         reporter.note(f"{one_piece} blocks run as one piece, forward and backward, by native kernels")
-    int8 = use_int8(model, stream, dtype) if config.machine.compute == "int8" else None
-    if int8 is not None:
-        reporter.note(int8.line())
     _tell_length(config, stream, positions_of(model), reporter)
     return Session(
         config,
@@ -251,7 +244,6 @@ def open_session(
         source,
         attention,
         one_piece,
-        int8,
         device,
         dtype,
     )

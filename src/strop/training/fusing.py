@@ -128,10 +128,10 @@ def in_one_piece(blocks: list[nn.Module], fused: Mapping[int, FusedBlock]) -> It
         yield
 
 
-def probe_inputs(batch: TokenBatch, count: int = PROBE_TOKENS) -> dict[str, Any]:
+def probe_inputs(batch: TokenBatch) -> dict[str, Any]:
     """A few tokens of the first row of a batch, as the model takes them."""
     inputs = batch.inputs()
-    rows = len(batch.labels)
+    count, rows = PROBE_TOKENS, len(batch.labels)
 
     def cut(value: Any) -> Any:
         if isinstance(value, dict):

@@ -114,9 +114,6 @@ def tune(
         float | None, typer.Option("--clip-norm", "--max-grad-norm", help="Clips the gradient's norm.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    compute: Annotated[
-        str | None, typer.Option(help="int8: a frozen base multiplies in 8 bits, where that keeps the gradient.")
-    ] = None,
     checkpointing: Annotated[
         str | None,
         typer.Option(

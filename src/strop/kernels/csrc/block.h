@@ -392,63 +392,6 @@ template <class Y> int cross_entropy_of(const BlockJob *job, int64_t begin, int6
     return DONE;
 }
 
-// --- products in int8: values to codes of a row's own scale, and sums of codes' products back to values -----------------
-
-// q [rows, columns] int8 = x * gain / scale, sums[row] = scale: the largest magnitude of the row over 127. x lies
-// `stride` apart; gain [columns] may be null. A row that holds NaN or infinities gets such a scale.
-template <class Y> int round_rows_of(const BlockJob *job, int64_t begin, int64_t end) {
-    const int64_t columns = job->columns;
-    for (int64_t row = begin; row < end; row++) {
-        const typename Y::Stored *x = (const typename Y::Stored *)job->x + row * job->stride;
-        int8_t *codes = (int8_t *)job->q + row * columns;
-        int32_t peak = 0;
-        if (job->gain) {
-            const float *gain = job->gain;
-            for (int64_t i = 0; i < columns; i++) {
-                const int32_t magnitude = (int32_t)(bits_of(Y::load(x[i]) * gain[i]) & 0x7FFFFFFF);
-                peak = magnitude > peak ? magnitude : peak;
-            }
-        } else {
-            for (int64_t i = 0; i < columns; i++) {
-                const int32_t magnitude = (int32_t)(bits_of(Y::load(x[i])) & 0x7FFFFFFF);
-                peak = magnitude > peak ? magnitude : peak;
-            }
-        }
-        const float largest = float_of((uint32_t)peak), inverse = largest > 1e-36f ? 127.0f / largest : 0.0f;
-        job->sums[row] = largest / 127.0f;
-        if (!is_finite(largest)) {
-            memset(codes, 0, (size_t)columns);
-            continue;
-        }
-        if (job->gain) {
-            const float *gain = job->gain;
-            for (int64_t i = 0; i < columns; i++)
-                codes[i] = (int8_t)(int32_t)((Y::load(x[i]) * gain[i] * inverse + ROUND) - ROUND);
-        } else {
-            for (int64_t i = 0; i < columns; i++) codes[i] = (int8_t)(int32_t)((Y::load(x[i]) * inverse + ROUND) - ROUND);
-        }
-    }
-    return DONE;
-}
-
-// y [rows, columns], `stride` apart = x [rows, columns] int32 * sums[row] * gain [columns], which may be null.
-template <class Y> int scale_sums_of(const BlockJob *job, int64_t begin, int64_t end) {
-    const int64_t columns = job->columns;
-    for (int64_t row = begin; row < end; row++) {
-        const int32_t *x = (const int32_t *)job->x + row * columns;
-        typename Y::Stored *y = (typename Y::Stored *)job->y + row * job->stride;
-        const float scale = job->sums[row], *gain = job->gain;
-        if (!is_finite(scale)) {  // zeros times infinity: what was spoiled stays so
-            for (int64_t i = 0; i < columns; i++) y[i] = Y::store(float_of(0x7FC00000));
-        } else if (gain) {
-            for (int64_t i = 0; i < columns; i++) y[i] = Y::store((float)x[i] * scale * gain[i]);
-        } else {
-            for (int64_t i = 0; i < columns; i++) y[i] = Y::store((float)x[i] * scale);
-        }
-    }
-    return DONE;
-}
-
 // Each kernel for the types of its job: the stream's (x_type) and that of products (y_type).
 #define STROP_TWO_TYPES(name)                                                                                       \
     int name(const BlockJob *job, int64_t begin, int64_t end) {                                                     \
@@ -473,8 +416,6 @@ STROP_ONE_TYPE(softmax_backward)
 STROP_ONE_TYPE(swiglu)
 STROP_ONE_TYPE(swiglu_backward)
 STROP_ONE_TYPE(cross_entropy)
-STROP_ONE_TYPE(round_rows)
-STROP_ONE_TYPE(scale_sums)
 #undef STROP_TWO_TYPES
 #undef STROP_ONE_TYPE
 

@@ -404,12 +404,6 @@ EXPORT int strop_swiglu_backward(const BlockJob *job, int level, int threads) {
 EXPORT int strop_cross_entropy(const BlockJob *job, int level, int threads) {
     return run_block(&BlockTable::cross_entropy, job, level, threads, job->rows);
 }
-EXPORT int strop_round_rows(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::round_rows, job, level, threads, job->rows);
-}
-EXPORT int strop_scale_sums(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::scale_sums, job, level, threads, job->rows);
-}
 EXPORT int strop_search_four_bit(const SearchJob *job, int level, int threads) {
     return run_search(&SearchTable::search_four_bit, job, level, threads);
 }

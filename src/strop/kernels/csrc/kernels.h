@@ -97,7 +97,6 @@ typedef struct {
     BlockKernel softmax, softmax_backward;            // units: rows of scores
     BlockKernel swiglu, swiglu_backward;              // units: rows
     BlockKernel cross_entropy;                        // units: rows
-    BlockKernel round_rows, scale_sums;               // units: rows
 } BlockTable;
 
 extern const BlockTable portable_block, avx2_block, avx512_block, neon_block;

@@ -14,7 +14,6 @@ extern const Table neon_table = {
 extern const BlockTable neon_block = {
     norm,       norm_backward,        norm_gain, split_heads,      split_heads_backward, merge_heads,
     merge_heads_backward, softmax, softmax_backward, swiglu, swiglu_backward,      cross_entropy,
-    round_rows, scale_sums,
 };
 
 extern const SearchTable neon_search = {superblocks::search_four_bit, superblocks::search_six_bit};

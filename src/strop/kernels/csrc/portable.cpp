@@ -13,7 +13,6 @@ extern const Table portable_table = {
 extern const BlockTable portable_block = {
     norm,       norm_backward,        norm_gain, split_heads,      split_heads_backward, merge_heads,
     merge_heads_backward, softmax, softmax_backward, swiglu, swiglu_backward,      cross_entropy,
-    round_rows, scale_sums,
 };
 
 extern const SearchTable portable_search = {superblocks::search_four_bit, superblocks::search_six_bit};
