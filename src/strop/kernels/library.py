@@ -58,6 +58,19 @@ class BlockJob(ctypes.Structure):
     )
 
 
+class Int8Job(ctypes.Structure):
+    """What an int8 product is asked to do; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "factor", "codes", "scales", "weight", "channel", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "outputs")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "stride", "weight_stride", "y_stride")),
+        *((name, ctypes.c_int32) for name in ("x_type", "back")),
+    )
+
+
+INT8_KERNELS = ("round_rows", "int8_product")
+
 BLOCK_KERNELS = (
     *("norm", "norm_backward", "norm_gain", "split_heads", "split_heads_backward", "merge_heads"),
     *("merge_heads_backward", "softmax", "softmax_backward", "swiglu", "swiglu_backward", "cross_entropy"),
@@ -110,17 +123,20 @@ class Library:
     def __init__(self, path: Path, compiler: str = "") -> None:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
-        for has, needs in ((native.strop_job_bytes, Job), (native.strop_block_job_bytes, BlockJob)):
+        jobs = (native.strop_job_bytes, Job), (native.strop_block_job_bytes, BlockJob)
+        for has, needs in (*jobs, (native.strop_int8_job_bytes, Int8Job)):
             if has() != ctypes.sizeof(needs):
                 raise ValueError(f"its jobs have {has()} bytes, needed {ctypes.sizeof(needs)}")
         built, runs = native.strop_built(), native.strop_runnable()
         self.built = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if built >> number & 1)
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
-        self.functions = {name: getattr(native, f"strop_{name}") for name in (*KERNELS, *BLOCK_KERNELS)}
+        kinds = (KERNELS, Job), (BLOCK_KERNELS, BlockJob), (INT8_KERNELS, Int8Job)
+        takes = {name: kind for names, kind in kinds for name in names}
+        self.functions = {name: getattr(native, f"strop_{name}") for name in takes}
         for name, function in self.functions.items():
-            function.argtypes = (ctypes.POINTER(Job if name in KERNELS else BlockJob), ctypes.c_int, ctypes.c_int)
+            function.argtypes = (ctypes.POINTER(takes[name]), ctypes.c_int, ctypes.c_int)
 
-    def call(self, kernel: str, job: Job | BlockJob, instruction_set: str, threads: int) -> bool:
+    def call(self, kernel: str, job: Job | BlockJob | Int8Job, instruction_set: str, threads: int) -> bool:
         """Run a kernel; False where it refuses the values, and the reference has the message."""
         number = INSTRUCTION_SETS.index(instruction_set)
         return self.functions[kernel](ctypes.byref(job), number, threads) == 0

@@ -1,6 +1,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "int8.h"
 #include "products.h"
 
 extern const Table avx2_table = {
@@ -12,3 +13,5 @@ extern const BlockTable avx2_block = {
     norm,       norm_backward,        norm_gain, split_heads,      split_heads_backward, merge_heads,
     merge_heads_backward, softmax, softmax_backward, swiglu, swiglu_backward,      cross_entropy,
 };
+
+extern const Int8Table avx2_int8 = {round_rows, int8_product};

@@ -1,6 +1,12 @@
+// Compilers that know the tile instructions make them part of this level; whether they run is asked apart.
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define STROP_TILES
+#endif
+
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "int8.h"
 #include "products.h"
 
 extern const Table avx512_table = {
@@ -12,3 +18,5 @@ extern const BlockTable avx512_block = {
     norm,       norm_backward,        norm_gain, split_heads,      split_heads_backward, merge_heads,
     merge_heads_backward, softmax, softmax_backward, swiglu, swiglu_backward,      cross_entropy,
 };
+
+extern const Int8Table avx512_int8 = {round_rows, int8_product};

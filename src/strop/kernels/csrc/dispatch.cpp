@@ -9,6 +9,12 @@
 #include <pthread.h>
 #endif
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 #ifdef _WIN32
@@ -141,6 +147,36 @@ int run_block(BlockKernel BlockTable::*kernel, const BlockJob *job, int level, i
     return table ? split(table->*kernel, job, threads, units) : REFUSED;
 }
 
+const Int8Table *int8_table_of(int level) {
+    switch (level) {
+        case PORTABLE: return &portable_int8;
+#ifdef STROP_HAS_AVX2
+        case AVX2: return &avx2_int8;
+#endif
+#ifdef STROP_HAS_AVX512
+        case AVX512: return &avx512_int8;
+#endif
+        default: return nullptr;
+    }
+}
+
+int run_int8(Int8Kernel Int8Table::*kernel, const Int8Job *job, int level, int threads, int64_t units) {
+    const Int8Table *table = int8_table_of(level);
+    return table ? split(table->*kernel, job, threads, units) : REFUSED;
+}
+
+// Whether the processor has tiles of int8, and the system lets this process use them (Linux asks to be asked).
+bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+    const int ask_for_state = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, ask_for_state, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
 int64_t groups_of(const Job *job) { return job->rows * (job->columns / job->size); }
 int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size - 1) / job->size; }
 
@@ -148,6 +184,8 @@ int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size
 
 EXPORT int strop_job_bytes(void) { return (int)sizeof(Job); }
 EXPORT int strop_block_job_bytes(void) { return (int)sizeof(BlockJob); }
+
+EXPORT int strop_int8_job_bytes(void) { return (int)sizeof(Int8Job); }
 
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
 EXPORT int strop_built(void) {
@@ -238,4 +276,12 @@ EXPORT int strop_swiglu_backward(const BlockJob *job, int level, int threads) {
 }
 EXPORT int strop_cross_entropy(const BlockJob *job, int level, int threads) {
     return run_block(&BlockTable::cross_entropy, job, level, threads, job->rows);
+}
+EXPORT int strop_round_rows(const Int8Job *job, int level, int threads) {
+    return run_int8(&Int8Table::round_rows, job, level, threads, job->rows);
+}
+EXPORT int strop_int8_product(const Int8Job *job, int level, int threads) {
+    static const bool tiles = has_tiles();
+    if (!tiles) return REFUSED;
+    return run_int8(&Int8Table::int8_product, job, level, threads, (job->outputs + 31) / 32);
 }
