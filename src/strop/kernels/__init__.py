@@ -4,6 +4,8 @@
     build.py       compiles them, when the package is installed and by `python -m strop.kernels`
     library.py     finds and checks the library, chooses the instruction set, and says which is in use and why
     operations.py  the kernels on tensors
+    block.py       the parts of a decoder's block that are no products
+    int8.py        rows rounded to int8, and their products
 
 The package lies below `numerics`, which calls it wherever it can and is the reference everywhere else: it knows bits,
 groups and tables, and neither schemes nor layers. `STROP_KERNELS=reference` (portable, avx2, avx512, neon) forces one.

@@ -84,7 +84,20 @@ class StepJob(ctypes.Structure):
     )
 
 
-AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob
+class Int8Job(ctypes.Structure):
+    """What an int8 product is asked to do; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "factor", "codes", "scales", "weight", "channel", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "outputs")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "stride", "weight_stride", "y_stride")),
+        *((name, ctypes.c_int32) for name in ("x_type", "back")),
+    )
+
+
+AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob | Int8Job
+
+INT8_KERNELS = ("round_rows", "int8_product")
 
 BLOCK_KERNELS = (
     *("norm", "norm_backward", "norm_gain", "split_heads", "split_heads_backward", "merge_heads"),
@@ -141,16 +154,18 @@ class Library:
     def __init__(self, path: Path, compiler: str = "") -> None:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
-        sizes = ("strop_job_bytes", "strop_block_job_bytes", "strop_search_job_bytes", "strop_step_job_bytes")
-        for name, needs in zip(sizes, (Job, BlockJob, SearchJob, StepJob), strict=True):
-            has = getattr(native, name)
+        kinds = {"job": Job, "block_job": BlockJob, "search_job": SearchJob, "step_job": StepJob, "int8_job": Int8Job}
+        for name, needs in kinds.items():
+            has = getattr(native, f"strop_{name}_bytes")
             if has() != ctypes.sizeof(needs):
                 raise ValueError(f"its jobs have {has()} bytes, needed {ctypes.sizeof(needs)}")
         built, runs = native.strop_built(), native.strop_runnable()
         self.built = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if built >> number & 1)
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
         jobs = {name: Job for name in KERNELS} | {name: BlockJob for name in BLOCK_KERNELS}
-        jobs |= {name: SearchJob for name in SEARCH_KERNELS} | {"step": StepJob}
+        jobs |= (
+            {name: SearchJob for name in SEARCH_KERNELS} | {name: Int8Job for name in INT8_KERNELS} | {"step": StepJob}
+        )
         self.functions = {name: getattr(native, f"strop_{name}") for name in jobs}
         for name, function in self.functions.items():
             function.argtypes = (ctypes.POINTER(jobs[name]), ctypes.c_int, ctypes.c_int)

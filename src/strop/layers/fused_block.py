@@ -35,6 +35,7 @@ from strop.kernels import block as kernels
 from strop.kernels.block import HeadNorm, Heads, Scores, Turns
 from strop.layers.base import compute_dtype
 from strop.layers.block_products import Operands, Part, Product
+from strop.layers.int8_products import Int8Weight, MeasuredInt8
 
 ROWS_AT_ONCE: Final = 128
 """Tokens whose scores are there at once."""
@@ -164,6 +165,9 @@ _MASKS = _Masks()
 class FusedBlock:
     """Stands in for a block's forward.
 
+    `int8` holds, for each of its products, the weights in int8 that stand in for them while the block is in training
+    mode; None where there are none.
+
     Args:
         block: The block.
         parts: What it is made of.
@@ -182,6 +186,8 @@ class FusedBlock:
         wrap: Callable[[Tensor], Any],
     ) -> None:
         self.parts, self.own, self.unmasked_is_causal, self.wrap = parts, own, unmasked_is_causal, wrap
+        self.block = block
+        self.int8: list[Int8Weight | MeasuredInt8 | None] = [None] * len(parts.groups())
         used = {id(module) for module in parts.modules()}
         self._places = [
             (owner, name, module)
@@ -229,7 +235,8 @@ class FusedBlock:
             return None
         flat = [part.float().reshape(-1, part.shape[-1]).contiguous() for part in (cos, sin)]
         turns = Turns(flat[0], flat[1], shared=cos.shape[0] == 1)
-        return _Call(self.parts, dtype, seen, turns, Heads(*self._heads(), rows, length, cos.shape[-1]))
+        int8 = self.int8 if self.block.training else [None] * len(self.int8)
+        return _Call(self.parts, dtype, seen, turns, Heads(*self._heads(), rows, length, cos.shape[-1]), int8)
 
     def _heads(self) -> tuple[int, int, int]:
         size = self.parts.head_size
@@ -244,8 +251,17 @@ def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
 class _Call:
     """One call: the layers as they stand, and how tokens and heads lie."""
 
-    def __init__(self, parts: BlockParts, dtype: torch.dtype, seen: Seen, turns: Turns, heads: Heads) -> None:
+    def __init__(
+        self,
+        parts: BlockParts,
+        dtype: torch.dtype,
+        seen: Seen,
+        turns: Turns,
+        heads: Heads,
+        int8: Sequence[Int8Weight | MeasuredInt8 | None],
+    ) -> None:
         self.parts, self.dtype, self.seen, self.turns, self.heads = parts, dtype, seen, turns, heads
+        self.int8 = list(int8)
         self.operands = [[Operands.of(part, dtype) for part in group] for group in parts.groups()]
         self.gains = [gain.detach().float() for gain in parts.gains()]
 
@@ -271,7 +287,7 @@ class _Call:
 
     def products(self) -> list[Product]:
         """Those of queries, keys and values; of attention's output; of gate and up; and the last."""
-        return [Product(group, self.dtype) for group in self.operands]
+        return [Product(group, self.dtype, int8) for group, int8 in zip(self.operands, self.int8, strict=True)]
 
     def head_norms(self) -> tuple[HeadNorm, HeadNorm] | None:
         """Of queries and keys."""

@@ -1,6 +1,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "int8.h"
 #include "products.h"
 #include "search.h"
 #include "step.h"
@@ -17,3 +18,4 @@ extern const BlockTable avx2_block = {
 
 extern const SearchTable avx2_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable avx2_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
+extern const Int8Table avx2_int8 = {round_rows, int8_product};

@@ -1,6 +1,12 @@
+// Compilers that know the tile instructions make them part of this level; whether they run is asked apart.
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define STROP_TILES
+#endif
+
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "int8.h"
 #include "products.h"
 #include "search.h"
 #include "step.h"
@@ -17,3 +23,4 @@ extern const BlockTable avx512_block = {
 
 extern const SearchTable avx512_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable avx512_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
+extern const Int8Table avx512_int8 = {round_rows, int8_product};

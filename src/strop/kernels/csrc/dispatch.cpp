@@ -159,6 +159,30 @@ int run_block(BlockKernel BlockTable::*kernel, const BlockJob *job, int level, i
     return table ? split(table->*kernel, job, threads, units) : REFUSED;
 }
 
+const Int8Table *int8_table_of(int level) {
+    switch (level) {
+        case PORTABLE: return &portable_int8;
+#ifdef STROP_HAS_AVX2
+        case AVX2: return &avx2_int8;
+#endif
+#ifdef STROP_HAS_AVX512
+        case AVX512: return &avx512_int8;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_int8;
+#endif
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_int8;
+#endif
+        default: return nullptr;
+    }
+}
+
+int run_int8(Int8Kernel Int8Table::*kernel, const Int8Job *job, int level, int threads, int64_t units) {
+    const Int8Table *table = int8_table_of(level);
+    return table ? split(table->*kernel, job, threads, units) : REFUSED;
+}
+
 const SearchTable *search_table_of(int level) {
     switch (level) {
         case PORTABLE: return &portable_search;
@@ -222,14 +246,17 @@ class Room {
 };
 thread_local std::vector<char> Room::held;
 
-// Whether the processor multiplies tiles, and the system lets this process do it: the room for tiles is asked for.
-bool has_amx() {
+const unsigned TILES = 1u << 24, TILES_OF_BF16 = 1u << 22, TILES_OF_INT8 = 1u << 25;
+
+// Whether the processor multiplies tiles of a kind, and the system lets this process: their state is asked for.
+bool has_tiles(unsigned kind) {
 #if defined(__x86_64__) && defined(__linux__)
     unsigned a, b, c, d = 0;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    const unsigned needed = 1u << 22 | 1u << 24;                    // AMX-BF16, AMX-TILE
-    return (d & needed) == needed && !syscall(SYS_arch_prctl, 0x1023, 18);  // ARCH_REQ_XCOMP_PERM, the tiles' state
+    const int ask_for_state = 0x1023, tile_data = 18;
+    return (d & TILES) && (d & kind) && !syscall(SYS_arch_prctl, ask_for_state, tile_data);
 #else
+    (void)kind;
     return false;
 #endif
 }
@@ -242,6 +269,8 @@ int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size
 EXPORT int strop_job_bytes(void) { return (int)sizeof(Job); }
 EXPORT int strop_block_job_bytes(void) { return (int)sizeof(BlockJob); }
 EXPORT int strop_search_job_bytes(void) { return (int)sizeof(SearchJob); }
+
+EXPORT int strop_int8_job_bytes(void) { return (int)sizeof(Int8Job); }
 
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
 EXPORT int strop_built(void) {
@@ -259,7 +288,7 @@ EXPORT int strop_runnable(void) {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-            runnable |= 1 << AVX512 | (has_amx() ? 1 << AMX : 0);
+            runnable |= 1 << AVX512 | (has_tiles(TILES_OF_BF16) ? 1 << AMX : 0);
     }
 #elif defined(__aarch64__)
     runnable |= 1 << NEON;  // every processor of this kind has it
@@ -409,4 +438,12 @@ EXPORT int strop_search_four_bit(const SearchJob *job, int level, int threads) {
 }
 EXPORT int strop_search_six_bit(const SearchJob *job, int level, int threads) {
     return run_search(&SearchTable::search_six_bit, job, level, threads);
+}
+EXPORT int strop_round_rows(const Int8Job *job, int level, int threads) {
+    return run_int8(&Int8Table::round_rows, job, level, threads, job->rows);
+}
+EXPORT int strop_int8_product(const Int8Job *job, int level, int threads) {
+    static const bool tiles = has_tiles(TILES_OF_INT8);
+    if (!tiles) return REFUSED;
+    return run_int8(&Int8Table::int8_product, job, level, threads, (job->outputs + 31) / 32);
 }

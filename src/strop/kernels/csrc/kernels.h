@@ -147,3 +147,26 @@ typedef struct {
 } StepTable;
 
 extern const StepTable portable_step, avx2_step, avx512_step, neon_step;
+
+// What int8 products are asked to do (int8.h): rows of x rounded, and multiplied by a weight [out, in] of int8.
+typedef struct {
+    const void *x;         // values in, x_type, rows of x_stride
+    const float *factor;   // what x's columns are multiplied by before they are rounded, or null
+    int8_t *codes;         // of x, rows of `stride`, zeros behind the columns
+    float *scales;         // of x, one a row
+    const int8_t *weight;  // rows of weight_stride
+    const float *channel;  // of y's columns, or null
+    void *y;               // values out, x_type, rows of y_stride
+    int64_t rows, columns, outputs;  // of x; columns of y
+    int64_t x_stride, stride, weight_stride, y_stride;
+    int32_t x_type, back;  // back: y = x W, else x W^T
+} Int8Job;
+
+typedef int (*Int8Kernel)(const Int8Job *job, int64_t begin, int64_t end);
+
+typedef struct {
+    Int8Kernel round_rows;    // units: rows
+    Int8Kernel int8_product;  // units: panels of 32 columns of y; refused without tiles
+} Int8Table;
+
+extern const Int8Table portable_int8, avx2_int8, avx512_int8, neon_int8;

@@ -2,6 +2,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "int8.h"
 #include "products.h"
 #include "search.h"
 #include "step.h"
@@ -18,3 +19,4 @@ extern const BlockTable neon_block = {
 
 extern const SearchTable neon_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable neon_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
+extern const Int8Table neon_int8 = {round_rows, int8_product};

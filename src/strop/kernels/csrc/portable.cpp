@@ -1,6 +1,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "int8.h"
 #include "products.h"
 #include "search.h"
 #include "step.h"
@@ -17,3 +18,4 @@ extern const BlockTable portable_block = {
 
 extern const SearchTable portable_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable portable_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
+extern const Int8Table portable_int8 = {round_rows, int8_product};
