@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from strop.kernels import block as kernels
 from strop.kernels.block import HeadNorm, Heads, Scores, Turns
-from strop.layers.base import compute_dtype
+from strop.layers.base import compute_dtype, refuse_second_derivative
 from strop.layers.block_products import Operands, Part, Product
 from strop.layers.int8_products import Int8Weight, MeasuredInt8
 
@@ -151,12 +151,16 @@ class _Masks:
         self.known: list[tuple[weakref.ref[Tensor], int, Seen | None]] = []
 
     def seen(self, mask: Tensor) -> Seen | None:
+        if mask.is_inference():
+            return Seen.of(mask)  # it has no version, so that a change would not be noticed
         for reference, version, seen in self.known:
             if reference() is mask and version == mask._version:
                 return seen
-        self.known = [entry for entry in self.known if entry[0]() is not None][-3:]
-        self.known.append((weakref.ref(mask), mask._version, Seen.of(mask)))
-        return self.known[-1][2]
+        found = Seen.of(mask)
+        # Another thread may do the same: a new list each, and what is returned is what was found here.
+        living = [entry for entry in self.known if entry[0]() is not None][-3:]
+        self.known = [*living, (weakref.ref(mask), mask._version, found)]
+        return found
 
 
 _MASKS = _Masks()
@@ -196,13 +200,16 @@ class FusedBlock:
             if id(module) in used
         ]
         self._inner = [module for module in block.modules() if module is not block]
+        self._forwards = [vars(module).get("forward") for module in self._inner]
 
     def in_place(self) -> bool:
         """Whether the layers that it is made of are still those of the block: adapters come and go."""
         return all(owner._modules.get(name) is module for owner, name, module in self._places)
 
     def _watched(self) -> bool:
-        """Whether somebody waits for a call of a layer inside, which one piece does not make."""
+        """Whether somebody waits for a call of a layer inside, which one piece does not make, or has replaced it."""
+        if any(vars(module).get("forward") is not own for module, own in zip(self._inner, self._forwards, strict=True)):
+            return True
         return any(hooks for module in self._inner for hooks in _hooks(module))
 
     def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
@@ -430,6 +437,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a block in one piece")
         (grad,), call = grads, ctx.call
         saved = ctx.saved_tensors
         call.fill(saved[: ctx.given])

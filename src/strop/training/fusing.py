@@ -4,7 +4,8 @@ Nothing goes by name. One forward pass over a few tokens takes down which linear
 which order and on what: a norm of the block's input that three linear layers read, one that ends attention, a norm
 that two read, and a last one; nothing else may hold parameters. Then a float32 copy of the block, its adapters' B made
 random, is run both ways on what the block was given, forward and backward. Output and every gradient have to agree, or
-the block keeps its own forward. A block that draws random numbers of its own in training (dropout) keeps it too.
+the block keeps its own forward. A block that draws random numbers of its own in training (dropout) keeps it too, and so
+does one that reads the places of its tokens besides cos and sin (a scale of queries beyond some length).
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ TOLERANCE: Final = 2e-4
 
 PROBE_TOKENS: Final = 48
 """Tokens of the forward pass that the blocks are looked at in."""
+
+FAR: Final = 1 << 20
+"""How far the places of tokens are moved, to see whether a block itself reads them."""
 
 
 @dataclass(frozen=True)
@@ -209,7 +213,10 @@ def _fused(block: nn.Module, observed: Observed) -> FusedBlock | None:
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
         given = trial.forward(x, **options)
         wrap = wrapper(given)
-        if wrap is None or not torch.equal(hidden_of(given), hidden_of(trial.forward(x, **options))):
+        if wrap is None or any(
+            not torch.equal(hidden_of(given), hidden_of(trial.forward(x, **again)))
+            for again in (options, far_places(options))
+        ):
             return None
         fused = FusedBlock(trial, trial_parts, _refused, unmasked_is_causal=unmasked, wrap=wrap)
         try:
@@ -303,6 +310,12 @@ def floats(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     return type(value)(floats(one) for one in value) if isinstance(value, tuple | list) else value
+
+
+def far_places(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a block with its tokens at places far away, their cos and sin as they were."""
+    places = options.get("position_ids")
+    return options | {"position_ids": places + FAR} if isinstance(places, Tensor) else options
 
 
 def hidden_of(given: Any) -> Tensor:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from strop.kernels import block as kernels
+from strop.layers.base import refuse_second_derivative
 from strop.training.shapes import round_up
 
 IGNORED: Final = -100
@@ -284,12 +285,15 @@ class _HeadLoss(torch.autograd.Function):
             gradient[start : start + rows] = found[0]
             sums = [one.add_(more) for one, more in zip(sums, found[1:], strict=True)] if sums else list(found[1:])
             total += loss
+        if not len(hidden):
+            sums = [torch.zeros_like(one) for one in trained]
         ctx.save_for_backward(gradient, *sums)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, *sums = (saved * upstream[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        refuse_second_derivative("the loss in chunks")
+        gradient, *sums = (saved * upstream[0] for saved in ctx.saved_tensors)  # a scalar's dtype is not taken on
         return gradient, None, None, None, None, *sums
 
 
