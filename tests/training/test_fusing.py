@@ -474,7 +474,7 @@ def test_quantized_weights_are_not_dense_as_a_whole():
     assert part is not None
     assert isinstance(part.base, QuantLinear)
     product = Product([Operands.of(part, torch.bfloat16)], torch.bfloat16)
-    rows = [len(weight) for _, weight in product._tiles()]
+    rows = [len(weight) for _, weight in product.tiles()]
     assert sum(rows) == 4096
     assert max(rows) * 512 <= TILE_VALUES
 

@@ -32,6 +32,7 @@ from strop.training.fusing import (
     block_parts,
     close,
     decoder_blocks,
+    far_places,
     float_copy,
     floats,
     hidden_of,
@@ -191,7 +192,7 @@ def _tried(block: nn.Module, seen: Observed, place: int, turns: _Turns) -> StepB
         return None
     given = trial.forward(x, **options)
     wrap = wrapper(given)
-    if wrap is None:
+    if wrap is None or not torch.equal(hidden_of(given), hidden_of(trial.forward(x, **far_places(options)))):
         return None
     turned = int(cos.shape[-1])
     one = StepBlock(trial, trial_parts, trial_weights, turned, place, wrap, turns)

@@ -83,12 +83,6 @@ class BlockParts:
         """The layers that read the same input, in the order of the block."""
         return self.qkv, (self.out,), self.gate_up, (self.down,)
 
-    def modules(self) -> list[nn.Module]:
-        """All that the block has of layers and norms, an adapter and what is under it each."""
-        parts = list(itertools.chain.from_iterable(self.groups()))
-        adapters = [part.adapter for part in parts if part.adapter is not None]
-        return [*(norm.module for norm in self.all_norms()), *(part.base for part in parts), *adapters]
-
     def all_norms(self) -> tuple[Norm, ...]:
         """In the order of the fields."""
         return *self.norms, *(self.head_norms or ())
@@ -192,18 +186,12 @@ class FusedBlock:
         self.parts, self.own, self.unmasked_is_causal, self.wrap = parts, own, unmasked_is_causal, wrap
         self.block = block
         self.int8: list[Int8Weight | MeasuredInt8 | None] = [None] * len(parts.groups())
-        used = {id(module) for module in parts.modules()}
-        self._places = [
-            (owner, name, module)
-            for owner in block.modules()
-            for name, module in owner.named_children()
-            if id(module) in used
-        ]
+        self._places = [(owner, name, module) for owner in block.modules() for name, module in owner.named_children()]
         self._inner = [module for module in block.modules() if module is not block]
         self._forwards = [vars(module).get("forward") for module in self._inner]
 
     def in_place(self) -> bool:
-        """Whether the layers that it is made of are still those of the block: adapters come and go."""
+        """Whether all inside the block is what it was: adapters come and go, and so may an activation."""
         return all(owner._modules.get(name) is module for owner, name, module in self._places)
 
     def _watched(self) -> bool:

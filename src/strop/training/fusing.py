@@ -268,6 +268,9 @@ def block_parts(block: nn.Module, observed: Observed) -> BlockParts | None:
     if parts[3].shape[1] != parts[0].shape[0] or parts[4].shape != parts[5].shape or positions[0].shape[-1] > size:
         return None
     found = [Norm(call.module, float(eps)) for call, eps in zip(norms, epsilons, strict=True) if eps is not None]
+    widths = [observed.x.shape[-1], *([size, size] if len(found) == 4 else []), observed.x.shape[-1]]
+    if [norm.gain.numel() for norm in found] != widths:  # kernels would read past a shorter one
+        return None
     return BlockParts(
         qkv=(parts[0], parts[1], parts[2]),
         out=parts[3],

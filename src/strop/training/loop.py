@@ -97,9 +97,8 @@ def train(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the last step's state was saved.
     """
     device = next(model.parameters()).device
-    cuda = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         guard = stack.enter_context(InterruptGuard())
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)

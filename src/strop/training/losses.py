@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from strop.kernels import block as kernels
-from strop.layers.base import refuse_second_derivative
+from strop.layers.base import is_linear, refuse_second_derivative
 from strop.training.shapes import round_up
 
 IGNORED: Final = -100
@@ -311,7 +311,7 @@ def _targets_loss(
         loss = targets.loss_sum(logits)
         return loss.detach(), torch.autograd.grad(loss, wanted) if wanted else ()
     gradient = logits.detach()  # overwritten: the head's own product does not read it again, what follows it may
-    if head.finish is not unchanged:
+    if head.finish is not unchanged or not is_linear(head.projection):
         gradient = gradient.clone()
     losses = kernels.cross_entropy(gradient, targets.labels)
     return losses.sum(), torch.autograd.grad(logits, wanted, gradient) if wanted else ()
