@@ -35,6 +35,7 @@ from strop.errors import StropError
 from strop.evaluation import by_transformers
 from strop.evaluation.decoding import decodes
 from strop.evaluation.few_rows import few_rows
+from strop.evaluation.steps import in_steps
 from strop.evaluation.writing import Manner, write_texts
 
 FORMATS = ("bf16", "nf4", "int4-g32")
@@ -46,7 +47,7 @@ Answers = dict[int, list[int]]
 
 def by_our_loop(model: PreTrainedModel, prompts: Prompts, manner: Manner) -> Answers:
     found: Answers = {}
-    with few_rows(model):
+    with few_rows(model), in_steps(model):
         for step in write_texts(model, prompts, manner):
             for written in step:
                 found.setdefault(written.place, []).append(written.token)

@@ -26,11 +26,13 @@ import torch
 from torch import Tensor, nn
 
 from strop import kernels
+from strop.files.gguf.blocks import encode
 from strop.layers.quant_linear import QuantLinear
 from strop.numerics import fake_quantize, parse_scheme, quantize_tensor
 
 ROUNDING = ("int4-g32", "int4-g32-full", "int4-g128-asym", "int3-g64", "int8", "nf4")
 CODES = ("int8", "int4-g32", "int4-g128-asym", "int3-g64", "int2-g32", "nf4")
+SEARCHED = ("q4_k", "q6_k")
 PRODUCTS = ("int8", "int4-g32", "int4-g128-asym", "nf4")
 
 
@@ -75,6 +77,9 @@ def cases(rows: int, columns: int, dtype: torch.dtype) -> list[Case]:
             Case(f"quantize {name} {text}", lambda s=scheme: quantize_tensor(weight, s).codes, moved, rivals[0])
         )
         found.append(Case(f"dequantize {name} {text}", lambda h=held: h.dequantize(dtype), moved, rivals[1]))
+    for text in SEARCHED:
+        moved = weight.nbytes + encode(weight, text).nbytes
+        found.append(Case(f"search {name} {text}", lambda t=text: torch.from_numpy(encode(weight, t)), moved))
     return found
 
 

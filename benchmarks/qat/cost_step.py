@@ -1,6 +1,7 @@
 """One contender's training steps, each when it is told to: `cost_step.py KIND MODEL ROWS RUN STEPS [options]`.
 
     full   lora   qlora:GRID   qat:GRID   qat:GRID@learned   qat-lora:GRID@HOLD   torchao:GRID   torchao:GRID+int8
+    lora+int8   qlora:GRID+int8     the frozen base computed in int8
 
 Prints a line of JSON when it is ready for a step and waits for a line; then the same with the CPU seconds, the seconds
 and the peak of the step that it did. It is strop's own loop for all of them, bookkeeping included; only the layers
@@ -70,7 +71,8 @@ def main() -> None:
     parser.add_argument("--answers", action="store_true")
     asked = parser.parse_args()
     run, steps = asked.run, int(asked.steps)
-    who, _, grid = asked.kind.partition(":")
+    int8 = asked.kind.startswith(("lora", "qlora")) and asked.kind.endswith("+int8")
+    who, _, grid = (asked.kind.removesuffix("+int8") if int8 else asked.kind).partition(":")
     if who == "torchao":
         from torchao_qat import base_config, prepare_layers
     else:
@@ -89,6 +91,7 @@ def main() -> None:
         "train_on": "answers" if asked.answers else "all",
         "valid_fraction": 0.0,
         "dtype": "bfloat16",
+        "compute": "int8" if int8 else "bf16",
     }
     extra = grid.partition("@")[2]
     if extra:

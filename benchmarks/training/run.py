@@ -44,7 +44,13 @@ SHAPES: Final = {
         256,
     ),
 }
-RIVALS: Final = {"qlora:nf4": "peft:nf4", "lora": "peft:lora", "full": "transformers:full"}
+RIVALS: Final = {
+    "qlora:nf4": "peft:nf4",
+    "qlora:nf4+int8": "peft:nf4",
+    "lora": "peft:lora",
+    "lora+int8": "peft:nf4",
+    "full": "transformers:full",
+}
 KEY: Final = ("what", "shape", "kind", "pair")
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, MistralConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, BloomConfig, LlamaConfig, MambaConfig, MistralConfig, PreTrainedModel
 
 from strop.data.templates import prompt_ids, stop_ids
 from strop.evaluation.by_transformers import write_batches
@@ -98,6 +98,16 @@ def test_a_model_that_the_loop_cannot_run_is_written_by_transformers(config: Any
     expected = [tokenizer.decode(plain_answer(model, prompt, 5), skip_special_tokens=True) for prompt in prompts]
     assert generate_answers(model, tokenizer, prompts, stop_ids=[], max_new_tokens=5, batch_size=2) == expected
     assert list(stream_tokens(model, prompts[0], stop_ids=[], max_new_tokens=5)) == plain_answer(model, prompts[0], 5)
+
+
+def test_a_text_that_would_turn_those_beside_it_otherwise_is_written_by_transformers() -> None:
+    """Beyond its length, LongRoPE takes other frequencies for all texts of a pass, which a few tokens do not show."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    model = random_model(LlamaConfig(**SIZE, **sizes, max_position_embeddings=64, rope_parameters=rope))
+    assert decodes(model, 16)
+    assert not decodes(model, 17)
 
 
 def test_a_text_that_outgrows_a_window_is_written_by_transformers() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -94,7 +95,7 @@ def test_a_library_that_lacks_a_function_is_not_used(copy: Path) -> None:
 def test_an_instruction_set_that_the_processor_lacks_gives_the_reference(copy: Path) -> None:
     found = library.load(copy)
     assert isinstance(found, library.Library)
-    found.runnable = ("portable",)  # a processor without any
+    found.built, found.runnable = ("portable", "avx512"), ("portable",)  # a processor without
     choice = library.choose(found, "avx512")
     assert choice.name == "reference"
     assert "this processor does not run it" in choice.reason
@@ -117,7 +118,7 @@ def test_forcing_ends_with_its_block() -> None:
     assert kernels.in_use() is before
 
 
-@pytest.mark.parametrize("asked", ["reference", "portable", "avx2", "avx512", ""])
+@pytest.mark.parametrize("asked", ["reference", "portable", "avx2", "avx512", "neon", ""])
 def test_the_environment_forces_a_choice(asked: str) -> None:
     program = "from strop import kernels; print(kernels.in_use().name)"
     environment = {**os.environ, library.VARIABLE: asked}
@@ -193,3 +194,25 @@ def test_an_instruction_set_that_the_compiler_does_not_know_is_left_out(
     assert isinstance(found, library.Library), found
     assert "avx512" not in found.built
     assert library.choose(found, "avx512").name == "reference"
+
+
+@pytest.mark.skipif(shutil.which("aarch64-linux-gnu-g++") is None, reason="no compiler for 64-bit ARM")
+def test_a_cross_compiler_makes_the_library_of_its_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the instruction sets of that processor, and unfit for this one; `scripts/cross` runs it."""
+    monkeypatch.setenv("CXX", "aarch64-linux-gnu-g++ -O0")
+    receipt = build.build(tmp_path)
+    assert receipt["target"] == "aarch64-linux-gnu"
+    assert receipt["instruction_sets"] == ["portable", "neon"]
+    header = (tmp_path / build.LIBRARY).read_bytes()[:20]
+    assert int.from_bytes(header[18:20], "little") == 183  # EM_AARCH64, the machine of an ELF file
+    if platform.machine() == "x86_64":
+        assert "cannot be loaded" in str(library.load(tmp_path))
+
+
+@compiled
+def test_a_processor_s_best_instruction_set_is_the_last_of_its_own() -> None:
+    found = library.load(HOME)
+    assert isinstance(found, library.Library), found
+    others = {"x86_64": {"neon"}, "aarch64": {"avx2", "avx512"}}.get(platform.machine(), set())
+    assert not others & set(found.built)
+    assert not others & set(found.runnable)

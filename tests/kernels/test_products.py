@@ -70,9 +70,69 @@ def test_products_are_within_the_bound_of_their_sums(instruction_set: str, text:
                 assert worst <= 0, (columns, tokens, worst.item())
 
 
+def is_tiled(instruction_set: str, x: Tensor, held: QuantizedTensor) -> bool:
+    """Whether weights are decoded into bfloat16, and so rounded to it."""
+    few = 8 if held.scheme.bits == 8 else 4
+    return instruction_set == "amx" and x.dtype == torch.bfloat16 and len(x) > few
+
+
+@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_products_of_many_tokens_are_within_the_bound_of_their_sums(
+    instruction_set: str, text: str, dtype: torch.dtype
+) -> None:
+    scheme = parse_scheme(text)
+    for columns in sorted({fitting(text, columns) for columns in (1, 31, 33, 255, 257, 512, 1056)}):
+        rows = 37
+        held = quantize_tensor(hard(rows, columns, seed=columns), scheme)
+        bias = plain(1, rows, seed=5).view(-1).to(dtype)
+        for tokens in (5, 9, 16, 17, 64):
+            x = plain(tokens, columns, seed=tokens).to(dtype)
+            x[-1, columns // 2] = 100.0
+            got = accelerated.product(x, scheme, held.shape, held.tensors(), bias)
+            if got is None:
+                continue  # a dense weight is faster
+            assert (got.dtype, got.shape) == (dtype, (tokens, rows))
+            tiled = is_tiled(instruction_set, x, held)
+            weight = held.dequantize(torch.bfloat16 if tiled else torch.float32)
+            expected = x.double() @ weight.double().T + bias.double()
+            slack = allowed(x, held) + UNIT * expected.abs()
+            if tiled:  # pairs of columns are added one after the other, and subnormal weights and sums are zeros
+                slack = 8 * slack + 2.0**-125 * (x.double().abs().sum(1, keepdim=True) + columns)
+            if dtype == torch.bfloat16:
+                slack += 2.0**-8 * (expected.abs() + slack)  # the sum is rounded once
+            worst = ((got.double() - expected).abs() - slack).max()
+            assert worst <= 0, (columns, tokens, worst.item())
+
+
+@pytest.mark.parametrize("text", ["int8", "int4-g32", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_kernels_take_the_rows_of_a_batch(instruction_set: str, text: str, dtype: torch.dtype) -> None:
+    held = quantize_tensor(plain(24, 64), parse_scheme(text))
+    most = 64 if instruction_set == "amx" and dtype == torch.bfloat16 else 32 if dtype == torch.float32 else 16
+    for tokens in (1, 4, 5, 8, most, most + 1):
+        got = accelerated.product(plain(tokens, 64).to(dtype), held.scheme, held.shape, held.tensors(), None)
+        portable = instruction_set == "portable"
+        assert (got is not None) == (tokens <= (4 if portable else most)), tokens
+
+
+@pytest.mark.parametrize("text", ["int8", "int4-g64-asym", "nf4", "int3-g32"])
+def test_a_token_of_a_tile_gives_the_same_whatever_stands_beside_it(instruction_set: str, text: str) -> None:
+    held, x = quantize_tensor(plain(37, 320), parse_scheme(text)), plain(64, 320, seed=1).bfloat16()
+    whole = accelerated.product(x, held.scheme, held.shape, held.tensors(), None)
+    part = accelerated.product(x[20:40], held.scheme, held.shape, held.tensors(), None)
+    if whole is None or part is None:
+        pytest.skip(f"{instruction_set} has no tiles")
+    assert bitwise_equal(whole[20:40], part)
+
+
+@pytest.mark.parametrize("tokens", [2, 9, 20])
 @pytest.mark.parametrize("text", ["int8", "int4-g32", "int4-g64-asym", "nf4", "int3-g32"])
-def test_the_number_of_threads_changes_no_product(instruction_set: str, text: str) -> None:
-    held, x = quantize_tensor(plain(300, 512), parse_scheme(text)), plain(2, 512, seed=1)
+def test_the_number_of_threads_changes_no_product(instruction_set: str, text: str, tokens: int) -> None:
+    held, x = quantize_tensor(plain(300, 512), parse_scheme(text)), plain(tokens, 512, seed=1)
+    x = x if tokens == 2 else x.bfloat16()
+    if accelerated.product(x, held.scheme, held.shape, held.tensors(), None) is None:
+        pytest.skip("a dense weight is faster")
     before = torch.get_num_threads()
     found: list[Tensor] = []
     try:
@@ -105,10 +165,15 @@ def test_nan_and_infinities_of_the_input_reach_the_output(instruction_set: str) 
             for place in (0, 319):
                 x = torch.ones(2, 320)
                 x[1, place] = value
-                got = accelerated.product(x, held.scheme, held.shape, held.tensors(), None)
-                assert got is not None
-                assert torch.isfinite(got[0]).all()
-                assert not torch.isfinite(got[1]).any(), (text, value)  # an infinity times zero is NaN
+                for tokens, dtype in ((2, torch.float32), (12, torch.bfloat16)):
+                    many = torch.cat([x, torch.ones(tokens - 2, 320)]).to(dtype)
+                    got = accelerated.product(many, held.scheme, held.shape, held.tensors(), None)
+                    if got is None:
+                        assert tokens == 12
+                        continue  # a dense weight is faster
+                    assert torch.isfinite(got[0]).all()
+                    assert torch.isfinite(got[2:]).all()
+                    assert not torch.isfinite(got[1]).any(), (text, value)  # an infinity times zero is NaN
 
 
 @pytest.mark.parametrize("text", ["int4-g32", "nf4-dq", "int8"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -54,6 +54,47 @@ def test_chunks_give_the_loss_and_gradients_of_the_plain_way(name, trained, dtyp
     assert chunked == pytest.approx(plain, rel=TOLERANCE[dtype])
     for one, other in zip(expected, got, strict=True):
         assert float((one - other).norm()) <= 10 * TOLERANCE[dtype] * float(one.norm()) + 1e-14
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["trained head", "frozen head"])
+def test_without_a_label_the_loss_is_zero_and_so_are_gradients(trained):
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    batch = padded_batch(ragged_samples(2), range(2), pad_id=0)
+    head = find_head(model, batch)
+    assert head is not None
+    head.projection.requires_grad_(requires_grad=trained)
+    loss, count = token_loss_sum(model, replace(batch, labels=torch.full_like(batch.labels, -100)), head=head)
+    loss.backward()
+    assert (loss.item(), count) == (0.0, 0)
+    assert all(not parameter.grad.any() for parameter in model.parameters() if parameter.grad is not None)
+
+
+def head_and_hidden() -> tuple[Head, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    projection = nn.Linear(32, 64, bias=False, dtype=torch.bfloat16).requires_grad_(requires_grad=False)
+    with torch.no_grad():
+        projection.weight.normal_(generator=generator)
+    hidden = torch.randn(40, 32, generator=generator).bfloat16().requires_grad_()
+    return (
+        Head(nn.Identity(), projection, losses.unchanged),
+        hidden,
+        torch.randn(40, 32, generator=generator).bfloat16(),
+    )
+
+
+def test_the_factor_of_a_gradient_in_bfloat16_is_not_rounded_itself():
+    head, hidden, wanted = head_and_hidden()
+    loss = losses.divergence_sum(head, hidden, wanted)
+    (whole,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (part,) = torch.autograd.grad(loss / 510, hidden)
+    assert torch.equal(part, (whole.float() * torch.tensor(1 / 510)).bfloat16())
+
+
+def test_a_second_derivative_is_refused():
+    head, hidden, wanted = head_and_hidden()
+    loss = losses.divergence_sum(head, hidden, wanted)
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss * hidden.sum(), hidden, create_graph=True)
 
 
 @dataclass

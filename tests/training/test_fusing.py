@@ -346,6 +346,62 @@ def test_a_hook_inside_a_block_is_called(part):
             assert len(calls) == 1
 
 
+def test_a_forward_that_a_layer_inside_was_given_since_is_called():
+    model = model_of("llama")
+    batch, blocks = batch_of(model, "one row"), blocks_of(model)
+    with torch.no_grad(), in_one_piece(blocks, fused_of(model, batch)):
+        plain = model(**batch.inputs()).logits
+        mlp: Any = blocks[1].get_submodule("mlp")
+        mlp.forward = torch.zeros_like
+        assert not torch.allclose(model(**batch.inputs()).logits, plain, atol=1e-2)
+        del mlp.forward
+        assert torch.equal(model(**batch.inputs()).logits, plain)
+
+
+def test_a_block_that_scales_queries_beyond_some_length_is_found_out():
+    """The scale is one for as many tokens as the probe has."""
+    rope = {
+        "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
+        "llama_4_scaling_beta": 0.5,
+    }  # fmt: skip
+    assert fused_of(model_of("ministral3", head_dim=8, max_position_embeddings=256, rope_parameters=rope)) == {}
+
+
+@pytest.mark.parametrize("kind", ["one row", "padded", "packed"])
+def test_in_inference_mode_it_is_the_same(kind):
+    """Tensors made there have no version by which a mask is known again."""
+    model = model_of("mistral")
+    batch, blocks = batch_of(model, kind), blocks_of(model)
+    fused = fused_of(model, batch)
+    with torch.inference_mode():
+        own = model(**batch.inputs()).logits
+        with in_one_piece(blocks, fused):
+            found = model(**batch.inputs()).logits
+    assert torch.allclose(found, own, atol=1e-4)
+
+
+def test_a_mask_changed_in_inference_mode_is_read_again():
+    with torch.inference_mode():
+        mask = torch.ones(1, 1, 4, 4).bool().tril()
+        before = fused_block._MASKS.seen(mask)
+        mask[0, 0, 3, 0] = False
+        after = fused_block._MASKS.seen(mask)
+    assert before is not None
+    assert after is not None
+    assert (int(before.first[0, 3]), int(after.first[0, 3])) == (0, 1)
+
+
+def test_a_second_derivative_is_refused():
+    """There is no graph inside; what it would leave out must not pass for zero."""
+    model = model_of("llama", attention="eager").requires_grad_(True)
+    batch, blocks = batch_of(model, "one row"), blocks_of(model)
+    x = model.get_input_embeddings()(batch.input_ids).detach().requires_grad_()  # pyright: ignore[reportCallIssue]
+    with in_one_piece(blocks, fused_of(model, batch)):
+        y = model(inputs_embeds=x, use_cache=False).logits.square().sum()
+        with pytest.raises(RuntimeError, match="create_graph"):
+            torch.autograd.grad(y, x, create_graph=True)
+
+
 def test_masks_that_are_stretches_and_those_that_are_not():
     causal = torch.ones(2, 1, 5, 5).bool().tril()
     seen = Seen.of(causal)
@@ -418,7 +474,7 @@ def test_quantized_weights_are_not_dense_as_a_whole():
     assert part is not None
     assert isinstance(part.base, QuantLinear)
     product = Product([Operands.of(part, torch.bfloat16)], torch.bfloat16)
-    rows = [len(weight) for _, weight in product._tiles()]
+    rows = [len(weight) for _, weight in product.tiles()]
     assert sum(rows) == 4096
     assert max(rows) * 512 <= TILE_VALUES
 

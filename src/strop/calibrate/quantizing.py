@@ -19,6 +19,7 @@ from strop.errors import ModelError
 from strop.methods import Block, BlockResult
 from strop.numerics.activation_observers import ActivationObserver, MinMax
 from strop.numerics.qtensor import QuantizedTensor
+from strop.numerics.reductions import all_finite
 from strop.numerics.scheme import Scheme
 from strop.progress import SILENT, Reporter
 
@@ -85,7 +86,7 @@ def quantize_blocks(
 
 def _check_finite(block: CalibrationBlock) -> None:
     """Refuse weights with NaN or infinities before they reach the inputs of innocent layers; all of them are named."""
-    broken = [layer for layer, weight in block.weights.items() if not torch.isfinite(weight).all()]
+    broken = [layer for layer, weight in block.weights.items() if not all_finite(weight)]
     if broken:
         raise ModelError(
             f"{', '.join(broken)}: the weights hold NaN or infinite values; there is no grid for them: check the "

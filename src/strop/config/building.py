@@ -210,6 +210,11 @@ def _build(layers: Iterable[Layer]) -> TuneConfig | AutoConfig:
             _complete_alpha(values)
         if values.get("rank") == "auto" and "kv_cache" in values:
             problems.append(f"{origins['kv_cache']}: kv_cache: rank auto races without it; name the rank")
+        if values.get("compute") == "int8" and not issubclass(group, LowRank):
+            problems.append(
+                f"{origins['compute']}: compute: int8 approximates the products of a base that is frozen, and {method} "
+                "trains it, or its rounding; leave it out, or train an adapter (lora, qlora)"
+            )
         _complete_teacher(values, cast("str", method), origins, problems)
         take("method", group, fields_of(group))
     length = next((kind for key, kind in LENGTHS.items() if key in values), Epochs)

@@ -368,6 +368,11 @@ class Machine(Settings):
     dtype: Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_dtype)] = Field(
         "auto", description="Precision of the products; auto takes bfloat16 where the processor has it."
     )
+    compute: Literal["bf16", "int8"] = Field(
+        "bf16",
+        description="Products of an adapter's frozen base on a CPU: in dtype, or approximated in int8 where that is "
+        "good enough (gradient cosine of at least .99).",
+    )
     checkpointing: Annotated[Literal["none", "all", "auto"], BeforeValidator(_checkpointing)] = Field(
         "none", description="Blocks recomputed in the backward pass, to save memory; auto: as many as max_memory asks."
     )

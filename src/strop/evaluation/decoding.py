@@ -7,8 +7,8 @@ and the mask of a step is the mask of the step before with one column more.
 
 Whether a model can be run like this is not known by its name: `decodes` runs a few random tokens through it both ways,
 ragged and alike, shared, moved and padded, and compares the logits with those of a plain forward pass. Where they
-differ, where the cache holds anything but keys and values, or where a text outgrows a layer's window, transformers' own
-generation does the work.
+differ, where the cache holds anything but keys and values, or where a text outgrows a layer's window or the length at
+which LongRoPE turns all texts of a pass otherwise, transformers' own generation does the work.
 """
 
 from __future__ import annotations
@@ -168,9 +168,18 @@ def decodes(model: PreTrainedModel, longest: int) -> bool:
     windows = [layer.sliding_window for layer in layers if isinstance(layer, DynamicSlidingWindowLayer)]
     if windows and longest >= min(windows):
         return False
+    if longest > _turned_alike(model):
+        return False
     if model not in _known:
         _known[model] = _agrees(model)
     return _known[model]
+
+
+def _turned_alike(model: PreTrainedModel) -> float:
+    """Tokens up to which a token's rotary position does not depend on the longest text of the pass."""
+    rope = getattr(model.config.get_text_config(), "rope_parameters", None) or {}
+    each = [one for one in (rope, *rope.values()) if isinstance(one, dict) and one.get("rope_type") == "longrope"]
+    return min((one["original_max_position_embeddings"] for one in each), default=float("inf"))
 
 
 @torch.inference_mode()

@@ -22,6 +22,7 @@ from strop.evaluation.decoding import decodes
 from strop.evaluation.few_rows import few_rows
 from strop.evaluation.flow import TextFlow
 from strop.evaluation.kv_cache import KVFormat
+from strop.evaluation.steps import in_steps
 from strop.evaluation.writing import Manner, evaluating, write_texts
 
 Stream = Callable[[str], object]
@@ -142,7 +143,7 @@ def _texts(
     pad_id: int,
 ) -> Generator[list[tuple[int, list[int]]]]:
     """The new tokens of the prompts that ended since the last time, each with its prompt's place."""
-    with evaluating(model), few_rows(model):
+    with evaluating(model), few_rows(model), in_steps(model):
         if not _lean(model, prompts, manner, kv_cache):
             yield from by_transformers.write_batches(model, prompts, manner, kv_cache, pad_id)
             return
@@ -158,7 +159,7 @@ def _one_text(
     model: PreTrainedModel, prompt: Sequence[int], manner: Manner, kv_cache: KVFormat | None
 ) -> Generator[int]:
     """The new tokens of one prompt as they come."""
-    with evaluating(model), few_rows(model):
+    with evaluating(model), few_rows(model), in_steps(model):
         if not _lean(model, [prompt], manner, kv_cache):
             yield from by_transformers.stream_one(model, prompt, manner, kv_cache)
             return

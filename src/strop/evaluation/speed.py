@@ -26,6 +26,7 @@ from strop.evaluation.few_rows import few_rows
 from strop.evaluation.generation import context_length
 from strop.evaluation.kv_cache import KVFormat, new_cache
 from strop.evaluation.probes import settle
+from strop.evaluation.steps import in_steps
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def measure_speed(
         settle(model.device)
 
     try:
-        with torch.inference_mode(), few_rows(model):
+        with torch.inference_mode(), few_rows(model), in_steps(model):
             prefill, decode = [], []
             if kv_cache is None and decodes(model, prompt_tokens + new_tokens):
                 read, write = begin, go_on

@@ -1,13 +1,15 @@
 """Compiles the native library: `python -m strop.kernels`, or when the package is installed (setup.py).
 
     strop_kernels.so     the library: the kernels once for each instruction set, and what chooses among them
-    strop_kernels.json   its receipt: the digests of the library and of the sources, the compiler, the instruction sets
+    strop_kernels.json   its receipt: the digests of the library and of the sources, the compiler and its target,
+                         the instruction sets
 
 The receipt is how `library` knows, before a byte of the library is run, that it is whole and made of these sources.
 Uses the standard library alone, and nothing of strop: setup.py runs this file before anything is installed.
 
-The compiler is $CXX, else c++, g++ or clang++. An instruction set that it does not know is left out; no compiler at all
-is an error here and a note in an installation, where the PyTorch reference does everything.
+The compiler is $CXX, else c++, g++ or clang++; it says itself what processors it compiles for, so that a cross-compiler
+makes the library of its target (`scripts/cross`). An instruction set that it does not know is left out; no compiler at
+all is an error here and a note in an installation, where the PyTorch reference does everything.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import shlex
 import shutil
 import subprocess
@@ -33,13 +34,16 @@ RECEIPT = "strop_kernels.json"
 # say that nobody reads errno or the processor's exception flags, without which comparisons make no vectors.
 _FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 _QUIET = ("-fno-trapping-math", "-ftree-vectorize", "-fvect-cost-model=dynamic")
-_LEVELS: dict[str, tuple[str, ...]] = {
+_X86: dict[str, tuple[str, ...]] = {
     "avx2": ("-mavx2", "-mfma"),
     "avx512": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
         *("-mfma", "-mprefer-vector-width=512"),
     ),
 }
+_X86["amx"] = (*_X86["avx512"], "-mamx-tile", "-mamx-bf16")
+_ARM: dict[str, tuple[str, ...]] = {"neon": ()}  # every 64-bit ARM processor has it
+_LEVELS = {"x86_64": _X86, "amd64": _X86, "aarch64": _ARM, "arm64": _ARM}
 _COMPILE_SECONDS = 300
 
 
@@ -70,13 +74,14 @@ def build(folder: Path, *, flags: Sequence[str] = ()) -> dict[str, object]:
         BuildError: There is no compiler, or it failed.
     """
     compiler = find_compiler()
-    levels = _LEVELS if platform.machine().lower() in ("x86_64", "amd64") else {}
+    target = _call([*compiler, "-dumpmachine"]).strip()
+    levels = _LEVELS.get(target.lower().split("-")[0], {})
     with tempfile.TemporaryDirectory() as scratch:
 
         def compiled(name: str, *more: str) -> Path:
-            target = Path(scratch) / f"{name}.o"
-            _call([*compiler, *_FLAGS, *_QUIET, *flags, *more, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(target)])
-            return target
+            made = Path(scratch) / f"{name}.o"
+            _call([*compiler, *_FLAGS, *_QUIET, *flags, *more, "-c", str(SOURCES / f"{name}.cpp"), "-o", str(made)])
+            return made
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:
             portable = pool.submit(compiled, "portable")
@@ -91,6 +96,7 @@ def build(folder: Path, *, flags: Sequence[str] = ()) -> dict[str, object]:
             "library_sha256": hashlib.sha256(made.read_bytes()).hexdigest(),
             "sources_sha256": sources_digest(),
             "compiler": _call([*compiler, "--version"]).splitlines()[0],
+            "target": target,
             "instruction_sets": ["portable", *known],
         }
         folder.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ Nothing is trusted before its digest: the receipt beside the library (`build`) n
 the sources that it was made of, and both are compared before it is loaded. Whatever is wrong, the PyTorch reference
 does the work and `in_use().reason` says why.
 
-`STROP_KERNELS` forces a choice: `reference`, `portable`, `avx2` or `avx512`. One that this machine cannot run is the
-reference again, with its reason; `forced` does the same within a program.
+`STROP_KERNELS` forces a choice: `reference`, `portable`, `avx2`, `avx512`, `amx` or `neon`. One that this machine
+cannot run is the reference again, with its reason; `forced` does the same within a program.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TypeAlias, cast
 
 from strop.errors import ConfigError, nearest
 from strop.kernels.build import LIBRARY, RECEIPT, sources_digest
 
 REFERENCE = "reference"
-INSTRUCTION_SETS = ("portable", "avx2", "avx512")
+INSTRUCTION_SETS = ("portable", "avx2", "avx512", "amx", "neon")
 """Those there are, as the library numbers them; the last that is built and runs here is chosen."""
 
 VARIABLE = "STROP_KERNELS"
@@ -36,7 +36,7 @@ class Job(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("x", "y", "codes", "scale", "value_scale", "zero", "mask")),
-        *((name, ctypes.c_void_p) for name in ("levels", "midpoints", "order", "bias", "inputs", "sums")),
+        *((name, ctypes.c_void_p) for name in ("levels", "midpoints", "order", "bias", "inputs", "sums", "laid")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "size", "row_bytes", "tokens")),
         *(
             (name, ctypes.c_int32)
@@ -58,10 +58,53 @@ class BlockJob(ctypes.Structure):
     )
 
 
+class SearchJob(ctypes.Structure):
+    """A search of superblocks; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "weights", "codes", "d", "dmin", "sub_scale", "sub_minimum")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+    )
+
+
+class StepJob(ctypes.Structure):
+    """What a decoder's block is asked to do for one token of each text; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("products", ctypes.POINTER(Job) * 7),
+        ("gains", ctypes.c_void_p * 4),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "keys", "values", "index")),
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "gate", "up", "between", "given", "normed", "scores")),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "inner", "heads", "kv_heads", "size", "turned")),
+        ("columns", ctypes.c_int64),
+        ("eps", ctypes.c_float * 4),
+        ("scaling", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("type", "tiled")),
+    )
+
+
+class Int8Job(ctypes.Structure):
+    """What an int8 product is asked to do; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "factor", "codes", "scales", "weight", "channel", "y")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "outputs")),
+        *((name, ctypes.c_int64) for name in ("x_stride", "stride", "weight_stride", "y_stride")),
+        *((name, ctypes.c_int32) for name in ("x_type", "back")),
+    )
+
+
+AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob | Int8Job
+
+INT8_KERNELS = ("round_rows", "int8_product")
+
 BLOCK_KERNELS = (
     *("norm", "norm_backward", "norm_gain", "split_heads", "split_heads_backward", "merge_heads"),
     *("merge_heads_backward", "softmax", "softmax_backward", "swiglu", "swiglu_backward", "cross_entropy"),
 )
+
+SEARCH_KERNELS = ("search_four_bit", "search_six_bit")
 
 KERNELS = (
     "round_affine",
@@ -72,6 +115,7 @@ KERNELS = (
     "dequantize_codebook",
     "mask_gradient",
     "product",
+    "tiled_product",
 )
 
 
@@ -110,17 +154,23 @@ class Library:
     def __init__(self, path: Path, compiler: str = "") -> None:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
-        for has, needs in ((native.strop_job_bytes, Job), (native.strop_block_job_bytes, BlockJob)):
+        kinds = {"job": Job, "block_job": BlockJob, "search_job": SearchJob, "step_job": StepJob, "int8_job": Int8Job}
+        for name, needs in kinds.items():
+            has = getattr(native, f"strop_{name}_bytes")
             if has() != ctypes.sizeof(needs):
                 raise ValueError(f"its jobs have {has()} bytes, needed {ctypes.sizeof(needs)}")
         built, runs = native.strop_built(), native.strop_runnable()
         self.built = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if built >> number & 1)
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
-        self.functions = {name: getattr(native, f"strop_{name}") for name in (*KERNELS, *BLOCK_KERNELS)}
+        jobs = {name: Job for name in KERNELS} | {name: BlockJob for name in BLOCK_KERNELS}
+        jobs |= (
+            {name: SearchJob for name in SEARCH_KERNELS} | {name: Int8Job for name in INT8_KERNELS} | {"step": StepJob}
+        )
+        self.functions = {name: getattr(native, f"strop_{name}") for name in jobs}
         for name, function in self.functions.items():
-            function.argtypes = (ctypes.POINTER(Job if name in KERNELS else BlockJob), ctypes.c_int, ctypes.c_int)
+            function.argtypes = (ctypes.POINTER(jobs[name]), ctypes.c_int, ctypes.c_int)
 
-    def call(self, kernel: str, job: Job | BlockJob, instruction_set: str, threads: int) -> bool:
+    def call(self, kernel: str, job: AnyJob, instruction_set: str, threads: int) -> bool:
         """Run a kernel; False where it refuses the values, and the reference has the message."""
         number = INSTRUCTION_SETS.index(instruction_set)
         return self.functions[kernel](ctypes.byref(job), number, threads) == 0

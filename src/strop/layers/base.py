@@ -137,3 +137,18 @@ def extra_repr(module: Any, **details: object) -> str:
     """The line that a printed model shows for a layer: its shape, then `details`."""
     shown = {"in_features": module.in_features, "out_features": module.out_features} | details
     return ", ".join(f"{name}={value}" for name, value in shown.items())
+
+
+def refuse_second_derivative(where: str) -> None:
+    """Called in a backward pass that makes no graph; what it leaves out of a second derivative would pass for zero.
+
+    torch's `once_differentiable` says so only where the graph is followed to every leaf, not to chosen inputs.
+
+    Raises:
+        RuntimeError: The backward pass is to be differentiated itself (`create_graph=True`).
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{where}: the gradient is asked for with create_graph=True, and has no derivative of its own here; take "
+            "the model's own forward and loss for second derivatives"
+        )

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from strop.layers.base import linear_shape
 from strop.layers.fake_quant_linear import FakeQuantLinear
+from strop.layers.int8_products import Int8Weight, MeasuredInt8
 from strop.layers.lora_linear import LoraLinear
 from strop.layers.quant_linear import QuantLinear
 from strop.numerics.accelerated import RowReader
@@ -190,10 +191,13 @@ class Product:
     Args:
         parts: Its layers' operands.
         dtype: What is multiplied in.
+        int8: The weights in int8, which stand in for them, or are compared with them; None: neither.
     """
 
-    def __init__(self, parts: Sequence[Operands], dtype: torch.dtype) -> None:
-        self.parts, self.dtype = list(parts), dtype
+    def __init__(
+        self, parts: Sequence[Operands], dtype: torch.dtype, int8: Int8Weight | MeasuredInt8 | None = None
+    ) -> None:
+        self.parts, self.dtype, self.int8 = list(parts), dtype, int8
         self.columns, self.stacks = parts[0].shape[1], _Stack.of(parts)
         self.starts = [sum(part.shape[0] for part in parts[:index]) for index in range(len(parts) + 1)]
 
@@ -203,9 +207,7 @@ class Product:
         That is, for each stack of adapters: s * dropout(x) @ A^T [tokens, sum of r]; and which inputs were kept, bool
         [tokens, in], None without dropout.
         """
-        y = x.new_empty(x.shape[0], self.starts[-1])
-        for start, weight in self._tiles():
-            torch.mm(x, weight.t(), out=y[:, start : start + weight.shape[0]])
+        y = self._times_weight(x)
         columns = self._columns_of(y)
         for part, mine in zip(self.parts, columns, strict=True):
             if part.bias is not None:
@@ -224,11 +226,7 @@ class Product:
 
     def backward(self, grad: Tensor, kept: Sequence[Tensor | None], *, wants_x: bool = True) -> ProductBackward:
         """The backward pass for a gradient of y [tokens, sum of out], in the products' dtype."""
-        back: Tensor | None = None
-        if wants_x:
-            for start, weight in self._tiles():
-                piece = grad[:, start : start + weight.shape[0]]
-                back = piece @ weight if back is None else back.addmm_(piece, weight)
+        back = self._times_weight_back(grad) if wants_x else None
         columns, through = self._columns_of(grad), []
         for stack, mask in zip(self.stacks, kept[1::2], strict=True):
             narrow = grad.new_empty(grad.shape[0], stack.rank)
@@ -242,11 +240,35 @@ class Product:
                 back += _dropped(narrow @ stack.a(self.dtype), mask, stack.dropout)
         return ProductBackward(self, grad, kept, through, back)
 
+    def _times_weight(self, x: Tensor) -> Tensor:
+        """X [tokens, in] @ W^T."""
+        if isinstance(self.int8, Int8Weight):
+            return self.int8.forward(x)
+        y = x.new_empty(x.shape[0], self.starts[-1])
+        for start, weight in self.tiles():
+            torch.mm(x, weight.t(), out=y[:, start : start + weight.shape[0]])
+        if self.int8 is not None:
+            self.int8.compare(y, self.int8.weight.forward(x))
+        return y
+
+    def _times_weight_back(self, grad: Tensor) -> Tensor:
+        """The gradient of y [tokens, sum of out] @ W."""
+        if isinstance(self.int8, Int8Weight):
+            return self.int8.backward(grad)
+        back: Tensor | None = None
+        for start, weight in self.tiles():
+            piece = grad[:, start : start + weight.shape[0]]
+            back = piece @ weight if back is None else back.addmm_(piece, weight)
+        assert back is not None
+        if self.int8 is not None:
+            self.int8.compare(back, self.int8.weight.backward(grad))
+        return back
+
     def _columns_of(self, y: Tensor) -> list[Tensor]:
         """Each layer's."""
         return [y[:, begin:end] for begin, end in itertools.pairwise(self.starts)]
 
-    def _tiles(self) -> Iterator[tuple[int, Tensor]]:
+    def tiles(self) -> Iterator[tuple[int, Tensor]]:
         """The weight's rows in stretches: (the first row's place, [rows, in] in the products' dtype).
 
         A tile is overwritten by the next.

@@ -33,8 +33,9 @@ from torch import Tensor, nn
 
 from strop.kernels import block as kernels
 from strop.kernels.block import HeadNorm, Heads, Scores, Turns
-from strop.layers.base import compute_dtype
+from strop.layers.base import compute_dtype, refuse_second_derivative
 from strop.layers.block_products import Operands, Part, Product
+from strop.layers.int8_products import Int8Weight, MeasuredInt8
 
 ROWS_AT_ONCE: Final = 128
 """Tokens whose scores are there at once."""
@@ -81,12 +82,6 @@ class BlockParts:
     def groups(self) -> tuple[tuple[Part, ...], ...]:
         """The layers that read the same input, in the order of the block."""
         return self.qkv, (self.out,), self.gate_up, (self.down,)
-
-    def modules(self) -> list[nn.Module]:
-        """All that the block has of layers and norms, an adapter and what is under it each."""
-        parts = list(itertools.chain.from_iterable(self.groups()))
-        adapters = [part.adapter for part in parts if part.adapter is not None]
-        return [*(norm.module for norm in self.all_norms()), *(part.base for part in parts), *adapters]
 
     def all_norms(self) -> tuple[Norm, ...]:
         """In the order of the fields."""
@@ -150,12 +145,16 @@ class _Masks:
         self.known: list[tuple[weakref.ref[Tensor], int, Seen | None]] = []
 
     def seen(self, mask: Tensor) -> Seen | None:
+        if mask.is_inference():
+            return Seen.of(mask)  # it has no version, so that a change would not be noticed
         for reference, version, seen in self.known:
             if reference() is mask and version == mask._version:
                 return seen
-        self.known = [entry for entry in self.known if entry[0]() is not None][-3:]
-        self.known.append((weakref.ref(mask), mask._version, Seen.of(mask)))
-        return self.known[-1][2]
+        found = Seen.of(mask)
+        # Another thread may do the same: a new list each, and what is returned is what was found here.
+        living = [entry for entry in self.known if entry[0]() is not None][-3:]
+        self.known = [*living, (weakref.ref(mask), mask._version, found)]
+        return found
 
 
 _MASKS = _Masks()
@@ -163,6 +162,9 @@ _MASKS = _Masks()
 
 class FusedBlock:
     """Stands in for a block's forward.
+
+    `int8` holds, for each of its products, the weights in int8 that stand in for them while the block is in training
+    mode; None where there are none.
 
     Args:
         block: The block.
@@ -182,21 +184,20 @@ class FusedBlock:
         wrap: Callable[[Tensor], Any],
     ) -> None:
         self.parts, self.own, self.unmasked_is_causal, self.wrap = parts, own, unmasked_is_causal, wrap
-        used = {id(module) for module in parts.modules()}
-        self._places = [
-            (owner, name, module)
-            for owner in block.modules()
-            for name, module in owner.named_children()
-            if id(module) in used
-        ]
+        self.block = block
+        self.int8: list[Int8Weight | MeasuredInt8 | None] = [None] * len(parts.groups())
+        self._places = [(owner, name, module) for owner in block.modules() for name, module in owner.named_children()]
         self._inner = [module for module in block.modules() if module is not block]
+        self._forwards = [vars(module).get("forward") for module in self._inner]
 
     def in_place(self) -> bool:
-        """Whether the layers that it is made of are still those of the block: adapters come and go."""
+        """Whether all inside the block is what it was: adapters come and go, and so may an activation."""
         return all(owner._modules.get(name) is module for owner, name, module in self._places)
 
     def _watched(self) -> bool:
-        """Whether somebody waits for a call of a layer inside, which one piece does not make."""
+        """Whether somebody waits for a call of a layer inside, which one piece does not make, or has replaced it."""
+        if any(vars(module).get("forward") is not own for module, own in zip(self._inner, self._forwards, strict=True)):
+            return True
         return any(hooks for module in self._inner for hooks in _hooks(module))
 
     def __call__(self, hidden_states: Tensor, *args: Any, **options: Any) -> Any:
@@ -229,7 +230,8 @@ class FusedBlock:
             return None
         flat = [part.float().reshape(-1, part.shape[-1]).contiguous() for part in (cos, sin)]
         turns = Turns(flat[0], flat[1], shared=cos.shape[0] == 1)
-        return _Call(self.parts, dtype, seen, turns, Heads(*self._heads(), rows, length, cos.shape[-1]))
+        int8 = self.int8 if self.block.training else [None] * len(self.int8)
+        return _Call(self.parts, dtype, seen, turns, Heads(*self._heads(), rows, length, cos.shape[-1]), int8)
 
     def _heads(self) -> tuple[int, int, int]:
         size = self.parts.head_size
@@ -244,8 +246,17 @@ def _hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
 class _Call:
     """One call: the layers as they stand, and how tokens and heads lie."""
 
-    def __init__(self, parts: BlockParts, dtype: torch.dtype, seen: Seen, turns: Turns, heads: Heads) -> None:
+    def __init__(
+        self,
+        parts: BlockParts,
+        dtype: torch.dtype,
+        seen: Seen,
+        turns: Turns,
+        heads: Heads,
+        int8: Sequence[Int8Weight | MeasuredInt8 | None],
+    ) -> None:
         self.parts, self.dtype, self.seen, self.turns, self.heads = parts, dtype, seen, turns, heads
+        self.int8 = list(int8)
         self.operands = [[Operands.of(part, dtype) for part in group] for group in parts.groups()]
         self.gains = [gain.detach().float() for gain in parts.gains()]
 
@@ -271,7 +282,7 @@ class _Call:
 
     def products(self) -> list[Product]:
         """Those of queries, keys and values; of attention's output; of gate and up; and the last."""
-        return [Product(group, self.dtype) for group in self.operands]
+        return [Product(group, self.dtype, int8) for group, int8 in zip(self.operands, self.int8, strict=True)]
 
     def head_norms(self) -> tuple[HeadNorm, HeadNorm] | None:
         """Of queries and keys."""
@@ -414,6 +425,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("a block in one piece")
         (grad,), call = grads, ctx.call
         saved = ctx.saved_tensors
         call.fill(saved[: ctx.given])

@@ -15,6 +15,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from strop.kernels import searches
+from strop.numerics.reductions import halved_sum
+
 _STEPS = tuple(0.2 * step for step in range(-4, 5))
 """What is added to the code that the value of largest magnitude takes."""
 _FACTORS = (1.08, 1.16, 1.24, 1.32, -1.0, -1.08)
@@ -33,7 +36,7 @@ def fit_step(x: Tensor, weights: Tensor, bits: int) -> Tensor:
     """The s of least sum of weights * (x - s * q)^2 that the search finds, q from -2^(bits - 1) to 2^(bits - 1) - 1.
 
     Args:
-        x: float32 [..., values], finite.
+        x: float32 [..., values], finite; values a power of two.
         weights: Broadcasts with x, not negative.
         bits: Of a code.
 
@@ -91,13 +94,17 @@ def search_six_bit(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     A superblock that the plain grid, whose scales span each group's own range, serves as well keeps it.
 
     Args:
-        x: float32 [superblocks, 16, 16], finite.
-        weights: float32, broadcasts with x, not negative.
+        x: float32 [rows, superblocks, 16, 16], finite.
+        weights: float32, of every column [1, superblocks, 16, 16] or one for all, not negative.
 
     Returns:
-        d float16 [superblocks] (infinite where it overflows), sub-scales int8 [superblocks, 16], and codes int8 like x,
-        from -32 to 31.
+        d float16 [rows, superblocks] (infinite where it overflows), sub-scales int8 [rows, superblocks, 16], and codes
+        int8 like x, from -32 to 31.
     """
+    table = None if weights.numel() == 1 and bool(weights == 1) else weights.reshape(-1)
+    if (native := searches.search_six_bit(x.view(x.shape[0], -1), table)) is not None:
+        d, sub_scales, codes = native
+        return d.view(x.shape[:-2]), sub_scales.view(x.shape[:-1]), codes.view(x.shape)
     plain_d, plain_scales = _nested(_extreme(x) / -32)
     d, sub_scales = _nested(fit_step(x, weights, 6))
     errors = _errors(x, weights, d, sub_scales)
@@ -108,12 +115,12 @@ def search_six_bit(x: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             sub_scales = torch.where(error < errors, moved, sub_scales)
             errors = torch.minimum(error, errors)
         product = codes_of_step(x, d.float().unsqueeze(-1) * sub_scales, 6) * sub_scales.unsqueeze(-1)
-        square = (weights * product * product).sum((-1, -2))
-        fitted = ((weights * product * x).sum((-1, -2)) / torch.where(square > 0, square, 1.0)).half()
+        square = halved_sum(halved_sum(weights * product * product))
+        fitted = (halved_sum(halved_sum(weights * product * x)) / torch.where(square > 0, square, 1.0)).half()
         error = _errors(x, weights, fitted, sub_scales)
-        better = (error.sum(-1) < errors.sum(-1)) & (square > 0)
+        better = (halved_sum(error) < halved_sum(errors)) & (square > 0)
         d, errors = torch.where(better, fitted, d), torch.where(better.unsqueeze(-1), error, errors)
-    better = errors.sum(-1) < _errors(x, weights, plain_d, plain_scales).sum(-1)
+    better = halved_sum(errors) < halved_sum(_errors(x, weights, plain_d, plain_scales))
     d, sub_scales = torch.where(better, d, plain_d), torch.where(better.unsqueeze(-1), sub_scales, plain_scales)
     codes = codes_of_step(x, d.float().unsqueeze(-1) * sub_scales, 6)
     return d, sub_scales.to(torch.int8), codes.to(torch.int8)
@@ -146,7 +153,7 @@ def _better_step(
     weighted: Tensor, weights: Tensor, codes: Tensor, best: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Keep the scale that fits some codes where the error falls by more: by (sum w x q)^2 / (sum w q^2)."""
-    product, square = (weighted * codes).sum(-1), (weights * codes * codes).sum(-1)
+    product, square = halved_sum(weighted * codes), halved_sum(weights * codes * codes)
     fitted = product / torch.where(square > 0, square, 1.0)
     gain = fitted * product
     better = gain > best
@@ -156,7 +163,7 @@ def _better_step(
 def _errors(x: Tensor, weights: Tensor, d: Tensor, sub_scales: Tensor) -> Tensor:
     """Weighted squared error of each group of 16 with its nearest codes; infinite where d overflowed."""
     scale = d.float().unsqueeze(-1) * sub_scales
-    errors = (weights * (codes_of_step(x, scale, 6) * scale.unsqueeze(-1) - x).square()).sum(-1)
+    errors = halved_sum(weights * (codes_of_step(x, scale, 6) * scale.unsqueeze(-1) - x).square())
     return errors.nan_to_num_(torch.inf)
 
 

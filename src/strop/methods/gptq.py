@@ -45,6 +45,7 @@ from strop.numerics import grid
 from strop.numerics.codebook import nest
 from strop.numerics.groups import row_chunks, spread
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
+from strop.numerics.reductions import all_finite
 from strop.numerics.scales import stored_zero_point
 from strop.numerics.scheme import Granularity, Scheme
 
@@ -402,7 +403,7 @@ def _check_hessian(statistics: Statistics | None, weight: Tensor, *, where: str)
     hessian, columns = statistics.hessian, weight.shape[1]
     if tuple(hessian.shape) != (columns, columns):
         raise DataError(f"{where}: a Hessian of {list(hessian.shape)} for a weight with {columns} inputs")
-    if not torch.isfinite(hessian).all():
+    if not all_finite(hessian):
         raise DataError(f"{where}: the Hessian holds NaN or infinite values; calibrate on finite activations")
     if (hessian.diagonal() < 0).any():
         raise DataError(f"{where}: the Hessian has negative mean squares on its diagonal; it is not that of any inputs")

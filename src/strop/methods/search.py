@@ -38,13 +38,12 @@ def search(
         FormatError: As `quantize_tensor`.
         DataError: The statistics do not fit the weight.
     """
-    plain = quantize_tensor(weight, scheme, where=where)  # refuses what cannot be quantized, before the search
     mean_square = None if statistics is None else check_statistics(statistics, weight, where=where)
-    if scheme.super_size is not None and isinstance(scheme.format, IntFormat):
+    if scheme.super_size is not None and isinstance(scheme.format, IntFormat):  # keeps the plain superblocks that serve
         weights = None if mean_square is None else _importance(mean_square, weight.shape[0], scheme)
-        super_scale = search_super_scale(split(weight.detach(), scheme), scheme.format, weights)
-        found = quantize_tensor(weight, scheme, super_scale=super_scale, where=where)
-        return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))
+        super_scale = search_super_scale(split(weight.detach(), scheme), scheme.format, weights, where=where)
+        return quantize_tensor(weight, scheme, super_scale=super_scale, where=where)
+    plain = quantize_tensor(weight, scheme, where=where)  # refuses what cannot be quantized, before the search
     scale, zero_point = searched_scale(weight, scheme, mean_square, where=where)
     found = quantize_tensor(weight, scheme, scale=scale, zero_point=zero_point, where=where)
     return min(plain, found, key=lambda result: weighted_error(weight, result, statistics))

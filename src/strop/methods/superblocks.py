@@ -17,8 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from strop.kernels import searches
 from strop.numerics.formats import IntFormat
 from strop.numerics.groups import row_chunks
+from strop.numerics.reductions import halved_sum
 from strop.numerics.superblock import SuperScale, plain_super_scale, super_scale_of
 
 _STEPS = (-1.5, -0.5, 0.0, 0.5, 1.5, 3.0, 5.0)  # a range is cut into 15 + this many steps
@@ -28,17 +30,23 @@ _LARGEST = 65504.0 * 63
 _MOVES = tuple((up, down) for up in (-1, 0, 1) for down in (-1, 0, 1) if (up, down) != (0, 0))
 
 
-def search_super_scale(groups: Tensor, form: IntFormat, importance: Tensor | None = None) -> SuperScale:
+def search_super_scale(
+    groups: Tensor, form: IntFormat, importance: Tensor | None = None, *, where: str = "weight"
+) -> SuperScale:
     """Superblocks whose grid leaves the least sum of importance * (x - rounded)^2, never more than the plain ones.
 
     Args:
-        groups: [out, groups, 32], any float dtype, finite; a multiple of eight groups.
+        groups: [out, groups, 32], any float dtype; a multiple of eight groups.
         form: The codes' format, uint4.
         importance: float32 [1, groups, 32], not negative; None for 1.
+        where: The weight's name, for messages.
+
+    Raises:
+        FormatError: As `plain_super_scale`.
     """
-    weights = torch.ones_like(groups[:1], dtype=torch.float32) if importance is None else importance
+    table = None if importance is None else importance.reshape(-1)
     found = [
-        _searched(groups[rows].float(), weights, form)
+        _searched(groups[rows].float(), table, form, where)
         for rows in row_chunks(groups.shape[0], groups[0].numel(), values=1 << 17)
     ]
     return SuperScale(
@@ -49,16 +57,20 @@ def search_super_scale(groups: Tensor, form: IntFormat, importance: Tensor | Non
     )
 
 
-def _searched(x: Tensor, weights: Tensor, form: IntFormat) -> SuperScale:
-    """The three steps for some rows of groups, float32 [rows, groups, 32]."""
+def _searched(x: Tensor, table: Tensor | None, form: IntFormat, where: str) -> SuperScale:
+    """The three steps for some rows of groups, float32 [rows, groups, 32], their columns weighted [columns]."""
+    if (native := searches.search_four_bit(x.view(len(x), -1), table)) is not None:
+        return SuperScale.of_codes(*native)
+    weights = torch.ones_like(x[:1]) if table is None else table.view(x[:1].shape)
+    plain = plain_super_scale(x, form, where=where)
     scale, minimum = _group_by_group(x, weights, form)
     d, dmin, sub_scale, sub_minimum = super_scale_of(scale, minimum).unpacked()
     for _ in range(_FITS):
         sub_scale, sub_minimum = _moved(x, weights, form, d, dmin, sub_scale, sub_minimum)
         d, dmin = _fitted(x, weights, form, d, dmin, sub_scale, sub_minimum)
-    found, plain = SuperScale.of_codes(d, dmin, sub_scale, sub_minimum), plain_super_scale(x, form)
+    found = SuperScale.of_codes(d, dmin, sub_scale, sub_minimum)
     errors = [_errors(x, weights, form, one.scales(), one.minimums()) for one in (found, plain)]
-    better, kept = (error.view(error.shape[0], -1, 8).sum(dim=-1) for error in errors)  # [rows, superblocks]
+    better, kept = (halved_sum(error.view(error.shape[0], -1, 8)) for error in errors)  # [rows, superblocks]
     return found.where(better < kept * (1 - _GAIN), plain)
 
 
@@ -83,9 +95,8 @@ def _group_by_group(x: Tensor, weights: Tensor, form: IntFormat) -> tuple[Tensor
 def _least_squares(x: Tensor, weights: Tensor, codes: Tensor, step: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Scale and minimum that fit x to its codes best; those given where the codes do not tell."""
     weighted = weights * codes
-    total, first = weights.sum(dim=-1), weighted.sum(dim=-1)
-    second = (weighted * codes).sum(dim=-1)
-    x_first, x_total = (weighted * x).sum(dim=-1), (weights * x).sum(dim=-1)
+    total, first, second = halved_sum(weights), halved_sum(weighted), halved_sum(weighted * codes)
+    x_first, x_total = halved_sum(weighted * x), halved_sum(weights * x)
     determinant = total * second - first * first
     solvable = determinant > 1e-6 * total * second
     safe = torch.where(solvable, determinant, 1.0)
@@ -123,7 +134,7 @@ def _fitted(
     other = sub_minimum.unsqueeze(-1).expand_as(one)
 
     def total(values: Tensor) -> Tensor:  # [rows, groups, 32] -> [rows, superblocks]
-        return (weights * values).view(x.shape[0], -1, 8 * x.shape[-1]).sum(dim=-1)
+        return halved_sum(halved_sum(weights * values).view(x.shape[0], -1, 8))
 
     aa, ab, bb = total(one * one), total(one * other), total(other * other)
     ax, bx = total(one * x), total(other * x)
@@ -134,7 +145,7 @@ def _fitted(
     new_dmin = torch.where(solvable, (ab * ax - aa * bx) / safe, dmin.float())
     new_d, new_dmin = (part.clamp_(0.0, 65504.0).half() for part in (new_d, new_dmin))
     after = _errors(x, weights, form, _spread(new_d, sub_scale), _spread(new_dmin, sub_minimum))
-    old, new = (error.view(error.shape[0], -1, 8).sum(dim=-1) for error in (before, after))
+    old, new = (halved_sum(error.view(error.shape[0], -1, 8)) for error in (before, after))
     better = new < old * (1 - _GAIN)
     return torch.where(better, new_d, d), torch.where(better, new_dmin, dmin)
 
@@ -153,4 +164,4 @@ def _codes(x: Tensor, scale: Tensor, minimum: Tensor, form: IntFormat) -> Tensor
 def _errors(x: Tensor, weights: Tensor, form: IntFormat, scale: Tensor, minimum: Tensor) -> Tensor:
     """Weighted squared error of each group, [rows, groups]."""
     difference = _codes(x, scale, minimum, form).mul_(scale.unsqueeze(-1)).sub_(minimum.unsqueeze(-1)).sub_(x)
-    return difference.square_().mul_(weights).sum(dim=-1)
+    return halved_sum(difference.square_().mul_(weights))

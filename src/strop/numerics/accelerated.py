@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from strop.kernels import operations
+from strop.kernels.library import Job
 from strop.kernels.operations import AffineGrid, Codebook
 from strop.numerics.codebook import NestedScale, nest
 from strop.numerics.formats import CodebookFormat, IntFormat
@@ -195,7 +196,9 @@ def product(
     """
     rows, columns = shape
     grid = _product_grid(scheme, columns)
-    if grid is None or not 1 <= x.numel() // columns <= operations.MOST_TOKENS or "group_index" in parts:
+    if grid is None or "group_index" in parts:
+        return None
+    if not operations.product_takes(x.numel() // columns, grid, columns, x.dtype):
         return None
     if "nested_codes" in parts:
         scale = NestedScale(parts["nested_codes"], parts["nested_scale"], parts["nested_offset"]).dequantize()
@@ -205,6 +208,40 @@ def product(
     zero = parts.get("zero_point")
     made = operations.product(flat, parts["codes"], grid, scale=scale, zero=zero, bias=bias, shape=shape)
     return made if made is None or x.ndim == 2 else made.view(*x.shape[:-1], rows)
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """A quantized weight as a step of a block reads it (`kernels.step`), where it lies.
+
+    Attributes:
+        job: What the product asks of the kernels.
+        grid: Its grid.
+        shape: (out, in).
+        bias: [out], or None.
+        held: The tensors that the job points to.
+    """
+
+    job: Job
+    grid: AffineGrid | Codebook
+    shape: tuple[int, int]
+    bias: Tensor | None
+    held: tuple[Tensor, ...]
+
+    @classmethod
+    def of(
+        cls, scheme: Scheme, shape: tuple[int, int], parts: Mapping[str, Tensor], bias: Tensor | None
+    ) -> PackedWeight | None:
+        """For a weight's tensors by name; None where no kernel reads them as they lie."""
+        grid = _product_grid(scheme, shape[1])
+        held = tuple(tensor.detach() for tensor in (*parts.values(), bias) if tensor is not None)
+        if grid is None or not {"codes", "scale"} <= set(parts) <= {"codes", "scale", "zero_point"}:
+            return None
+        if operations.usable(*held) is None:
+            return None
+        zero = parts.get("zero_point")
+        job = operations.product_job(parts["codes"], grid, scale=parts["scale"], zero=zero, bias=bias, shape=shape)
+        return None if job is None else cls(job, grid, shape, bias, held)
 
 
 @functools.lru_cache(maxsize=256)

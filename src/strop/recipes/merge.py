@@ -17,10 +17,10 @@ An adapter belongs to the base it was trained on: where the base's files are not
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from inspect import signature
 from pathlib import Path
 from typing import Any, Final
 
@@ -45,6 +45,7 @@ from strop.layers.surgery import detach_lora, linear_modules, lora_modules, plan
 from strop.models import OpenedModel, load
 from strop.models.sources import find_folder
 from strop.numerics.qtensor import quantize_tensor
+from strop.numerics.reductions import all_finite
 from strop.numerics.scheme import Scheme, parse_format
 from strop.progress import SILENT, Reporter
 from strop.recipes.manifest import adapter_digest
@@ -267,18 +268,27 @@ class _Probe:
     def logits(self, model: PreTrainedModel) -> Tensor:
         """Logits at the last positions of every prompt, computed in fp32 [tokens, vocabulary].
 
+        All prompts are one batch, filled up on the right, so that every weight is widened once; the head, if it is a
+        layer, is given the compared positions alone.
+
         Raises:
             ModelError: they are not finite.
         """
-        parts: list[Tensor] = []
-        last = {"logits_to_keep": self.positions} if "logits_to_keep" in signature(model.forward).parameters else {}
-        with torch.no_grad(), computing_in_fp32(model.eval()):
-            for prompt in self.prompts:
-                ids = torch.tensor([prompt], device=model.device)
-                logits = model(input_ids=ids, use_cache=False, **last).logits
-                parts.append(logits[0, -self.positions :].float().cpu())
-        logits = torch.cat(parts)
-        if not torch.isfinite(logits).all():
+        lengths = [len(prompt) for prompt in self.prompts]
+        ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+        for row, prompt in zip(ids, self.prompts, strict=True):
+            row[: len(prompt)] = torch.tensor(prompt)
+        real = torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]
+        compared = real & (torch.arange(ids.shape[1]) >= torch.tensor(lengths)[:, None] - self.positions)
+        head = model.get_output_embeddings()
+        with torch.no_grad(), computing_in_fp32(model.eval()), contextlib.ExitStack() as stack:
+            if head is not None:
+                hook = head.register_forward_pre_hook(lambda _, given: given[0][compared.to(given[0].device)])
+                stack.callback(hook.remove)
+            device = model.device
+            found = model(input_ids=ids.to(device), attention_mask=real.long().to(device), use_cache=False).logits
+        logits = (found[compared.to(found.device)] if found.dim() == 3 else found).float().cpu()
+        if not all_finite(logits):
             raise ModelError("the model's logits hold NaN or infinity, so nothing can be compared; check its weights")
         return logits
 

@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from strop.errors import ModelError
 from strop.files.gguf.architectures import architecture_of
 from strop.files.gguf.reader import GgufFile
+from strop.numerics.reductions import all_finite
 from strop.recipes.probing import computing_in_fp32
 from strop.scratch import Scratch, Stored
 
@@ -103,7 +104,7 @@ def set_aside(model: PreTrainedModel, prompts: Sequence[Sequence[int]], scratch:
     with torch.inference_mode(), computing_in_fp32(model.eval()):
         for prompt in prompts:
             logits = prompt_logits(model, prompt)
-            if not torch.isfinite(logits).all():
+            if not all_finite(logits):
                 raise ModelError(f"{model.config.name_or_path}: the logits hold NaN or infinity; check its weights")
             stored = scratch.put(logits)
             if stored is None:

@@ -37,6 +37,7 @@ from strop.progress import SILENT, Reporter
 from strop.recipes.teacher import TeacherSource, cached_teacher, find_teacher, row_length, student_folder
 from strop.training.events import require_tensorboard
 from strop.training.fusing import fuse
+from strop.training.int8_base import require_int8
 from strop.training.objective import Objective
 from strop.training.optimizers import default_learning_rate
 from strop.training.preparing import Base, Trained, open_base, put_layers
@@ -132,6 +133,7 @@ class Session:
             weight_decay=optimization.weight_decay,
             clip_norm=optimization.clip_norm,
             compute_dtype=self.dtype,
+            int8=config.machine.compute == "int8",
             checkpointing=config.machine.checkpointing,
             max_memory=config.machine.max_memory,
             eval_steps=config.watch.eval_steps,
@@ -165,6 +167,7 @@ class Session:
             },
             **({"teacher": self.teacher.report()} if self.teacher is not None else {}),
             "compute_dtype": str(self.dtype).removeprefix("torch."),
+            "compute": self.config.machine.compute,
             "stored_dtype": str(base.stored_dtype).removeprefix("torch."),
             "attention": self.attention,
             "blocks_in_one_piece": self.one_piece,
@@ -213,6 +216,8 @@ def open_session(
         require_tensorboard()
     device = choose_device(config.machine.device)
     dtype = compute_dtype(config.machine.dtype, device)
+    if config.machine.compute == "int8" and device.type != "cpu":
+        raise ConfigError(f"compute: int8 is for training on a CPU, and the device is {device}; leave it out")
     data = _read(config, reporter)
     source, rows, teacher = find_teacher(config, disk=teacher_cache is not None), None, None
     if source is not None and source.way == "disk" and teacher_cache is not None:
@@ -231,6 +236,8 @@ def open_session(
     one_piece = fuse(model, stream) if objective.rounding is None else 0
     if one_piece:
         reporter.note(f"{one_piece} blocks run as one piece, forward and backward, by native kernels")
+    if config.machine.compute == "int8":
+        require_int8(one_piece)
     _tell_length(config, stream, positions_of(model), reporter)
     return Session(
         config,

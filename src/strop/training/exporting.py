@@ -22,6 +22,7 @@ from strop.files.peft_adapter import BaseRecord, save_adapter, write_adapter
 from strop.files.saving import save_model, write_model
 from strop.layers.quantized import QUANTIZED, THROUGH_ROUNDING
 from strop.layers.surgery import adapters_alone, replace
+from strop.numerics.reductions import all_finite
 
 ADAPTER = "adapter"
 """The folder in a merged model's that holds the adapter alone."""
@@ -107,7 +108,7 @@ def as_stored(model: nn.Module, *, dtype: torch.dtype) -> Iterator[None]:
         for name, parameter in parameters.items():
             kept[name] = parameter.data
             parameter.data = parameter.data.to(dtype)
-            if not torch.isfinite(parameter.data).all():
+            if not all_finite(parameter.data):
                 broken.append(name)
         if broken:
             raise ModelError(

@@ -4,7 +4,8 @@ Nothing goes by name. One forward pass over a few tokens takes down which linear
 which order and on what: a norm of the block's input that three linear layers read, one that ends attention, a norm
 that two read, and a last one; nothing else may hold parameters. Then a float32 copy of the block, its adapters' B made
 random, is run both ways on what the block was given, forward and backward. Output and every gradient have to agree, or
-the block keeps its own forward. A block that draws random numbers of its own in training (dropout) keeps it too.
+the block keeps its own forward. A block that draws random numbers of its own in training (dropout) keeps it too, and so
+does one that reads the places of its tokens besides cos and sin (a scale of queries beyond some length).
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ TOLERANCE: Final = 2e-4
 
 PROBE_TOKENS: Final = 48
 """Tokens of the forward pass that the blocks are looked at in."""
+
+FAR: Final = 1 << 20
+"""How far the places of tokens are moved, to see whether a block itself reads them."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,7 @@ def fuse(model: nn.Module, stream: BatchStream) -> int:
         model: A causal language model, its layers in place.
         stream: What it is trained on; where it stands is left as it was.
     """
-    blocks = _blocks(model)
+    blocks = decoder_blocks(model)
     found = _found(model, blocks, stream)
     for place, forward in found.items():
         blocks[place].forward = forward
@@ -75,12 +79,13 @@ def fuse(model: nn.Module, stream: BatchStream) -> int:
 @contextlib.contextmanager
 def fused_blocks(model: nn.Module, stream: BatchStream) -> Iterator[None]:
     """The same while the context lasts; a block that was given another forward before keeps it."""
-    blocks = _blocks(model)
+    blocks = decoder_blocks(model)
     with in_one_piece(blocks, _found(model, blocks, stream)):
         yield
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
+    """The longest of a model's lists of blocks."""
     return max(([*found] for found in block_lists(model)), key=len, default=[])
 
 
@@ -109,7 +114,7 @@ def find_fused(model: nn.Module, blocks: list[nn.Module], inputs: Mapping[str, A
     device = next(model.parameters()).device
     if device.type != "cpu" or not kernels.available():
         return {}
-    observed = _observe(model, blocks, on_device(dict(inputs), device))
+    observed = observe(model, blocks, on_device(dict(inputs), device))
     found: dict[int, FusedBlock] = {}
     for place, block in enumerate(blocks):
         seen = observed.get(place)
@@ -142,7 +147,7 @@ def probe_inputs(batch: TokenBatch) -> dict[str, Any]:
     return {name: cut(value) for name, value in inputs.items()}
 
 
-def _observe(model: nn.Module, blocks: list[nn.Module], inputs: dict[str, Any]) -> dict[int, Observed]:
+def observe(model: nn.Module, blocks: list[nn.Module], inputs: dict[str, Any]) -> dict[int, Observed]:
     """How each block is called in one forward pass, and what it calls."""
     observed: dict[int, Observed] = {}
     handles: list[Any] = []
@@ -195,20 +200,23 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _fused(block: nn.Module, observed: Observed) -> FusedBlock | None:
-    parts = _parts(block, observed)
+    parts = block_parts(block, observed)
     if parts is None:
         return None
     unmasked = observed.options.get("attention_mask") is None
-    trial = _float_copy(block)
-    trial_parts = _parts(trial, _moved(observed, block, trial))
+    trial = float_copy(block)
+    trial_parts = block_parts(trial, moved(observed, block, trial))
     if trial_parts is None:
         return None
-    options = {name: _floats(value) for name, value in observed.options.items()}
+    options = {name: floats(value) for name, value in observed.options.items()}
     x = observed.x.detach().float()
     with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False), torch.enable_grad():
         given = trial.forward(x, **options)
-        wrap = _wrapper(given)
-        if wrap is None or not torch.equal(_hidden(given), _hidden(trial.forward(x, **options))):
+        wrap = wrapper(given)
+        if wrap is None or any(
+            not torch.equal(hidden_of(given), hidden_of(trial.forward(x, **again)))
+            for again in (options, far_places(options))
+        ):
             return None
         fused = FusedBlock(trial, trial_parts, _refused, unmasked_is_causal=unmasked, wrap=wrap)
         try:
@@ -233,7 +241,7 @@ def _refused(*_: Any, **__: Any) -> Any:
     raise _NotTakenError
 
 
-def _parts(block: nn.Module, observed: Observed) -> BlockParts | None:
+def block_parts(block: nn.Module, observed: Observed) -> BlockParts | None:
     """What a block is made of, by its calls; None where they are not those of such a block."""
     norms = [call for call in observed.calls if _is_norm(call.module)]
     linears = [(call, part) for call in observed.calls if (part := Part.of(call.module)) is not None]
@@ -260,6 +268,9 @@ def _parts(block: nn.Module, observed: Observed) -> BlockParts | None:
     if parts[3].shape[1] != parts[0].shape[0] or parts[4].shape != parts[5].shape or positions[0].shape[-1] > size:
         return None
     found = [Norm(call.module, float(eps)) for call, eps in zip(norms, epsilons, strict=True) if eps is not None]
+    widths = [observed.x.shape[-1], *([size, size] if len(found) == 4 else []), observed.x.shape[-1]]
+    if [norm.gain.numel() for norm in found] != widths:  # kernels would read past a shorter one
+        return None
     return BlockParts(
         qkv=(parts[0], parts[1], parts[2]),
         out=parts[3],
@@ -278,7 +289,7 @@ def _epsilon(norm: nn.Module) -> float | None:
     return small[0] if len(small) == 1 else None
 
 
-def _float_copy(block: nn.Module) -> nn.Module:
+def float_copy(block: nn.Module) -> nn.Module:
     """The block in float32, its adapters at work and without dropout."""
     trial = copy.deepcopy(block).float().train()
     vars(trial).pop("forward", None)  # its class's own, whatever stands in for that now
@@ -291,23 +302,31 @@ def _float_copy(block: nn.Module) -> nn.Module:
     return trial
 
 
-def _moved(observed: Observed, block: nn.Module, trial: nn.Module) -> Observed:
+def moved(observed: Observed, block: nn.Module, trial: nn.Module) -> Observed:
     """The calls of a block as those of its copy."""
     copies = dict(zip(block.modules(), trial.modules(), strict=True))
     return Observed(observed.x, observed.options, [Call(copies[c.module], c.x, c.y) for c in observed.calls])
 
 
-def _floats(value: Any) -> Any:
+def floats(value: Any) -> Any:
+    """An argument of a block with its tensors in float32."""
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
-    return type(value)(_floats(one) for one in value) if isinstance(value, tuple | list) else value
+    return type(value)(floats(one) for one in value) if isinstance(value, tuple | list) else value
 
 
-def _hidden(given: Any) -> Tensor:
+def far_places(options: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a block with its tokens at places far away, their cos and sin as they were."""
+    places = options.get("position_ids")
+    return options | {"position_ids": places + FAR} if isinstance(places, Tensor) else options
+
+
+def hidden_of(given: Any) -> Tensor:
+    """The hidden states of what a block gives back."""
     return given if isinstance(given, Tensor) else given[0]
 
 
-def _wrapper(given: Any) -> Callable[[Tensor], Any] | None:
+def wrapper(given: Any) -> Callable[[Tensor], Any] | None:
     """What makes of hidden states what the block gives back."""
     if isinstance(given, Tensor):
         return lambda hidden: hidden
@@ -322,13 +341,14 @@ def _agree(trial: nn.Module, fused: FusedBlock, x: Tensor, options: dict[str, An
     trained = [parameter for parameter in trial.parameters() if parameter.requires_grad]
     for forward in (trial.forward, fused):
         start = x.clone().requires_grad_()
-        y = _hidden(forward(start, **options))
+        y = hidden_of(forward(start, **options))
         grads = torch.autograd.grad((y * upstream).sum(), [start, *trained], allow_unused=True)
         results.append([y.detach() - x, grads[0] - upstream, *(g for g in grads[1:] if g is not None)])
     own, ours = results
-    return len(own) == len(ours) and all(_close(a, b) for a, b in zip(own, ours, strict=True))
+    return len(own) == len(ours) and all(close(a, b) for a, b in zip(own, ours, strict=True))
 
 
-def _close(expected: Tensor, found: Tensor) -> bool:
+def close(expected: Tensor, found: Tensor) -> bool:
+    """Whether they differ by no more than `TOLERANCE`."""
     size = float(expected.square().mean().sqrt())
     return float((expected - found).square().mean().sqrt()) <= TOLERANCE * size + 1e-9

@@ -23,6 +23,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, TypeAlias
 
@@ -41,6 +42,7 @@ from strop.training import watchdog
 from strop.training.events import NAME as EVENTS_NAME
 from strop.training.fusing import fused_blocks
 from strop.training.held_out import evaluation_interval, mean_losses
+from strop.training.int8_base import int8_base
 from strop.training.interrupts import InterruptGuard
 from strop.training.losses import find_head
 from strop.training.metrics import NAME as METRICS_NAME
@@ -95,21 +97,21 @@ def train(
         KeyboardInterrupt: Ctrl-C, SIGTERM or SIGHUP, after the last step's state was saved.
     """
     device = next(model.parameters()).device
-    cuda = [device] if device.type == "cuda" else []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         guard = stack.enter_context(InterruptGuard())
         memory = memory or stack.enter_context(PeakMemory())
         torch.manual_seed(settings.seed)
         if settings.max_memory is not None:
             stack.enter_context(steady_allocation())  # what is freed must not count against the budget
         stack.enter_context(fused_blocks(model, stream))
+        int8 = stack.enter_context(int8_base(model, stream, settings, objective, reporter)) if settings.int8 else None
         count = blocks_to_recompute(model, stream, settings, memory, reporter, objective)
         stack.enter_context(recomputed(model, count))
         stack.callback(model.train, model.training)
         run = Loop(model, stream, list(valid_samples), settings, run_dir, export, objective, memory, guard, reporter)
         stack.callback(run.close)
-        return run.go(resume=resume)
+        return replace(run.go(resume=resume), int8=int8)
 
 
 class Loop:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from strop.kernels import block as kernels
+from strop.layers.base import is_linear, refuse_second_derivative
 from strop.training.shapes import round_up
 
 IGNORED: Final = -100
@@ -284,12 +285,15 @@ class _HeadLoss(torch.autograd.Function):
             gradient[start : start + rows] = found[0]
             sums = [one.add_(more) for one, more in zip(sums, found[1:], strict=True)] if sums else list(found[1:])
             total += loss
+        if not len(hidden):
+            sums = [torch.zeros_like(one) for one in trained]
         ctx.save_for_backward(gradient, *sums)
         return total
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, *sums = (saved * upstream[0].to(saved.dtype) for saved in ctx.saved_tensors)
+        refuse_second_derivative("the loss in chunks")
+        gradient, *sums = (saved * upstream[0] for saved in ctx.saved_tensors)  # a scalar's dtype is not taken on
         return gradient, None, None, None, None, *sums
 
 
@@ -307,7 +311,7 @@ def _targets_loss(
         loss = targets.loss_sum(logits)
         return loss.detach(), torch.autograd.grad(loss, wanted) if wanted else ()
     gradient = logits.detach()  # overwritten: the head's own product does not read it again, what follows it may
-    if head.finish is not unchanged:
+    if head.finish is not unchanged or not is_linear(head.projection):
         gradient = gradient.clone()
     losses = kernels.cross_entropy(gradient, targets.labels)
     return losses.sum(), torch.autograd.grad(logits, wanted, gradient) if wanted else ()

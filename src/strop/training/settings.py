@@ -30,6 +30,7 @@ class TrainSettings:
         weight_decay: Of matrices.
         clip_norm: Largest gradient norm; 0 does not clip.
         compute_dtype: Of the products.
+        int8: Whether the frozen base's products are approximated in int8 where they pass (`int8_base`).
         checkpointing: Which blocks' activations are computed again in the backward pass; a number: so many, the first.
         max_memory: Bytes that a step may hold, for `auto`.
         eval_steps: Steps between evaluations; None: about a tenth of the run.
@@ -52,6 +53,7 @@ class TrainSettings:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     compute_dtype: torch.dtype = torch.float32
+    int8: bool = False
     checkpointing: Literal["none", "all", "auto"] | int = "none"
     max_memory: int | None = None
     eval_steps: int | None = None
@@ -70,7 +72,8 @@ class TrainSettings:
 class TrainResult:
     """What a finished run came to. Losses are nats per supervised token; None where nothing was evaluated.
 
-    `events` are what the run had to do to go on: data skipped, states returned to, micro-batches made smaller.
+    `events` are what the run had to do to go on: data skipped, states returned to, micro-batches made smaller. `int8`
+    says which of the base's products were computed in int8; None where none was asked for.
     """
 
     steps: int
@@ -84,11 +87,14 @@ class TrainResult:
     best_step: int | None
     ended: str
     events: list[dict[str, Any]] = field(default_factory=list)
+    int8: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, progress: Progress, steps: int) -> TrainResult:
         """What a run came to whose counters stand so after its last step."""
-        kept = {f.name: getattr(progress, f.name) for f in fields(cls) if f.name not in ("steps", "ended", "events")}
+        kept = {
+            f.name: getattr(progress, f.name) for f in fields(cls) if f.name not in ("steps", "ended", "events", "int8")
+        }
         return cls(steps=steps, ended=progress.ended or "all steps done", events=list(progress.events), **kept)
 
 

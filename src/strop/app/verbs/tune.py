@@ -114,6 +114,9 @@ def tune(
         float | None, typer.Option("--clip-norm", "--max-grad-norm", help="Clips the gradient's norm.")
     ] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    compute: Annotated[
+        str | None, typer.Option(help="bf16, or int8 for the products of an adapter's frozen base on a CPU.")
+    ] = None,
     checkpointing: Annotated[
         str | None,
         typer.Option(

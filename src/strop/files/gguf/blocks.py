@@ -28,6 +28,7 @@ from strop.files.gguf.types import GgmlType, type_named
 from strop.methods.base import Statistics
 from strop.methods.block_fit import codes_of_step, fit_line, fit_step, search_six_bit
 from strop.methods.search import search
+from strop.numerics.reductions import all_finite
 from strop.numerics.scheme import GGUF_TYPES
 
 _PIECE = 1 << 18
@@ -77,7 +78,7 @@ def encode(weight: Tensor, type_name: str, importance: Tensor | None = None, *, 
     result = np.empty((rows.shape[0], row_bytes), np.uint8)
     for part, weights in _parts(weight, importance, kind, where):
         piece = rows[part].float().cpu()
-        if not torch.isfinite(piece).all():
+        if not all_finite(piece):
             raise FormatError(
                 f"{where}: holds NaN or values that are infinite in float32, which would spoil the block around them"
             )
@@ -148,7 +149,7 @@ def _encoded(piece: Tensor, name: str, importance: Tensor | None, where: str) ->
     """Rows float32 [rows, in] as bytes, uint8; importance float32 [in], or None."""
     if name in _FLOATS:
         stored = piece.to(_FLOATS[name])
-        if not torch.isfinite(stored).all():
+        if not all_finite(stored):
             largest = piece.abs().max().item()
             raise FormatError(f"{where}: holds {largest:g}, which {name} cannot hold; use f32")
         return stored.view(torch.uint8)

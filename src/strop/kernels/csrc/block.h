@@ -20,7 +20,7 @@ inline float total(const float *lanes) {
 
 // a * b + c: nothing here is held to the bits of a reference, as roundings are.
 inline float fused(float a, float b, float c) {
-#ifdef __FMA__
+#if defined(__FMA__) || defined(__aarch64__)
     return __builtin_fmaf(a, b, c);
 #else
     return a * b + c;

@@ -199,6 +199,28 @@ struct LevelTable {
         _mm256_storeu_ps(out + 24, level(_mm_srli_si128(second, 8)));
     }
 };
+#elif defined(STROP_NEON)
+// 32 codes in their order, of 16 bytes.
+inline uint8x16x2_t codes_of(const uint8_t *packed) {
+    const uint8x16_t bytes = vld1q_u8(packed);
+    return vzipq_u8(vandq_u8(bytes, vdupq_n_u8(15)), vshrq_n_u8(bytes, 4));
+}
+struct LevelTable {
+    float levels[16];
+    uint8x16x4_t bytes;  // the first byte of each level, the second of each, ...
+    inline LevelTable(const float *from) {
+        memcpy(levels, from, sizeof levels);
+        bytes = vld4q_u8((const uint8_t *)from);
+    }
+    inline void look_up(const uint8_t *packed, float *out) const {
+        const uint8x16x2_t codes = codes_of(packed);
+        for (int half = 0; half < 2; half++) {
+            uint8x16x4_t found;
+            for (int k = 0; k < 4; k++) found.val[k] = vqtbl1q_u8(bytes.val[k], codes.val[half]);
+            vst4q_u8((uint8_t *)(out + 16 * half), found);
+        }
+    }
+};
 #else
 struct LevelTable {
     float pairs[256][2];
@@ -226,8 +248,8 @@ template <class Y> inline int64_t block_values(const LevelTable &table, const ui
     return start;
 }
 
-#if defined(__AVX512BW__)
 // A block has sixteen different values: they are rounded once, and the codes look those up.
+#if defined(__AVX512BW__)
 template <> inline int64_t block_values<BFloat16>(const LevelTable &table, const uint8_t *packed, float scale,
                                                   int64_t count, uint16_t *__restrict__ y) {
     const __m512 values = _mm512_mul_ps(table.levels, _mm512_set1_ps(scale));
@@ -244,6 +266,23 @@ template <> inline int64_t block_values<BFloat16>(const LevelTable &table, const
         const __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));
         const __m256i codes = _mm256_set_m128i(_mm_unpackhi_epi8(low, high), _mm_unpacklo_epi8(low, high));
         _mm512_storeu_si512(y + start, _mm512_permutexvar_epi16(_mm512_cvtepu8_epi16(codes), rounded));
+    }
+    return start;
+}
+#elif defined(STROP_NEON)
+template <> inline int64_t block_values<BFloat16>(const LevelTable &table, const uint8_t *packed, float scale,
+                                                  int64_t count, uint16_t *__restrict__ y) {
+    uint16_t rounded[16];
+    for (int i = 0; i < 16; i++) rounded[i] = bfloat16_of(table.levels[i] * scale);
+    const uint8x16x2_t bytes = vld2q_u8((const uint8_t *)rounded);
+    int64_t start = 0;
+    for (; start + 32 <= count; start += 32) {
+        const uint8x16x2_t codes = codes_of(packed + start / 2);
+        for (int half = 0; half < 2; half++) {
+            uint8x16x2_t found;
+            for (int k = 0; k < 2; k++) found.val[k] = vqtbl1q_u8(bytes.val[k], codes.val[half]);
+            vst2q_u8((uint8_t *)(y + start + 16 * half), found);
+        }
     }
     return start;
 }

@@ -145,6 +145,14 @@ inline uint16_t at_most(const float *numbers, float most) {
     int low = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(numbers), limit, _CMP_LE_OQ));
     int high = _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(numbers + 8), limit, _CMP_LE_OQ));
     return (uint16_t)(low | high << 8);
+#elif defined(STROP_NEON)
+    const float32x4_t limit = vdupq_n_f32(most);
+    const uint16x8_t places = {1, 2, 4, 8, 16, 32, 64, 128};
+    uint16x4_t parts[4];
+    for (int k = 0; k < 4; k++) parts[k] = vmovn_u32(vcleq_f32(vld1q_f32(numbers + 4 * k), limit));
+    const int low = vaddvq_u16(vandq_u16(vcombine_u16(parts[0], parts[1]), places));
+    const int high = vaddvq_u16(vandq_u16(vcombine_u16(parts[2], parts[3]), places));
+    return (uint16_t)(low | high << 8);
 #else
     unsigned bits = 0;
     for (int i = 0; i < 16; i++) bits |= (unsigned)(numbers[i] <= most) << i;
@@ -179,6 +187,13 @@ inline void load_mask(const uint8_t *mask, int64_t count, float *flags) {
     for (; i + 8 <= count; i += 8) {
         __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask[i / 8]), places), places);
         _mm256_storeu_ps(flags + i, _mm256_and_ps(_mm256_castsi256_ps(set), _mm256_set1_ps(1.0f)));
+    }
+#elif defined(STROP_NEON)
+    const uint32x4_t low = {1, 2, 4, 8}, high = {16, 32, 64, 128}, one = vreinterpretq_u32_f32(vdupq_n_f32(1.0f));
+    for (; i + 8 <= count; i += 8) {
+        const uint32x4_t byte = vdupq_n_u32(mask[i / 8]);
+        vst1q_f32(flags + i, vreinterpretq_f32_u32(vandq_u32(vtstq_u32(byte, low), one)));
+        vst1q_f32(flags + i + 4, vreinterpretq_f32_u32(vandq_u32(vtstq_u32(byte, high), one)));
     }
 #endif
     for (; i < count; i++) flags[i] = (float)(mask[i / 8] >> i % 8 & 1);

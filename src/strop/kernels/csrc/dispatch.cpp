@@ -9,6 +9,12 @@
 #include <pthread.h>
 #endif
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 
 #ifdef _WIN32
@@ -98,6 +104,12 @@ const Table *table_of(int level) {
 #endif
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_table;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_table;
+#endif
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_table;
 #endif
         default: return nullptr;
     }
@@ -131,6 +143,12 @@ const BlockTable *block_table_of(int level) {
 #endif
 #ifdef STROP_HAS_AVX512
         case AVX512: return &avx512_block;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_block;
+#endif
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_block;
 #endif
         default: return nullptr;
     }
@@ -141,6 +159,108 @@ int run_block(BlockKernel BlockTable::*kernel, const BlockJob *job, int level, i
     return table ? split(table->*kernel, job, threads, units) : REFUSED;
 }
 
+const Int8Table *int8_table_of(int level) {
+    switch (level) {
+        case PORTABLE: return &portable_int8;
+#ifdef STROP_HAS_AVX2
+        case AVX2: return &avx2_int8;
+#endif
+#ifdef STROP_HAS_AVX512
+        case AVX512: return &avx512_int8;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_int8;
+#endif
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_int8;
+#endif
+        default: return nullptr;
+    }
+}
+
+int run_int8(Int8Kernel Int8Table::*kernel, const Int8Job *job, int level, int threads, int64_t units) {
+    const Int8Table *table = int8_table_of(level);
+    return table ? split(table->*kernel, job, threads, units) : REFUSED;
+}
+
+const SearchTable *search_table_of(int level) {
+    switch (level) {
+        case PORTABLE: return &portable_search;
+#ifdef STROP_HAS_AVX2
+        case AVX2: return &avx2_search;
+#endif
+#ifdef STROP_HAS_AVX512
+        case AVX512: return &avx512_search;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_search;
+#endif
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_search;
+#endif
+        default: return nullptr;
+    }
+}
+
+int run_search(SearchKernel SearchTable::*kernel, const SearchJob *job, int level, int threads) {
+    const SearchTable *table = search_table_of(level);
+    return table ? split(table->*kernel, job, threads, job->rows * (job->columns / 256)) : REFUSED;
+}
+
+const StepTable *step_table_of(int level) {
+    switch (level) {
+        case PORTABLE: return &portable_step;
+#ifdef STROP_HAS_AVX2
+        case AVX2: return &avx2_step;
+#endif
+#ifdef STROP_HAS_AVX512
+        case AVX512: return &avx512_step;
+#ifdef STROP_HAS_AMX
+        case AMX: return &avx512_step;
+#endif
+#endif
+#ifdef STROP_HAS_NEON
+        case NEON: return &neon_step;
+#endif
+        default: return nullptr;
+    }
+}
+
+// Room for a step's values between its products; a thread keeps it for its next step.
+class Room {
+  public:
+    explicit Room(int64_t bytes) {
+        if ((int64_t)held.size() < bytes) held.resize((size_t)bytes);
+        next = held.data();
+    }
+    template <class T> T *take(int64_t bytes) {
+        char *mine = next;
+        next += rounded(bytes);
+        return (T *)mine;
+    }
+    static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+  private:
+    static thread_local std::vector<char> held;
+    char *next;
+};
+thread_local std::vector<char> Room::held;
+
+const unsigned TILES = 1u << 24, TILES_OF_BF16 = 1u << 22, TILES_OF_INT8 = 1u << 25;
+
+// Whether the processor multiplies tiles of a kind, and the system lets this process: their state is asked for.
+bool has_tiles(unsigned kind) {
+#if defined(__x86_64__) && defined(__linux__)
+    unsigned a, b, c, d = 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    const int ask_for_state = 0x1023, tile_data = 18;
+    return (d & TILES) && (d & kind) && !syscall(SYS_arch_prctl, ask_for_state, tile_data);
+#else
+    (void)kind;
+    return false;
+#endif
+}
+
 int64_t groups_of(const Job *job) { return job->rows * (job->columns / job->size); }
 int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size - 1) / job->size; }
 
@@ -148,6 +268,9 @@ int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size
 
 EXPORT int strop_job_bytes(void) { return (int)sizeof(Job); }
 EXPORT int strop_block_job_bytes(void) { return (int)sizeof(BlockJob); }
+EXPORT int strop_search_job_bytes(void) { return (int)sizeof(SearchJob); }
+
+EXPORT int strop_int8_job_bytes(void) { return (int)sizeof(Int8Job); }
 
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
 EXPORT int strop_built(void) {
@@ -165,8 +288,10 @@ EXPORT int strop_runnable(void) {
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
             __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))
-            runnable |= 1 << AVX512;
+            runnable |= 1 << AVX512 | (has_tiles(TILES_OF_BF16) ? 1 << AMX : 0);
     }
+#elif defined(__aarch64__)
+    runnable |= 1 << NEON;  // every processor of this kind has it
 #endif
     return runnable;
 }
@@ -194,7 +319,7 @@ EXPORT int strop_mask_gradient(const Job *job, int level, int threads) {
 }
 EXPORT int strop_product(const Job *job, int level, int threads) {
     const Table *table = table_of(level);
-    if (!table || job->tokens < 1 || job->tokens > 4) return REFUSED;
+    if (!table || job->tokens < 1) return REFUSED;
     const int64_t inputs = job->tokens * input_room(job->columns), sums = job->tokens * sums_room(job->columns / job->size);
     std::vector<float> room((size_t)(inputs + sums));
     Job whole = *job;
@@ -202,6 +327,75 @@ EXPORT int strop_product(const Job *job, int level, int threads) {
     whole.sums = room.data() + inputs;
     table->prepare_product(&whole, 0, whole.tokens);
     return run(&Table::product, &whole, level, threads, whole.rows);
+}
+EXPORT int strop_tiled_product(const Job *job, int level, int threads) {
+#if defined(STROP_HAS_AVX512) && defined(STROP_HAS_AMX)
+    if (level != AMX || !table_of(level)) return REFUSED;
+    if (job->x_type != BFLOAT16 || job->tokens < 1 || job->tokens > MOST_TILED) return REFUSED;
+    const int64_t tokens = (job->tokens + 15) / 16 * 16, columns = (job->columns + 127) / 128 * 128;
+    std::vector<uint16_t> room((size_t)(tokens * columns + 32));
+    Job whole = *job;
+    whole.laid = (uint16_t *)(((uintptr_t)room.data() + 63) / 64 * 64);
+    amx_tiles.lay(&whole, 0, whole.tokens);
+    return split(amx_tiles.product, &whole, threads, whole.rows);
+#else
+    (void)job, (void)level, (void)threads;
+    return REFUSED;
+#endif
+}
+EXPORT int strop_step_job_bytes(void) { return (int)sizeof(StepJob); }
+
+// One token of each text through a block. Refused where a shape is beyond the kernels, before anything is written.
+EXPORT int strop_step(const StepJob *asked, int level, int threads) {
+    const StepTable *table = step_table_of(level);
+    const BlockTable *block = block_table_of(level);
+    StepJob job = *asked;
+    if (!table || job.tokens < 1 || job.size * (job.heads / job.kv_heads) > table->most_queries) return REFUSED;
+    const int64_t bytes = job.type == FLOAT32 ? 4 : 2, tokens = job.tokens, queries = job.heads * job.size;
+    const int64_t keys = job.kv_heads * job.size, stream = tokens * job.hidden * bytes, heads = tokens * job.heads;
+    Room room(3 * Room::rounded(stream) + 2 * Room::rounded(tokens * queries * bytes) +
+              3 * Room::rounded(tokens * keys * bytes) + 2 * Room::rounded(tokens * job.inner * bytes) +
+              Room::rounded(heads * job.columns * 4) + Room::rounded(heads * 4));
+    job.normed = room.take<void>(stream), job.between = room.take<void>(stream), job.given = room.take<void>(stream);
+    job.q = room.take<void>(tokens * queries * bytes);
+    job.k = room.take<void>(tokens * keys * bytes), job.v = room.take<void>(tokens * keys * bytes);
+    job.gate = room.take<void>(tokens * job.inner * bytes), job.up = room.take<void>(tokens * job.inner * bytes);
+    job.scores = room.take<float>(heads * job.columns * 4);
+    float *reciprocal = room.take<float>(heads * 4);
+    void *q = job.gains[2] ? room.take<void>(tokens * queries * bytes) : job.q;  // before the heads' norms
+    void *k = job.gains[2] ? room.take<void>(tokens * keys * bytes) : job.k;
+
+    const auto multiply = [&](int place, const void *x, void *y) {
+        Job product = *job.products[place];
+        product.x = x, product.y = y, product.x_type = job.type, product.tokens = tokens;
+        return (job.tiled >> place & 1 ? strop_tiled_product : strop_product)(&product, level, threads);
+    };
+    const auto norm = [&](int place, const void *x, const void *add, void *sum, void *y, int64_t rows, int64_t columns) {
+        BlockJob rms = {};
+        rms.x = x, rms.add = add, rms.sum = sum, rms.y = y, rms.gain = job.gains[place], rms.eps = job.eps[place];
+        rms.reciprocal = reciprocal, rms.heads = 1, rms.columns = rms.stride = columns;
+        rms.x_type = rms.y_type = job.type;
+        return block->norm(&rms, 0, rows);
+    };
+    int status = norm(0, job.x, nullptr, nullptr, job.normed, tokens, job.hidden);
+    status |= multiply(0, job.normed, q) | multiply(1, job.normed, k) | multiply(2, job.normed, job.v);
+    if (job.gains[2]) {
+        status |= norm(2, q, nullptr, nullptr, job.q, heads, job.size);
+        status |= norm(3, k, nullptr, nullptr, job.k, tokens * job.kv_heads, job.size);
+    }
+    if (status) return REFUSED;
+    table->turn(&job, 0, tokens);
+    const int64_t units = tokens * job.kv_heads;
+    const int64_t work = heads * job.size * job.columns / LEAST_VALUES, limit = work < units ? work : units;
+    const int parts = (int)(limit < 1 ? 1 : limit < threads ? limit : threads);
+    pool->run(parts, [&](int part) { table->attend(&job, units * part / parts, units * (part + 1) / parts); });
+    status |= multiply(3, job.q, job.given);
+    status |= norm(1, job.x, job.given, job.between, job.normed, tokens, job.hidden);
+    status |= multiply(4, job.normed, job.gate) | multiply(5, job.normed, job.up);
+    table->swiglu(&job, 0, tokens);
+    status |= multiply(6, job.gate, job.given);
+    if (!status) table->add(&job, 0, tokens);
+    return status ? REFUSED : DONE;
 }
 EXPORT int strop_norm(const BlockJob *job, int level, int threads) {
     return run_block(&BlockTable::norm, job, level, threads, job->rows);
@@ -238,4 +432,18 @@ EXPORT int strop_swiglu_backward(const BlockJob *job, int level, int threads) {
 }
 EXPORT int strop_cross_entropy(const BlockJob *job, int level, int threads) {
     return run_block(&BlockTable::cross_entropy, job, level, threads, job->rows);
+}
+EXPORT int strop_search_four_bit(const SearchJob *job, int level, int threads) {
+    return run_search(&SearchTable::search_four_bit, job, level, threads);
+}
+EXPORT int strop_search_six_bit(const SearchJob *job, int level, int threads) {
+    return run_search(&SearchTable::search_six_bit, job, level, threads);
+}
+EXPORT int strop_round_rows(const Int8Job *job, int level, int threads) {
+    return run_int8(&Int8Table::round_rows, job, level, threads, job->rows);
+}
+EXPORT int strop_int8_product(const Int8Job *job, int level, int threads) {
+    static const bool tiles = has_tiles(TILES_OF_INT8);
+    if (!tiles) return REFUSED;
+    return run_int8(&Int8Table::int8_product, job, level, threads, (job->outputs + 31) / 32);
 }

@@ -12,7 +12,7 @@
 
 enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
 enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
-enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, LEVELS = 3 };
+enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, LEVELS = 5 };
 enum Status { DONE = 0, REFUSED = 1 };  // REFUSED (NaN, infinities, an overflow): the reference has the message
 
 // Values lie in `rows` rows of `columns`, cut into groups of `size` that share a scale. A codebook's blocks are cut
@@ -30,6 +30,7 @@ typedef struct {
     const uint8_t *order;      // codebooks: the codes of the ascending levels, 16
     const void *bias;          // products: x_type, one a row, or null
     float *inputs, *sums;      // products: what prepare_product makes of x, tokens * input_room and tokens * sums_room
+    uint16_t *laid;            // products of many tokens: x as lay_tiles lays it, tokens and columns filled up with zeros
     int64_t rows, columns, size, row_bytes, tokens;
     int32_t x_type, y_type, scale_type, bits, qmin, mode;
     int32_t given;             // whether scales (and zero points) are read, not written
@@ -55,7 +56,18 @@ typedef struct {
     Kernel product;             // units: rows of the weight. y[t, row] = x[t] . row + bias, summed in float32
 } Table;
 
-extern const Table portable_table, avx2_table, avx512_table;
+extern const Table portable_table, avx2_table, avx512_table, neon_table;
+
+// Products of bfloat16 inputs with weights decoded into bfloat16, a tile at a time (tiles.h), for up to MOST_TILED
+// tokens. AMX has these alone: for all else it is AVX512.
+const int64_t MOST_TILED = 64;
+
+typedef struct {
+    Kernel lay;      // units: tokens. x into laid
+    Kernel product;  // units: rows of the weight, as Table's
+} Tiles;
+
+extern const Tiles amx_tiles;
 
 // What a part of a decoder's block is asked to do (block.h). `stride` is the distance of two tokens in x; heads of
 // queries share keys in groups of heads / kv_heads, and lie as [rows, kv_heads, length, group, columns].
@@ -87,4 +99,74 @@ typedef struct {
     BlockKernel cross_entropy;                        // units: rows
 } BlockTable;
 
-extern const BlockTable portable_block, avx2_block, avx512_block;
+extern const BlockTable portable_block, avx2_block, avx512_block, neon_block;
+
+// A search of superblocks: x [rows, columns], columns in whole superblocks of 256; see search.h.
+typedef struct {
+    const float *x;
+    const float *weights;  // of the columns' squared errors, [columns], not negative; null for 1
+    uint8_t *codes;        // Q6_K's, 256 a superblock, signed; else null
+    uint16_t *d, *dmin;    // float16, one a superblock; dmin of Q4_K alone
+    uint8_t *sub_scale;    // one a group: signed in Q6_K
+    uint8_t *sub_minimum;  // one a group, of Q4_K alone
+    int64_t rows, columns;
+} SearchJob;
+
+typedef int (*SearchKernel)(const SearchJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    SearchKernel search_four_bit, search_six_bit;  // units: superblocks
+} SearchTable;
+
+extern const SearchTable portable_search, avx2_search, avx512_search, neon_search;
+
+// A decoder's block while each of some texts gets one token (step.h): what comes in and goes out is x.
+typedef struct {
+    void *x;                    // the stream, [tokens, hidden]
+    const Job *products[7];     // of queries, keys, values, the output, gate, up, down: weights, scales and biases
+    const float *gains[4];      // of the norms before attention, before the feed-forward part, of queries, of keys
+    const float *cos, *sin;     // [tokens, turned]
+    void *keys, *values;        // the cache, [slots, columns, kv_heads, size]
+    const int64_t *index;       // where each token goes in it: slot * columns + column
+    void *q, *k, *v, *gate, *up, *between, *given, *normed;  // room, by strop_step
+    float *scores;              // [tokens, heads, columns], the same
+    int64_t tokens, hidden, inner, heads, kv_heads, size, turned, columns;
+    float eps[4];
+    float scaling;
+    int32_t type;               // of everything that is no gain, position or score
+    int32_t tiled;              // bit i: product i goes through tiles
+} StepJob;
+
+typedef int (*StepKernel)(const StepJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    StepKernel turn;           // units: tokens
+    StepKernel attend;         // units: tokens * kv_heads
+    StepKernel swiglu, add;    // units: tokens
+    int64_t most_queries;      // values of the queries that share keys
+} StepTable;
+
+extern const StepTable portable_step, avx2_step, avx512_step, neon_step;
+
+// What int8 products are asked to do (int8.h): rows of x rounded, and multiplied by a weight [out, in] of int8.
+typedef struct {
+    const void *x;         // values in, x_type, rows of x_stride
+    const float *factor;   // what x's columns are multiplied by before they are rounded, or null
+    int8_t *codes;         // of x, rows of `stride`, zeros behind the columns
+    float *scales;         // of x, one a row
+    const int8_t *weight;  // rows of weight_stride
+    const float *channel;  // of y's columns, or null
+    void *y;               // values out, x_type, rows of y_stride
+    int64_t rows, columns, outputs;  // of x; columns of y
+    int64_t x_stride, stride, weight_stride, y_stride;
+    int32_t x_type, back;  // back: y = x W, else x W^T
+} Int8Job;
+
+typedef int (*Int8Kernel)(const Int8Job *job, int64_t begin, int64_t end);
+
+typedef struct {
+    Int8Kernel round_rows;    // units: rows
+    Int8Kernel int8_product;  // units: panels of 32 columns of y; refused without tiles
+} Int8Table;
+
+extern const Int8Table portable_int8, avx2_int8, avx512_int8, neon_int8;

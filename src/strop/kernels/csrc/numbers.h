@@ -13,6 +13,8 @@
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>
+#elif defined(STROP_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace {
@@ -94,7 +96,12 @@ inline void load_scales(const void *scale, int32_t type, int64_t place, int64_t 
             _mm512_mask_storeu_ps(values + k, those, _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(those, halves + k)));
         }
 #else
-        for (int64_t k = 0; k < count; k++) values[k] = from_float16(halves[k]);
+        int64_t k = 0;
+#if defined(STROP_NEON)
+        for (; k + 4 <= count; k += 4)
+            vst1q_f32(values + k, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + k))));
+#endif
+        for (; k < count; k++) values[k] = from_float16(halves[k]);
 #endif
     }
 }

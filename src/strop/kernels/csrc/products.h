@@ -91,6 +91,51 @@ struct Places {
     inline Places(Lanes lanes) { of = _mm256_cvttps_epi32(lanes); }
     inline Lanes pick(const float *scales) const { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), of); }
 };
+#elif defined(STROP_NEON)
+typedef float32x4_t Lanes;
+const int64_t LANES = 4;
+inline Lanes zeros() { return vdupq_n_f32(0.0f); }
+inline Lanes all(float value) { return vdupq_n_f32(value); }
+inline Lanes load(const float *from) { return vld1q_f32(from); }
+inline Lanes plus(Lanes a, Lanes b) { return vaddq_f32(a, b); }
+inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
+inline float total_of(Lanes lanes) { return vaddvq_f32(lanes); }
+inline Lanes signed_bytes(const uint8_t *codes) {
+    uint32_t four;
+    memcpy(&four, codes, 4);
+    const int16x8_t halves = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four ^ 0x80808080)));
+    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
+}
+// Where a table of bytes has the four of each of these floats.
+inline uint8x16_t bytes_of(uint32x4_t floats) {
+    const uint32x4_t first = vmulq_u32(floats, vdupq_n_u32(0x04040404));
+    return vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100)));
+}
+struct Words {
+    uint32x4_t words;
+    inline void read(const uint8_t *packed) { words = vreinterpretq_u32_u8(vld1q_u8(packed)); }
+    inline Words from(int bit) const {
+        Words later;
+        later.words = vshlq_u32(words, vdupq_n_s32(-bit));
+        return later;
+    }
+};
+struct Table16 {
+    uint8x16x4_t bytes;
+    inline Table16(const float *from) {
+        for (int k = 0; k < 4; k++) bytes.val[k] = vld1q_u8((const uint8_t *)(from + 4 * k));
+    }
+    inline Lanes of(Words at) const {
+        return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, bytes_of(vandq_u32(at.words, vdupq_n_u32(15)))));
+    }
+};
+struct Places {
+    uint8x16_t of;
+    inline Places(Lanes lanes) { of = bytes_of(vcvtq_u32_f32(lanes)); }
+    inline Lanes pick(const float *scales) const {
+        return vreinterpretq_f32_u8(vqtbl1q_u8(vld1q_u8((const uint8_t *)scales), of));
+    }
+};
 #else
 #define STROP_PLAIN_PRODUCTS
 const int64_t LANES = 16;
@@ -368,8 +413,7 @@ template <int TOKENS> void all_by_vectors(const Job *job, int64_t begin, int64_t
 }
 #endif
 
-// Units: rows of the weight, which are columns of y.
-int product(const Job *job, int64_t begin, int64_t end) {
+int few_tokens(const Job *job, int64_t begin, int64_t end) {
 #ifndef STROP_PLAIN_PRODUCTS
     if (has_blocks(job)) {
         float levels[16];
@@ -387,6 +431,26 @@ int product(const Job *job, int64_t begin, int64_t end) {
         float sums[MOST_TOKENS] = {0};
         plain_row(job, row, sums);
         for (int64_t token = 0; token < job->tokens; token++) finish(job, row, token, sums[token]);
+    }
+    return DONE;
+}
+
+const int64_t STRETCH = 64;  // rows whose codes the caches keep until all tokens have met them
+
+// Units: rows of the weight, which are columns of y.
+int product(const Job *job, int64_t begin, int64_t end) {
+    if (job->tokens <= MOST_TOKENS) return few_tokens(job, begin, end);
+    const int64_t groups = job->columns / job->size, bytes = job->x_type == FLOAT32 ? 4 : 2;
+    for (int64_t row = begin; row < end; row += STRETCH) {
+        const int64_t stop = end - row < STRETCH ? end : row + STRETCH;
+        for (int64_t token = 0; token < job->tokens; token += MOST_TOKENS) {
+            Job part = *job;
+            part.tokens = job->tokens - token < MOST_TOKENS ? job->tokens - token : MOST_TOKENS;
+            part.inputs += token * input_room(job->columns);
+            part.sums += token * sums_room(groups);
+            part.y = (char *)job->y + token * job->rows * bytes;
+            few_tokens(&part, row, stop);
+        }
     }
     return DONE;
 }

@@ -1,0 +1,3 @@
+#include "tiles.h"
+
+extern const Tiles amx_tiles = {lay_tiles, tiles};
