@@ -1,4 +1,4 @@
-"""Scores by grid and arm as a picture: docs/qat-scores.png.
+"""Scores by grid and arm as a picture, docs/qat-scores.png; and by the steps through the grid, docs/qat-steps.png.
 
 python benchmarks/qat/picture.py --seeds 0 1 2 3 4
 """
@@ -6,12 +6,14 @@ python benchmarks/qat/picture.py --seeds 0 1 2 3 4
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
-from store import Store
-from study import GRIDS
+from chosen import CHOSEN
+from store import Cell, Store
+from study import GRIDS, LAST, TOTAL
 from tables import chosen_cells, drawn_means, scores_of
 
 mpl.use("Agg")
@@ -25,6 +27,33 @@ ARMS = {
     "torchao": ("torchao's QAT", "#8aa6c1"),
     "qat": ("strop's QAT", "#1f6f8b"),
 }
+
+
+def draw_steps(cells: Sequence[Cell], grid: str, output: Path) -> None:
+    """The development rows' score by how many of all steps went through the grid, at the chosen rate and seed 100."""
+    mine = [cell for cell in cells if (cell["seed"], cell["grid"], cell["split"]) == (100, grid, "dev")]
+    plain = {"learning_rate", "scales", "steps"}
+    wanted = CHOSEN[grid]["qat"]
+    scores = {
+        cell["settings"].get("steps", LAST): 100 * cell["score"]
+        for cell in mine
+        if cell["arm"] == "qat" and set(cell["settings"]) <= plain and wanted.items() <= cell["settings"].items()
+    }
+    figure, axes = plt.subplots(figsize=(6, 3.2), layout="constrained")
+    places = sorted(scores)
+    axes.plot(places, [scores[place] for place in places], "o-", color=ARMS["qat"][1])
+    for place in places:
+        axes.annotate(f"{scores[place]:.1f}", (place, scores[place]), (0, -13), textcoords="offset points", fontsize=8)
+    for cell in mine:
+        if cell["arm"] in ("full", "gptq"):
+            label, colour = ARMS[cell["arm"]]
+            axes.axhline(100 * cell["score"], color=colour, linewidth=1)
+            axes.text(0, 100 * cell["score"] + 0.2, f"{label}: {100 * cell['score']:.1f}", color=colour, fontsize=8)
+    axes.set_xlim(0, TOTAL)
+    axes.set_xlabel(f"of {TOTAL} steps, so many through {grid}; the others before, in full precision")
+    axes.set_ylabel("exact match, % of 1,000 rows")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=140)
 
 
 def main() -> None:
@@ -57,6 +86,7 @@ def main() -> None:
     axes.legend(fontsize=8, ncols=len(ARMS), loc="upper center", bbox_to_anchor=(0.5, -0.1), frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(chosen.output, dpi=140)
+    draw_steps(cells, "int2", chosen.output.with_name("qat-steps.png"))
 
 
 if __name__ == "__main__":
