@@ -32,3 +32,17 @@ def test_a_disk_without_room_is_said_with_the_bytes() -> None:
         kept.put(0, torch.zeros(10))
         with pytest.raises(DataError, match=r"40 more bytes .*--max-rows"):
             kept.put(1, torch.zeros(10))
+
+
+def test_what_is_dropped_makes_room_in_memory_for_others() -> None:
+    with Scratch() as scratch:
+        kept = Activations(40, scratch)
+        for number in range(2):
+            kept.put(number, torch.full((10,), float(number)))
+        assert scratch.used_bytes == 40, "the second is on the disk"
+        for number in (0, 1, 7):
+            kept.drop(number)
+            assert number not in kept
+        kept.put(2, torch.ones(10))
+        assert scratch.used_bytes == 40, "the third has the place of the first"
+        assert kept.get(2).equal(torch.ones(10))

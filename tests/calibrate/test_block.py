@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from strop.calibrate import BlockStream, CalibrationBlock
+from strop.calibrate.activations import Activations
 from strop.data.batches import eval_batches
 from strop.data.templates import Sample
 from strop.errors import DataError
@@ -229,6 +231,46 @@ def test_the_drift_is_that_of_the_same_tokens_in_the_two_models(
 
     for name in streamed.blocks:
         stream.through(name, layers_of(streamed, name), check)
+
+
+@pytest.mark.parametrize("all_at_once", [True, False], ids=["let go", "measured"])
+def test_inputs_in_full_precision_are_held_until_their_drift_is_gathered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, all_at_once: bool
+) -> None:
+    streamed = BlockwiseModel(tiny_folder(tmp_path, "llama"))
+    first, second, *_ = streamed.blocks
+    stream = BlockStream(streamed, list(eval_batches(samples([12, 9, 4]), 2)), 2, drift=True)
+    held: list[weakref.ref[Tensor]] = []
+    put = Activations.put
+
+    def watched(self: Activations, number: int, tensor: Tensor) -> None:
+        held.append(weakref.ref(tensor))
+        put(self, number, tensor)
+
+    def alive() -> int:
+        return sum(tensor() is not None for tensor in held) - stream.calibrating  # what the block gave stays
+
+    def check(block: CalibrationBlock) -> dict[str, Tensor]:
+        assert alive() == stream.calibrating * len(block.shared)
+        if all_at_once:
+            block.let_go()
+            assert alive() == 0
+        for done, (layer, *_) in enumerate(block.shared, start=1):
+            for again in (False, True):
+                seen = block.statistics([layer], {}, drift=True)[layer]
+                assert (seen.drift is not None) == (not again and not all_at_once)
+            assert alive() == (0 if all_at_once else stream.calibrating * (len(block.shared) - done))
+        return {}
+
+    def without(block: CalibrationBlock) -> dict[str, Tensor]:
+        assert alive() == 0
+        assert all(seen.drift is None for seen in block.statistics(list(block.weights), {}, drift=True).values())
+        return {}
+
+    monkeypatch.setattr(Activations, "put", watched)
+    stream.through(first, layers_of(streamed, first), check)
+    held.clear()
+    stream.through(second, layers_of(streamed, second), without, drift=False)
 
 
 def test_experts_and_streams_that_keep_nothing_have_no_drift(tmp_path: Path) -> None:

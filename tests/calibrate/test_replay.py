@@ -46,6 +46,27 @@ def quantized_hidden(folder: Path, replay_bytes: int, monkeypatch: pytest.Monkey
     return [stream._quantized.get(number) for number in range(3)], calls
 
 
+def test_a_block_that_lets_go_runs_whole_passes_to_the_same_bits(tmp_path: Path) -> None:
+    model = BlockwiseModel(tiny_folder(tmp_path, "llama"))
+    stream = BlockStream(model, list(eval_batches(samples(LENGTHS), 2)), 2)
+    name = next(iter(model.blocks))
+
+    def work(block: CalibrationBlock) -> dict[str, Tensor]:
+        schemes = {layer: parse_scheme("int4") for layer in block.weights}
+        made = layer_by_layer(block, schemes, gptq, hessian=True).weights
+        changed = {layer: weight.dequantize() for layer, weight in made.items()}
+        assert block.usable(changed)
+        shortened = [block.again(number, changed, block.usable(changed)) for number in range(2)]
+        block.let_go()
+        assert not block.usable(changed)
+        assert all(torch.equal(block.again(number, changed, []), shortened[number]) for number in range(2))
+        block.statistics(list(block.weights), changed)
+        assert not block.usable(changed)
+        return changed
+
+    stream.through(name, layers_of(model, name), work)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kept_inputs_give_the_bits_of_whole_passes(
     tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch

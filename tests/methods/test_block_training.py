@@ -247,6 +247,15 @@ def test_what_autoround_begins_with_makes_up_for_drift() -> None:
     assert block.error(range(16), corrected, relative=True) < 0.8 * block.error(range(16), plain, relative=True)
 
 
+@every_method
+def test_what_was_kept_for_its_start_is_let_go_before_it_trains(method: Callable) -> None:
+    block, plan = easy_block(), schemes("int2-g16")
+    method(block, plan, iterations=0)
+    assert not block.lets_go, "what follows the method can still take up where GPTQ's passes ended"
+    method(block, plan, iterations=1)
+    assert block.lets_go
+
+
 def test_long_tokens_count_no_more_than_others() -> None:
     """GPTQ fits the one token in 16 that decides the second moments; AutoRound gives the others back what they lost."""
     block, plan = uneven_block(batches=8), schemes("int2-g16-asym")

@@ -44,6 +44,7 @@ class ToyBlock:
         self.noise = [0.02 * torch.randn(tokens, width, generator=generator) for _ in range(batches)]
         self.measured: list[dict[str, Tensor]] = []
         self.trained: list[int] = []
+        self.lets_go = False
 
     def forward(self, x: Tensor, changed: Mapping[str, Tensor]) -> Tensor:
         up, down = (changed.get(layer, self.weights[layer]) for layer in (UP, DOWN))
@@ -79,6 +80,9 @@ class ToyBlock:
 
     def is_expert(self, layer: str) -> bool:
         return False
+
+    def let_go(self) -> None:
+        self.lets_go = True
 
     def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:
         return self._inputs(changed)[layer][:most]

@@ -57,3 +57,12 @@ class Activations:
             return held
         assert self._scratch is not None
         return self._scratch.get(held)
+
+    def drop(self, number: int) -> None:
+        """Let go of what is kept under a number, if anything is; its place in memory is free for others."""
+        held = self._held.pop(number, None)
+        if self._left is not None and isinstance(held, Tensor):
+            self._left += held.numel() * held.element_size()
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._held

@@ -212,6 +212,8 @@ class CalibrationBlock:
     ) -> dict[str, Statistics]:
         """Statistics of the inputs of `layers` over all batches, with `changed` in place; unreached layers are out.
 
+        What was kept for a layer's drift is let go on the way: the drift is there once.
+
         Raises:
             DataError: the inputs are not finite.
         """
@@ -227,6 +229,8 @@ class CalibrationBlock:
                 own.add(x, exact)
 
             self.observe(number, leaders, changed, see, usable)
+            for layer in leaders if drift else ():
+                self._let_go_of_exact(layer, number)
         found: dict[str, Statistics] = {}
         for leader, group in leaders.items():
             if leader in sums:
@@ -248,11 +252,26 @@ class CalibrationBlock:
             return torch.empty(0, self.weights[layer].shape[1])
         return _evenly(torch.cat(parts), most)
 
+    def let_go(self) -> None:
+        """Free what was kept of earlier passes: later ones run the whole block, to the same bits, and have no drift."""
+        self._replay = Replay(0)
+        for batch in range(self.batches):
+            for layer in self._exact_slots:
+                self._let_go_of_exact(layer, batch)
+
     def _exact_inputs(self, layer: str, batch: int) -> Tensor | None:
-        """The inputs [tokens, in] of a layer in full precision, where they were kept."""
-        if self._exact is None or layer not in self._exact_slots:
-            return None
-        return self._exact.get(self._feed.numbers[batch] * len(self.shared) + self._exact_slots[layer])
+        """The inputs [tokens, in] of a layer in full precision, where they are kept."""
+        place = self._exact_place(layer, batch)
+        return None if self._exact is None or place not in self._exact else self._exact.get(place)
+
+    def _let_go_of_exact(self, layer: str, batch: int) -> None:
+        if self._exact is not None:
+            self._exact.drop(self._exact_place(layer, batch))
+
+    def _exact_place(self, layer: str, batch: int) -> int:
+        """Where the inputs of a layer in full precision are kept; -1, where nothing is, of layers without."""
+        slot = self._exact_slots.get(layer)
+        return -1 if slot is None else self._feed.numbers[batch] * len(self.shared) + slot
 
     def _tokens(self, batch: int) -> Tensor:
         return self._feed.tokens(self._feed.numbers[batch])

@@ -74,7 +74,7 @@ def quantize_blocks(
         for index, name in enumerate(names):
             mine = {layer: scheme for layer, scheme in schemes.items() if layer.startswith(f"{name}.")}
             run = _Run(stream.model.dtype, mine, work, results, index, reporter, weigh, activation_observer)
-            error = stream.through(name, list(mine), run)
+            error = stream.through(name, list(mine), run, drift=not results.has(index))
             if not results.has(index):
                 results.put(index, run.result, error)
             reports.append(BlockReport(name, error, tuple(run.result.notes), run.result.tokens))

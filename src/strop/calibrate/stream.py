@@ -90,7 +90,12 @@ class BlockStream:
             self._quantized.put(number, hidden)
 
     def through(
-        self, name: str, layers: Sequence[str], work: Callable[[CalibrationBlock], Mapping[str, Tensor]]
+        self,
+        name: str,
+        layers: Sequence[str],
+        work: Callable[[CalibrationBlock], Mapping[str, Tensor]],
+        *,
+        drift: bool = True,
     ) -> BlockError:
         """Take every batch through a block.
 
@@ -98,11 +103,12 @@ class BlockStream:
             name: The block.
             layers: The layers in it that are to be quantized.
             work: Given the block, returns what takes the place of its weights and other parameters from now on.
+            drift: Whether it may ask for the drift of the layers' inputs, if the stream keeps what that takes.
         """
         with self.model.brought(name) as module, ExitStack() as stack:
             block = CalibrationBlock(name, module, self._feed(name), layers, replay_bytes=self._replay_bytes)
             kept = None
-            if self._drift and layers:
+            if self._drift and drift and layers:
                 kept = Activations(self._kept_bytes, stack.enter_context(Scratch(KEPT_DISK_BYTES)))
             with torch.no_grad():
                 for number in range(len(self.batches)):

@@ -97,7 +97,8 @@ class Block(Protocol):
         """Statistics of the inputs of `layers` over all batches, with `changed` in place; unreached layers are out.
 
         Second moments (`hessian`) and the drift are gathered where they are asked for; the latter not of experts, whose
-        tokens the router may choose differently in full precision, nor where its inputs were not kept.
+        tokens the router may choose differently in full precision, nor where its inputs were not kept; once a layer:
+        they are let go on the way.
 
         Layers of one tuple of `shared` get the same object. The block is not run past the last of `layers`.
         """
@@ -113,6 +114,10 @@ class Block(Protocol):
 
     def is_expert(self, layer: str) -> bool:
         """Whether a layer is an expert of a mixture, that sees only the tokens which the router gives it."""
+        ...
+
+    def let_go(self) -> None:
+        """Free what was kept of earlier passes: later ones run the whole block, to the same bits, and have no drift."""
         ...
 
     def inputs(self, layer: str, changed: Mapping[str, Tensor], *, most: int) -> Tensor:

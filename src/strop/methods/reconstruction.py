@@ -202,6 +202,7 @@ def train(
             f"{block.name}: its output is not finite on the calibration rows, in full precision or quantized; check "
             "the model's weights"
         )
+    block.let_go()  # every step changes what comes first in the block
     fixed = {layer: weight.dequantize() for layer, weight in start.weights.items() if layer not in layers}
     first = best
     device = block.target(batches[0]).device
