@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=HERE.parents[1] / "docs" / "qat-scores.png")
     chosen = parser.parse_args()
     cells = Store(chosen.results / "score.jsonl", ("seed", "grid", "arm", "settings", "split")).cells
-    tables = {grid: scores_of(chosen_cells(cells, grid, "test", chosen.seeds), chosen.seeds) for grid in GRIDS}
+    tables = {grid: scores_of(chosen_cells(cells, grid, "test", chosen.seeds), chosen.seeds) for grid in sorted(GRIDS)}
     tables = {grid: scores for grid, scores in tables.items() if "full" in scores}
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     width = 0.8 / len(ARMS)
@@ -76,7 +76,7 @@ def main() -> None:
             at = number + (place - len(ARMS) / 2 + 0.5) * width
             axes.bar(at, mean, width, color=colour, label=label if number == 0 else None)
             axes.errorbar(at, mean, [[mean - low], [high - mean]], color="black", linewidth=0.8, capsize=2)
-            axes.text(at, mean + 2, f"{mean:.1f}", ha="center", va="bottom", fontsize=7)
+            axes.text(at, high + 1.5, f"{mean:.1f}", ha="center", va="bottom", fontsize=7)
     axes.set_xticks(range(len(tables)), list(tables))
     axes.set_ylim(0, 112)
     axes.set_ylabel("exact match, % of 1,000 rows")
