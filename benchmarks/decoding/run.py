@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
+import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,6 +32,7 @@ from transformers.utils import logging
 
 import strop
 from strop import kernels
+from strop.demo import model_path
 
 WAYS = (
     *("strop nf4", "strop nf4 by generate", "strop int4-g32", "strop int4-g32 by generate", "strop bf16"),
@@ -61,6 +63,8 @@ def folder_of(shape: str, work: Path) -> Path:
         LlamaForCausalLM(config).save_pretrained(folder)
     finally:
         torch.set_default_dtype(torch.float32)
+    for file in model_path().glob("tokenizer*"):  # llama.cpp's file has one
+        shutil.copy(file, folder)
     return folder
 
 

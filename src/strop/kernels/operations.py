@@ -225,8 +225,9 @@ def product_takes(tokens: int, grid: AffineGrid | Codebook, columns: int, dtype:
     """Whether `product` is the fastest way for so many rows of x; with more a dense weight is made for all of them.
 
     Measured with weights [5632, 2048] and [2048, 5632] on a processor with AMX, and with PyTorch held to what others
-    have: bfloat16 tiles beat the dense weight up to 64 rows, other products up to 16 rows of bfloat16 and 32 of
-    float32. Codes that no vectors read are taken one by one for each four rows, which pays for four.
+    have: bfloat16 tiles beat the dense weight up to 64 rows, other products up to 16 rows of bfloat16. Codes that no
+    vectors read are taken one by one for each four rows, which pays for four. In float32, where models are compared bit
+    for bit, more than four rows are multiplied as a dense model multiplies them.
     """
     found = native()
     if found is None or not 1 <= tokens <= MOST_TOKENS:
@@ -235,7 +236,7 @@ def product_takes(tokens: int, grid: AffineGrid | Codebook, columns: int, dtype:
     if is_tiled(tokens, bits, dtype, found[1]):
         return True
     by_vectors = found[1] != "portable" and (bits == 8 or (bits == 4 and (size % 8 == 0 or size == columns)))
-    return tokens <= (_FEW if not by_vectors else 16 if dtype == torch.bfloat16 else 32)
+    return tokens <= (16 if by_vectors and dtype == torch.bfloat16 else _FEW)
 
 
 def is_tiled(tokens: int, bits: int, dtype: torch.dtype, instruction_set: str) -> bool:
