@@ -11,15 +11,18 @@ from torch import nn
 from strop import kernels
 from strop.config import Steps, TuneConfig
 from strop.errors import ConfigError
+from strop.files.folders import read_json
 from strop.layers.fused_block import FusedBlock
 from strop.layers.int8_products import Int8Weight
-from strop.layers.surgery import attach_lora, block_lists, quantize_linears
+from strop.layers.surgery import attach_lora, block_lists, linear_modules, quantize_linears
+from strop.models import load
 from strop.numerics.scheme import parse_scheme
+from strop.recipes.tune import tune
 from strop.training.fusing import fused_blocks
 from strop.training.int8_base import LEAST_COSINE, int8_base, require_int8
 from strop.training.objective import LABELS
 from strop.training.settings import TrainSettings
-from tests.tiny import tiny_model
+from tests.tiny import tiny_chat_file, tiny_folder, tiny_model
 from tests.training.helpers import Notes, exported, ragged_samples, run_loop, stream_of
 
 pytestmark = pytest.mark.skipif(kernels.in_use().name == "reference", reason=kernels.in_use().reason)
@@ -152,3 +155,17 @@ def test_a_model_that_has_no_block_in_one_piece_is_refused():
 def test_without_native_kernels_it_is_refused():
     with kernels.forced("reference"), pytest.raises(ConfigError, match="native kernels"):
         require_int8(2)
+
+
+def test_a_tune_says_what_was_computed_in_int8_and_foresees_its_bytes(tmp_path):
+    base, data = tiny_folder(tmp_path, "llama"), tiny_chat_file(tmp_path / "chats.jsonl", rows=16)
+    settings = {"method": "lora", "dtype": "float32", "max_steps": 2, "batch_size": 2}
+    plain, short = (
+        tune(base, data, output=tmp_path / compute, compute=compute, **settings) for compute in ("bf16", "int8")
+    )
+    told = read_json(short.path / "run.json")["result"]["int8"]
+    assert told["gradient_cosine"] >= LEAST_COSINE
+    assert read_json(plain.path / "run.json")["result"]["int8"] is None
+    foreseen = [read_json(run.path / "manifest.json")["memory"]["predicted_bytes"] for run in (plain, short)]
+    weights = sum(module.weight.numel() for module in linear_modules(load(base).model).values())
+    assert foreseen[1] - foreseen[0] == weights

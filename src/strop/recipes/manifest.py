@@ -190,10 +190,9 @@ def predicted_memory(session: Session, settings: TrainSettings, *, tried: int = 
         steady=settings.max_memory is not None,
     )
     plan = plan_memory(shape, method.name, step, adapted=adapted or None)
-    teacher = session.objective.teacher
-    if not isinstance(teacher, ModelTeacher):
-        return plan
-    beside = sum(parameter.nbytes for parameter in teacher.model.parameters())
+    teacher, beside = session.objective.teacher, shape.linear_weights if settings.int8 else 0  # codes of a byte each
+    if isinstance(teacher, ModelTeacher):
+        beside += sum(parameter.nbytes for parameter in teacher.model.parameters())
     return replace(plan, weights_bytes=plan.weights_bytes + beside)
 
 
