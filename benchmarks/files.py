@@ -44,7 +44,8 @@ Work = Callable[[], object]
 def write_inputs(folder: Path, layers: int) -> None:
     """The model, the adapter, and the model as a GGUF file."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from benchmarks.quantization.speed import write_model
+    from transformers import AutoTokenizer
 
     import strop
     from strop.demo import model_path
@@ -52,18 +53,7 @@ def write_inputs(folder: Path, layers: int) -> None:
     from strop.layers.surgery import attach_lora, lora_modules
     from strop.models import load
 
-    config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        dtype="bfloat16",
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(folder / "model", max_shard_size="500MB")
+    write_model(folder / "model", layers)
     torch.set_default_dtype(torch.float32)
     AutoTokenizer.from_pretrained(model_path()).save_pretrained(folder / "model")
     opened = load(folder / "model")

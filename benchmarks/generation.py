@@ -21,7 +21,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,33 @@ def by_generate(model: PreTrainedModel, prompts: Prompts, manner: Manner) -> Ans
     return found
 
 
-def random_folder(folder: Path) -> Path:
-    """A Llama of 135M random weights with the bundled tokenizer; logits spread as a trained model's do."""
-    config = LlamaConfig(
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        vocab_size=49152,
-        tie_word_embeddings=True,
-        max_position_embeddings=2048,
-        initializer_range=0.05,
-    )
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    "135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
+    "1.1B": {
+        "hidden_size": 2048,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 22,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "vocab_size": 32000,
+    },
+}
+
+
+def random_folder(folder: Path, shape: str = "135M") -> Path:
+    """A Llama of random weights with the bundled tokenizer; logits spread as a trained model's do."""
+    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, initializer_range=0.05)
     torch.manual_seed(0)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
-    for file in Path(demo.__file__).parent.joinpath("model").glob("tokenizer*"):
+    for file in demo.model_path().glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
 

@@ -26,11 +26,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from benchmarks.generation import by_generate, by_our_loop, count
+from benchmarks.generation import Answers, Prompts, by_generate, by_our_loop, count
 from benchmarks.kernels import bitsandbytes_linear, bitsandbytes_nf4, processor
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -304,6 +305,10 @@ def step_cases(size: Size, device: torch.device) -> Iterator[Case]:
             yield Case(f"step of {name}, 1 x {size.length}", step_of(model, ids), rival, size.length, "tokens/s")
 
 
+def written(way: Callable[..., Answers], model: PreTrainedModel, prompts: Prompts, manner: Manner) -> int:
+    return count(way(model, prompts, manner))
+
+
 def writing_cases(size: Size, device: torch.device) -> Iterator[Case]:
     """Greedy answers by our own loop, where it takes the model, beside transformers' generate."""
     for text in (None, "nf4", "int4-g32"):
@@ -312,8 +317,7 @@ def writing_cases(size: Size, device: torch.device) -> Iterator[Case]:
             quantize_linears(model, parse_scheme(text))
         for batch in (1, 8):
             prompts, manner = token_rows(size, batch, size.prompt).tolist(), Manner((), size.new, None, batch)
-            theirs = lambda m=model, p=prompts, how=manner: count(by_generate(m, p, how))  # noqa: E731
-            ours = lambda m=model, p=prompts, how=manner: count(by_our_loop(m, p, how))  # noqa: E731
+            ours, theirs = (partial(written, way, model, prompts, manner) for way in (by_our_loop, by_generate))
             name, tokens = f"writing {text or 'bf16'}, batch {batch}", batch * size.new
             if decodes(model, size.prompt + size.new):
                 yield Case(name, ours, theirs, tokens, "tokens/s")

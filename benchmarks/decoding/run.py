@@ -18,54 +18,24 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import os
-import shutil
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from benchmarks.decoding.rivals import Prompts, Way, ways
-from benchmarks.generation import in_turns, random_folder, rate
+from benchmarks.generation import SHAPES, in_turns, random_folder, rate
 from benchmarks.kernels import processor
-from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging
 
 import strop
 from strop import kernels
-from strop.demo import model_path
 
 WAYS = (
     *("strop nf4", "strop nf4 by generate", "strop int4-g32", "strop int4-g32 by generate", "strop bf16"),
     *("bitsandbytes nf4", "torchao int4", "transformers bf16", "llama.cpp Q4_0"),
 )
 PROMPT, READ, TEXTS = 8, 512, 8
-
-
-def folder_of(shape: str, work: Path) -> Path:
-    folder = work / shape
-    if folder.exists():
-        return folder
-    if shape == "135M":
-        return random_folder(folder)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        vocab_size=32000,
-        max_position_embeddings=2048,
-        initializer_range=0.05,
-    )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        LlamaForCausalLM(config).save_pretrained(folder)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    for file in model_path().glob("tokenizer*"):  # llama.cpp's file has one
-        shutil.copy(file, folder)
-    return folder
 
 
 def texts_to_score() -> Prompts:
@@ -103,7 +73,7 @@ def table(case: str, rates: dict[str, list[float]]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--work", type=Path, required=True, help="models are made here once, and found again")
-    options.add_argument("--shape", choices=("135M", "1.1B"), default="1.1B")
+    options.add_argument("--shape", choices=tuple(SHAPES), default="1.1B")
     options.add_argument("--cases", default="write1,write8,read,score")
     options.add_argument("--ways", default=",".join(WAYS))
     options.add_argument("--new", type=int, default=16, help="tokens written after each prompt")
@@ -119,7 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{processor()}, {asked.threads} threads; {', '.join(versions)}; kernels: {kernels.in_use().name}")
     print(f"{asked.shape}, {asked.new} new tokens, {asked.pairs} pairs\n")
     asked.work.mkdir(parents=True, exist_ok=True)
-    found = ways(folder_of(asked.shape, asked.work), asked.ways.split(","))
+    folder = asked.work / asked.shape
+    found = ways(folder if folder.exists() else random_folder(folder, asked.shape), asked.ways.split(","))
     print("| case | way | tokens per CPU second (quartiles) | to the best rival in Python |")
     print("|---|---|---|---|")
     for case in asked.cases.split(","):

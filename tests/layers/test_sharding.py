@@ -6,11 +6,12 @@ import multiprocessing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from strop.errors import FormatError
 from strop.layers.surgery import attach_lora, blocks, quantize_linears
@@ -102,7 +103,7 @@ def one_of_two(rank: int, meeting: str, texts: list[str]) -> dict[str, dict[str,
             model = model_of(text)
             before = {name: parameter.nbytes for name, parameter in model.named_parameters()}
             sharded(model)
-            held = {name: parameter.to_local().nbytes for name, parameter in model.named_parameters()}  # type: ignore[operator]
+            held = {name: cast(DTensor, each).to_local().nbytes for name, each in model.named_parameters()}
             seen = trained(model, [row], 1.0)
             kept = {name: whole(each) for name, each in model.named_parameters() if not each.requires_grad}
             found[text] = seen | {"before": before, "held": held, "frozen": kept}

@@ -38,11 +38,6 @@ class Rows:
     scales: Tensor
     columns: int
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held."""
-        return self.codes.nbytes + self.scales.nbytes
-
 
 def round_rows(x: Tensor, factor: Tensor | None = None) -> Rows:
     """Round the rows of x.

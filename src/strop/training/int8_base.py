@@ -32,6 +32,7 @@ from strop.layers.surgery import block_lists
 from strop.numerics.int8_matmul import native_is_exact
 from strop.precision import autocast
 from strop.progress import Reporter
+from strop.training.losses import find_head
 from strop.training.objective import Objective
 from strop.training.settings import TrainSettings
 
@@ -144,7 +145,7 @@ def _first_batches(stream: BatchStream) -> list[Batch]:
 def _gradients(model: nn.Module, batches: Sequence[Batch], settings: TrainSettings, objective: Objective) -> Tensor:
     """The gradient of all that is trained, over some batches; drawn numbers are the same in each call."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    before, mode = [parameter.grad for parameter in trained], model.training
+    before, mode, head = [parameter.grad for parameter in trained], model.training, find_head(model, batches[0])
     sums = [torch.zeros_like(parameter) for parameter in trained]
     model.train()
     try:
@@ -154,7 +155,7 @@ def _gradients(model: nn.Module, batches: Sequence[Batch], settings: TrainSettin
                 for parameter in trained:
                     parameter.grad = None
                 with autocast(torch.device("cpu"), settings.compute_dtype):
-                    loss = objective.loss_sum(model, batch, head=None)
+                    loss = objective.loss_sum(model, batch, head=head)
                 (loss / max(1, batch.supervised_tokens)).backward()
                 for total, parameter in zip(sums, trained, strict=True):
                     if parameter.grad is not None:

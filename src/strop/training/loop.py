@@ -23,9 +23,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Final, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import torch
 from torch import nn
@@ -111,7 +110,7 @@ def train(
         stack.callback(model.train, model.training)
         run = Loop(model, stream, list(valid_samples), settings, run_dir, export, objective, memory, guard, reporter)
         stack.callback(run.close)
-        return replace(run.go(resume=resume), int8=int8)
+        return run.go(resume=resume, int8=int8)
 
 
 class Loop:
@@ -148,8 +147,7 @@ class Loop:
             weight_decay=settings.weight_decay,
             rates=self.rounding.rates(),
         )
-        self.positions = positions_of(model)
-        self.first_step_done = False
+        self.positions, self.first_step_done = positions_of(model), False
         self.state = TrainState(
             self.parameters, self.optimizer, self.rounding, stream, settings, run_dir / "checkpoints", reporter
         )
@@ -179,8 +177,8 @@ class Loop:
 
     # --- the run ------------------------------------------------------------------------------------------------------
 
-    def go(self, *, resume: bool) -> TrainResult:
-        """Run to the end, from the newest checkpoint where `resume` says so."""
+    def go(self, *, resume: bool, int8: dict[str, Any] | None) -> TrainResult:
+        """Run to the end, from the newest checkpoint where `resume` says so; `int8` goes into the result."""
         if not (resume and self.state.resume()):
             self.progress.total_steps = self._count_steps()
         events = self.run_dir / EVENTS_NAME if self.settings.tensorboard else None
@@ -219,7 +217,7 @@ class Loop:
             raise
         finally:
             self.reporter.finish()
-        return TrainResult.of(self.progress, self.step)
+        return TrainResult.of(self.progress, self.step, int8)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 

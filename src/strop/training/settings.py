@@ -90,12 +90,10 @@ class TrainResult:
     int8: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, progress: Progress, steps: int) -> TrainResult:
+    def of(cls, progress: Progress, steps: int, int8: dict[str, Any] | None) -> TrainResult:
         """What a run came to whose counters stand so after its last step."""
-        kept = {
-            f.name: getattr(progress, f.name) for f in fields(cls) if f.name not in ("steps", "ended", "events", "int8")
-        }
-        return cls(steps=steps, ended=progress.ended or "all steps done", events=list(progress.events), **kept)
+        own = {"steps": steps, "ended": progress.ended or "all steps done", "events": [*progress.events], "int8": int8}
+        return cls(**own, **{f.name: getattr(progress, f.name) for f in fields(cls) if f.name not in own})
 
 
 @dataclass

@@ -96,23 +96,33 @@ Pool *pool = new Pool;  // kept: its threads outlive every destructor
 const int forked = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
 #endif
 
-const Table *table_of(int level) {
-    switch (level) {
-        case PORTABLE: return &portable_table;
+// What a level has; AMX has tiles of its own beside AVX512's.
+struct Tables {
+    const Table *table;
+    const BlockTable *block;
+    const SearchTable *search;
+    const StepTable *step;
+    const Int8Table *int8;
+};
+
+const Tables *tables_of(int level) {
+    static const Tables portable = {&portable_table, &portable_block, &portable_search, &portable_step, &portable_int8};
 #ifdef STROP_HAS_AVX2
-        case AVX2: return &avx2_table;
+    static const Tables avx2 = {&avx2_table, &avx2_block, &avx2_search, &avx2_step, &avx2_int8};
+    if (level == AVX2) return &avx2;
 #endif
 #ifdef STROP_HAS_AVX512
-        case AVX512: return &avx512_table;
+    static const Tables avx512 = {&avx512_table, &avx512_block, &avx512_search, &avx512_step, &avx512_int8};
+    if (level == AVX512) return &avx512;
 #ifdef STROP_HAS_AMX
-        case AMX: return &avx512_table;
+    if (level == AMX) return &avx512;
 #endif
 #endif
 #ifdef STROP_HAS_NEON
-        case NEON: return &neon_table;
+    static const Tables neon = {&neon_table, &neon_block, &neon_search, &neon_step, &neon_int8};
+    if (level == NEON) return &neon;
 #endif
-        default: return nullptr;
-    }
+    return level == PORTABLE ? &portable : nullptr;
 }
 
 // A job's units over threads, none of which is woken for little.
@@ -130,100 +140,10 @@ template <class Work, class Of> int split(Work work, const Of *job, int threads,
     return status;
 }
 
-int run(Kernel Table::*kernel, const Job *job, int level, int threads, int64_t units) {
-    const Table *table = table_of(level);
-    return table ? split(table->*kernel, job, threads, units) : REFUSED;
-}
-
-const BlockTable *block_table_of(int level) {
-    switch (level) {
-        case PORTABLE: return &portable_block;
-#ifdef STROP_HAS_AVX2
-        case AVX2: return &avx2_block;
-#endif
-#ifdef STROP_HAS_AVX512
-        case AVX512: return &avx512_block;
-#ifdef STROP_HAS_AMX
-        case AMX: return &avx512_block;
-#endif
-#endif
-#ifdef STROP_HAS_NEON
-        case NEON: return &neon_block;
-#endif
-        default: return nullptr;
-    }
-}
-
-int run_block(BlockKernel BlockTable::*kernel, const BlockJob *job, int level, int threads, int64_t units) {
-    const BlockTable *table = block_table_of(level);
-    return table ? split(table->*kernel, job, threads, units) : REFUSED;
-}
-
-const Int8Table *int8_table_of(int level) {
-    switch (level) {
-        case PORTABLE: return &portable_int8;
-#ifdef STROP_HAS_AVX2
-        case AVX2: return &avx2_int8;
-#endif
-#ifdef STROP_HAS_AVX512
-        case AVX512: return &avx512_int8;
-#ifdef STROP_HAS_AMX
-        case AMX: return &avx512_int8;
-#endif
-#endif
-#ifdef STROP_HAS_NEON
-        case NEON: return &neon_int8;
-#endif
-        default: return nullptr;
-    }
-}
-
-int run_int8(Int8Kernel Int8Table::*kernel, const Int8Job *job, int level, int threads, int64_t units) {
-    const Int8Table *table = int8_table_of(level);
-    return table ? split(table->*kernel, job, threads, units) : REFUSED;
-}
-
-const SearchTable *search_table_of(int level) {
-    switch (level) {
-        case PORTABLE: return &portable_search;
-#ifdef STROP_HAS_AVX2
-        case AVX2: return &avx2_search;
-#endif
-#ifdef STROP_HAS_AVX512
-        case AVX512: return &avx512_search;
-#ifdef STROP_HAS_AMX
-        case AMX: return &avx512_search;
-#endif
-#endif
-#ifdef STROP_HAS_NEON
-        case NEON: return &neon_search;
-#endif
-        default: return nullptr;
-    }
-}
-
-int run_search(SearchKernel SearchTable::*kernel, const SearchJob *job, int level, int threads) {
-    const SearchTable *table = search_table_of(level);
-    return table ? split(table->*kernel, job, threads, job->rows * (job->columns / 256)) : REFUSED;
-}
-
-const StepTable *step_table_of(int level) {
-    switch (level) {
-        case PORTABLE: return &portable_step;
-#ifdef STROP_HAS_AVX2
-        case AVX2: return &avx2_step;
-#endif
-#ifdef STROP_HAS_AVX512
-        case AVX512: return &avx512_step;
-#ifdef STROP_HAS_AMX
-        case AMX: return &avx512_step;
-#endif
-#endif
-#ifdef STROP_HAS_NEON
-        case NEON: return &neon_step;
-#endif
-        default: return nullptr;
-    }
+template <class Of, class Work, class Job>
+int run(const Of *Tables::*table, Work Of::*kernel, const Job *job, int level, int threads, int64_t units) {
+    const Tables *tables = tables_of(level);
+    return tables ? split(tables->*table->*kernel, job, threads, units) : REFUSED;
 }
 
 // Room for a step's values between its products; a thread keeps it for its next step.
@@ -275,7 +195,7 @@ EXPORT int strop_int8_job_bytes(void) { return (int)sizeof(Int8Job); }
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
 EXPORT int strop_built(void) {
     int built = 0;
-    for (int level = 0; level < LEVELS; level++) built |= table_of(level) ? 1 << level : 0;
+    for (int level = 0; level < LEVELS; level++) built |= tables_of(level) ? 1 << level : 0;
     return built;
 }
 
@@ -297,40 +217,40 @@ EXPORT int strop_runnable(void) {
 }
 
 EXPORT int strop_round_affine(const Job *job, int level, int threads) {
-    return run(&Table::round_affine, job, level, threads, groups_of(job));
+    return run(&Tables::table, &Table::round_affine, job, level, threads, groups_of(job));
 }
 EXPORT int strop_quantize_affine(const Job *job, int level, int threads) {
-    return run(&Table::quantize_affine, job, level, threads, job->rows);
+    return run(&Tables::table, &Table::quantize_affine, job, level, threads, job->rows);
 }
 EXPORT int strop_dequantize_affine(const Job *job, int level, int threads) {
-    return run(&Table::dequantize_affine, job, level, threads, job->rows);
+    return run(&Tables::table, &Table::dequantize_affine, job, level, threads, job->rows);
 }
 EXPORT int strop_round_codebook(const Job *job, int level, int threads) {
-    return run(&Table::round_codebook, job, level, threads, blocks_of(job));
+    return run(&Tables::table, &Table::round_codebook, job, level, threads, blocks_of(job));
 }
 EXPORT int strop_quantize_codebook(const Job *job, int level, int threads) {
-    return run(&Table::quantize_codebook, job, level, threads, blocks_of(job));
+    return run(&Tables::table, &Table::quantize_codebook, job, level, threads, blocks_of(job));
 }
 EXPORT int strop_dequantize_codebook(const Job *job, int level, int threads) {
-    return run(&Table::dequantize_codebook, job, level, threads, blocks_of(job));
+    return run(&Tables::table, &Table::dequantize_codebook, job, level, threads, blocks_of(job));
 }
 EXPORT int strop_mask_gradient(const Job *job, int level, int threads) {
-    return run(&Table::mask_gradient, job, level, threads, blocks_of(job));
+    return run(&Tables::table, &Table::mask_gradient, job, level, threads, blocks_of(job));
 }
 EXPORT int strop_product(const Job *job, int level, int threads) {
-    const Table *table = table_of(level);
-    if (!table || job->tokens < 1) return REFUSED;
+    const Tables *tables = tables_of(level);
+    if (!tables || job->tokens < 1) return REFUSED;
     const int64_t inputs = job->tokens * input_room(job->columns), sums = job->tokens * sums_room(job->columns / job->size);
     std::vector<float> room((size_t)(inputs + sums));
     Job whole = *job;
     whole.inputs = room.data();
     whole.sums = room.data() + inputs;
-    table->prepare_product(&whole, 0, whole.tokens);
-    return run(&Table::product, &whole, level, threads, whole.rows);
+    tables->table->prepare_product(&whole, 0, whole.tokens);
+    return run(&Tables::table, &Table::product, &whole, level, threads, whole.rows);
 }
 EXPORT int strop_tiled_product(const Job *job, int level, int threads) {
 #if defined(STROP_HAS_AVX512) && defined(STROP_HAS_AMX)
-    if (level != AMX || !table_of(level)) return REFUSED;
+    if (level != AMX || !tables_of(level)) return REFUSED;
     if (job->x_type != BFLOAT16 || job->tokens < 1 || job->tokens > MOST_TILED) return REFUSED;
     const int64_t tokens = (job->tokens + 15) / 16 * 16, columns = (job->columns + 127) / 128 * 128;
     std::vector<uint16_t> room((size_t)(tokens * columns + 32));
@@ -347,10 +267,12 @@ EXPORT int strop_step_job_bytes(void) { return (int)sizeof(StepJob); }
 
 // One token of each text through a block. Refused where a shape is beyond the kernels, before anything is written.
 EXPORT int strop_step(const StepJob *asked, int level, int threads) {
-    const StepTable *table = step_table_of(level);
-    const BlockTable *block = block_table_of(level);
+    const Tables *tables = tables_of(level);
+    if (!tables) return REFUSED;
+    const StepTable *table = tables->step;
+    const BlockTable *block = tables->block;
     StepJob job = *asked;
-    if (!table || job.tokens < 1 || job.size * (job.heads / job.kv_heads) > table->most_queries) return REFUSED;
+    if (job.tokens < 1 || job.size * (job.heads / job.kv_heads) > table->most_queries) return REFUSED;
     const int64_t bytes = job.type == FLOAT32 ? 4 : 2, tokens = job.tokens, queries = job.heads * job.size;
     const int64_t keys = job.kv_heads * job.size, stream = tokens * job.hidden * bytes, heads = tokens * job.heads;
     Room room(3 * Room::rounded(stream) + 2 * Room::rounded(tokens * queries * bytes) +
@@ -398,52 +320,52 @@ EXPORT int strop_step(const StepJob *asked, int level, int threads) {
     return status ? REFUSED : DONE;
 }
 EXPORT int strop_norm(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::norm, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::norm, job, level, threads, job->rows);
 }
 EXPORT int strop_norm_backward(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::norm_backward, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::norm_backward, job, level, threads, job->rows);
 }
 EXPORT int strop_norm_gain(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::norm_gain, job, level, threads, job->columns);
+    return run(&Tables::block, &BlockTable::norm_gain, job, level, threads, job->columns);
 }
 EXPORT int strop_split_heads(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::split_heads, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::split_heads, job, level, threads, job->rows);
 }
 EXPORT int strop_split_heads_backward(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::split_heads_backward, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::split_heads_backward, job, level, threads, job->rows);
 }
 EXPORT int strop_merge_heads(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::merge_heads, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::merge_heads, job, level, threads, job->rows);
 }
 EXPORT int strop_merge_heads_backward(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::merge_heads_backward, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::merge_heads_backward, job, level, threads, job->rows);
 }
 EXPORT int strop_softmax(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::softmax, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::softmax, job, level, threads, job->rows);
 }
 EXPORT int strop_softmax_backward(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::softmax_backward, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::softmax_backward, job, level, threads, job->rows);
 }
 EXPORT int strop_swiglu(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::swiglu, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::swiglu, job, level, threads, job->rows);
 }
 EXPORT int strop_swiglu_backward(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::swiglu_backward, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::swiglu_backward, job, level, threads, job->rows);
 }
 EXPORT int strop_cross_entropy(const BlockJob *job, int level, int threads) {
-    return run_block(&BlockTable::cross_entropy, job, level, threads, job->rows);
+    return run(&Tables::block, &BlockTable::cross_entropy, job, level, threads, job->rows);
 }
 EXPORT int strop_search_four_bit(const SearchJob *job, int level, int threads) {
-    return run_search(&SearchTable::search_four_bit, job, level, threads);
+    return run(&Tables::search, &SearchTable::search_four_bit, job, level, threads, job->rows * (job->columns / 256));
 }
 EXPORT int strop_search_six_bit(const SearchJob *job, int level, int threads) {
-    return run_search(&SearchTable::search_six_bit, job, level, threads);
+    return run(&Tables::search, &SearchTable::search_six_bit, job, level, threads, job->rows * (job->columns / 256));
 }
 EXPORT int strop_round_rows(const Int8Job *job, int level, int threads) {
-    return run_int8(&Int8Table::round_rows, job, level, threads, job->rows);
+    return run(&Tables::int8, &Int8Table::round_rows, job, level, threads, job->rows);
 }
 EXPORT int strop_int8_product(const Int8Job *job, int level, int threads) {
     static const bool tiles = has_tiles(TILES_OF_INT8);
     if (!tiles) return REFUSED;
-    return run_int8(&Int8Table::int8_product, job, level, threads, (job->outputs + 31) / 32);
+    return run(&Tables::int8, &Int8Table::int8_product, job, level, threads, (job->outputs + 31) / 32);
 }
