@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steady", action="store_true")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--answers", action="store_true")
+    parser.add_argument("--dtype", default="bfloat16")
     asked = parser.parse_args()
     run, steps = asked.run, int(asked.steps)
     int8 = asked.kind.startswith(("lora", "qlora")) and asked.kind.endswith("+int8")
@@ -90,7 +91,7 @@ def main() -> None:
         "max_length": asked.length,
         "train_on": "answers" if asked.answers else "all",
         "valid_fraction": 0.0,
-        "dtype": "bfloat16",
+        "dtype": asked.dtype,
         "compute": "int8" if int8 else "bf16",
     }
     extra = grid.partition("@")[2]

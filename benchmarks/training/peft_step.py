@@ -57,15 +57,16 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--answers", action="store_true")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     asked = parser.parse_args()
-    full = asked.kind == "transformers:full"
+    full, computed = asked.kind == "transformers:full", getattr(torch, asked.dtype)
     with PeakMemory() as memory:
         quantization = (
-            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computed)
             if asked.kind == "peft:nf4"
             else None
         )
-        dtype = torch.float32 if full else torch.bfloat16
+        dtype = torch.float32 if full else computed
         model = AutoModelForCausalLM.from_pretrained(asked.model, dtype=dtype, quantization_config=quantization)
         if not full:
             model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -78,7 +79,7 @@ def main() -> None:
             if not sys.stdin.readline():
                 break
             cpu, wall = time.process_time(), time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=full):
+            with torch.autocast("cpu", torch.bfloat16, enabled=full and computed == torch.bfloat16):
                 loss = model(**batch, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

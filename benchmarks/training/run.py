@@ -9,7 +9,8 @@
 step when it is its turn (`../qat/cost_step.py` for strop, its whole loop; `peft_step.py` for the rivals, the usual bare
 loop). `rows`: a file of short rows, the loss on the answers; the rivals pad eight rows to the longest, strop packs. Any
 tokenizer of at most as many tokens as the shape has will do (by default the bundled model's, whose rows are long).
-What is in `results/` is not measured again; models lie in `--work`.
+Products are in bfloat16 where the processor has them, else in float32 (torch's bf16 product is 7 times slower there),
+for all alike; results in float32 are kept apart. What is in `results/` is not measured again; models lie in `--work`.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "qat"))
 
 import cost  # noqa: E402  the neighbour's contenders, shapes and store
+import torch  # noqa: E402
 from store import Cell, Store  # noqa: E402
+
+from strop.precision import compute_dtype  # noqa: E402
 
 SHAPES: Final = {
     "135m": (cost.SHAPE, 512),
@@ -52,6 +56,7 @@ RIVALS: Final = {  # what each kind is held against; int8 multiplies by the froz
     "full": "transformers:full",
 }
 KEY: Final = ("what", "shape", "kind", "pair")
+DTYPE: Final = str(compute_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
 
 
 def script(kind: str) -> Path:
@@ -72,7 +77,7 @@ def measure(
             shutil.copy(file, work / "model" / file.name)
     if data is None:
         cost.write_rows(work / "rows.jsonl")
-    options = ["--length", str(length)] if data is None else ["--length", "512", "--answers"]
+    options = ["--dtype", DTYPE, "--length", *((str(length),) if data is None else ("512", "--answers"))]
     for rival in dict.fromkeys(RIVALS[kind] for kind in kinds):  # all that have one rival take turns with it
         group = [*(kind for kind in kinds if RIVALS[kind] == rival), rival]
         if all(store.find({"what": what, "shape": shape, "kind": k, "pair": pairs - 1}) for k in group):
@@ -138,7 +143,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="of rows: a file of alpaca records")
     parser.add_argument("--tokenizer", type=Path, help="of rows: the folder of another tokenizer")
     chosen = parser.parse_args()
-    store = Store(chosen.results / "training.jsonl", KEY)
+    store = Store(chosen.results / ("training.jsonl" if DTYPE == "bfloat16" else f"training-{DTYPE}.jsonl"), KEY)
     if chosen.what == "rows" and chosen.data is None:
         parser.error("rows needs --data FILE, a file of alpaca records")
     if chosen.what != "table":

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from strop.kernels import int8
-from strop.numerics.int8_matmul import int8_matmul
 
 pytestmark = pytest.mark.usefixtures("instruction_set")
 
-SHAPES = [(1, 1, 1), (3, 5, 7), (16, 64, 16), (33, 65, 129), (40, 1040, 72), (64, 576, 96)]
+SHAPES = [(1, 1, 1), (3, 5, 7), (4, 300, 33), (16, 64, 16), (33, 65, 129), (40, 1040, 72), (64, 576, 96), (487, 31, 34)]
 """Rows, columns, outputs."""
 TYPES = [torch.float32, torch.bfloat16]
 
@@ -23,6 +22,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Te
 def codes_of(*shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randint(-128, 128, shape, generator=generator, dtype=torch.int8)
+
+
+def exact(x: Tensor, weight: Tensor) -> Tensor:
+    return x.long() @ weight.long().T
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -59,7 +62,7 @@ def test_a_product_is_the_exact_sum_times_both_scales(shape, back, dtype):
     stored = weight.t().contiguous() if back else weight
     y = torch.empty(count, outputs, dtype=dtype)
     int8.product(rows, stored, y, channel=channel, back=back)
-    sums = int8_matmul(rows.codes[:count, :columns].contiguous(), weight)
+    sums = exact(rows.codes[:count, :columns], weight)
     assert torch.equal(y, (sums.float() * rows.scales[:, None] * channel).to(dtype))
     int8.product(rows, stored, y, back=back)
     assert torch.equal(y, (sums.float() * rows.scales[:, None]).to(dtype))
@@ -100,3 +103,20 @@ def test_a_part_of_a_wider_matrix_is_written_and_no_more():
     assert torch.equal(wide[:, 10:19], alone)
     assert (wide[:, :10] == 7.0).all()
     assert (wide[:, 19:] == 7.0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_sums_alone_are_exact_wherever_rows_begin(shape, instruction_set):
+    count, columns, outputs = shape
+    x, weight = codes_of(count, columns + 3)[:, 1 : columns + 1], codes_of(outputs + 1, columns)[1:]
+    found = int8.sums(x, weight)
+    assert (found is not None) == (instruction_set == "avx2")  # elsewhere torch multiplies
+    if found is not None:
+        assert found.dtype == torch.int32
+        assert torch.equal(found.long(), exact(x, weight))
+
+
+def test_sums_of_the_most_extreme_codes_fit():
+    x, weight = torch.full((2, 1 << 16), -128, dtype=torch.int8), torch.full((1, 1 << 16), 127, dtype=torch.int8)
+    found = int8.sums(x, weight)
+    assert found is None or found.tolist() == [[-128 * 127 * 65536]] * 2

@@ -3,9 +3,9 @@
     rounded:    scale[t] = max over i of |f[i] x[t, i]| / 127,   code[t, i] = round(f[i] x[t, i] * (127 / max))
     product:    y[t, n] = scale[t] * channel[n] * sum over i of code[t, i] * W[n, i]          (`back`: W[i, n])
 
-The sum is int32 and exact, whatever multiplies: tiles (AMX) of the native library, or `torch._int_mm` where they are
-missing (exact where `numerics.int8_matmul.native_is_exact`). So the bits are the same by both ways, and do not
-depend on the number of threads. A row that is not finite gives NaN, a row of zeros (below 1e-30) zeros.
+The sum is int32 and exact, whatever multiplies: the native library, by tiles (AMX) or by pairs (AVX2), or where it has
+neither `torch._int_mm` (exact where `numerics.int8_matmul.native_is_exact`). So the bits are the same by all ways, and
+do not depend on the number of threads. A row that is not finite gives NaN, a row of zeros (below 1e-30) zeros.
 
 One copy of the weight, as it lies [out, in], serves both directions. Rows are padded to whole tiles with zeros.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from strop.kernels.library import Int8Job, native
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SUMS = 3
 _DEEP, _PANEL = 64, 32
 
 
@@ -73,7 +74,7 @@ def product(x: Rows, weight: Tensor, out: Tensor, *, channel: Tensor | None = No
     job.codes, job.scales, job.weight, job.y = (t.data_ptr() for t in (x.codes, x.scales, weight, out))
     job.weight_stride, job.y_stride, job.x_type, job.back = weight.stride(0), out.stride(0), _TYPES[out.dtype], back
     job.channel = None if channel is None else channel.data_ptr()
-    if not len(x.scales) or (has_tiles() and _call("int8_product", job)):
+    if not len(x.scales) or (is_native() and _call("int8_product", job)):
         return
     plain_product(x, weight, out, channel=channel, back=back)
 
@@ -90,9 +91,25 @@ def plain_product(x: Rows, weight: Tensor, out: Tensor, *, channel: Tensor | Non
     out.copy_(y if channel is None else y.mul_(channel))
 
 
+def sums(x: Tensor, weight: Tensor) -> Tensor | None:
+    """The exact sums alone, where the library multiplies by pairs: int8 [tokens, in] and [out, in] -> int32.
+
+    None where it does not: torch's product is faster there.
+    """
+    found = native()
+    if found is None or x.device.type != "cpu" or found[1] != "avx2":
+        return None
+    x, weight = x.contiguous(), weight.contiguous()
+    y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.int32)
+    job = Int8Job(rows=x.shape[0], columns=x.shape[1], outputs=weight.shape[0], stride=x.shape[1], x_type=_SUMS)
+    job.codes, job.weight, job.y = x.data_ptr(), weight.data_ptr(), y.data_ptr()
+    job.weight_stride, job.y_stride = weight.shape[1], weight.shape[0]
+    return y if _call("int8_product", job) else None
+
+
 @functools.cache
-def _tiles_of(instruction_set: str) -> bool:
-    """Whether an instruction set multiplies by tiles: tried on one value."""
+def _native_of(instruction_set: str) -> bool:
+    """Whether an instruction set has the product: tried on one value."""
     found = native()
     if found is None or found[1] != instruction_set:
         return False
@@ -103,10 +120,10 @@ def _tiles_of(instruction_set: str) -> bool:
     return _call("int8_product", job)
 
 
-def has_tiles() -> bool:
-    """Whether products go through the processor's int8 tiles (AMX); else `torch._int_mm` computes them."""
+def is_native() -> bool:
+    """Whether the library multiplies; else `torch._int_mm` does."""
     found = native()
-    return found is not None and _tiles_of(found[1])
+    return found is not None and _native_of(found[1])
 
 
 def _call(kernel: str, job: Int8Job) -> bool:

@@ -3,9 +3,10 @@
     int8_matmul(x, w)[t, o] = sum over i of x[t, i] * w[o, i],    int8 [tokens, in] and [out, in] -> int32 [tokens, out]
 
 `torch._int_mm` is the fast path where it is exact. It is not everywhere: on a CPU without VNNI instructions, oneDNN
-multiplies 8-bit pairs into 16 bits and saturates there (127 * 255 + 127 * 255 > 32767), in silence. So the first use
-on a kind of device multiplies matrices of extreme values and compares; where one sum is off, or the operation is
-missing, float32 products over at most 1024 inputs stand in, whose sums stay within 2^24 and are therefore exact.
+multiplies 8-bit pairs into 16 bits and saturates there (127 * 255 + 127 * 255 > 32767), in silence, or torch's plain
+loop takes its place. There our own kernel multiplies (`kernels.int8`, AVX2). Without it the first use on a kind of
+device multiplies matrices of extreme values and compares; where one sum is off, or the operation is missing, float32
+products over at most 1024 inputs stand in, whose sums stay within 2^24 and are therefore exact.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from strop.errors import FormatError
+from strop.kernels import int8
 
 MOST_INPUTS = 1 << 16
 """Inputs of a layer whose sums surely fit int32, a zero point's share included: 255 * 128 * 2^16 < 2^31."""
@@ -37,6 +39,8 @@ def int8_matmul(x: Tensor, weight: Tensor) -> Tensor:
         raise FormatError(f"{x.shape[1]} inputs: sums of int8 products fit 32 bits up to {MOST_INPUTS}; use int8")
     if x.shape[0] == 0:
         return torch.zeros((0, weight.shape[0]), dtype=torch.int32, device=x.device)
+    if (sums := int8.sums(x, weight)) is not None:
+        return sums
     return native_product(x, weight) if native_is_exact(x.device.type) else float_product(x, weight)
 
 

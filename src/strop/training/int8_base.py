@@ -50,10 +50,10 @@ def require_int8(one_piece: int) -> None:
     Raises:
         ConfigError: None does, or the machine has no kernels for it.
     """
-    if native() is None or not (int8.has_tiles() or native_is_exact("cpu")):
+    if native() is None or not (int8.is_native() or native_is_exact("cpu")):
         raise ConfigError(
-            "compute: int8 needs strop's native kernels and a processor whose int8 products are exact (with VNNI or "
-            "AMX), and there are none here; leave it out"
+            "compute: int8 needs strop's native kernels and a processor whose int8 products are exact (with AVX2, VNNI "
+            "or AMX), and there are none here; leave it out"
         )
     if not one_piece:
         raise ConfigError(
@@ -177,7 +177,7 @@ def _tell(found: Mapping[str, Any], settings: TrainSettings, reporter: Reporter)
         why = "no product passed" if seen is None else f"the whole gradient agrees to a cosine of {seen:.4f} only"
         reporter.note(f"warning: compute: int8: {why} ({LEAST_COSINE} is needed); all is computed in {dtype}")
         return
-    way = "the processor's tiles" if int8.has_tiles() else "torch._int_mm"
+    way = "strop's kernels" if int8.is_native() else "torch._int_mm"
     reporter.note(
         f"{found['products']} of {found['of']} products of the frozen base are computed in int8, by {way}: cosine of "
         f"the gradient {found['gradient_cosine']:.4f}, least of a product {found['cosine']:.4f}; the codes take "

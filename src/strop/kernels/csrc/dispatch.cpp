@@ -366,6 +366,6 @@ EXPORT int strop_round_rows(const Int8Job *job, int level, int threads) {
 }
 EXPORT int strop_int8_product(const Int8Job *job, int level, int threads) {
     static const bool tiles = has_tiles(TILES_OF_INT8);
-    if (!tiles) return REFUSED;
+    if (level != AVX2 && (!tiles || job->x_type == INT32)) return REFUSED;
     return run(&Tables::int8, &Int8Table::int8_product, job, level, threads, (job->outputs + 31) / 32);
 }

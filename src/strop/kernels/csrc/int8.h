@@ -1,8 +1,9 @@
 // Rows rounded to int8 with a scale each, and products of such rows with an int8 weight, summed in int32.
 //
-// The product is one of tiles (AMX): 32 rows of x by 32 columns of y at a time, 64 deep. The weight lies as it is
-// stored, [out, in], for both directions; a panel of it is laid out for the tiles when its turn comes, which is little
-// beside what all rows do with it. Sums are exact, so that nothing depends on the order, nor on the threads.
+// The product is one of tiles (AMX): 32 rows of x by 32 columns of y at a time, 64 deep; with AVX2 alone it is that of
+// pairs.h. The weight lies as it is stored, [out, in], for both directions; a panel of it is laid out when its turn
+// comes, which is little beside what all rows do with it. Sums are exact, so that nothing depends on the order, nor on
+// the threads.
 #pragma once
 
 #include <stdlib.h>
@@ -193,8 +194,12 @@ TILES int int8_product(const Int8Job *job, int64_t begin, int64_t end) {
     free(panel);
     return DONE;
 }
-#else
+#elif !defined(__AVX2__) || defined(__AVX512F__)
 int int8_product(const Int8Job *, int64_t, int64_t) { return REFUSED; }
 #endif
 
 }  // namespace
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#include "pairs.h"
+#endif

@@ -10,7 +10,7 @@
 #error "the kernels lay codes in little-endian words; elsewhere the PyTorch reference does the work"
 #endif
 
-enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+enum NumberType { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2, INT32 = 3 };
 enum Mode { SYMMETRIC = 0, FULL_RANGE = 1, ASYMMETRIC = 2 };
 enum Level { PORTABLE = 0, AVX2 = 1, AVX512 = 2, AMX = 3, NEON = 4, LEVELS = 5 };
 enum Status { DONE = 0, REFUSED = 1 };  // REFUSED (NaN, infinities, an overflow): the reference has the message
