@@ -50,15 +50,19 @@ def trained(model: Any, batch: Batch, form: KVFormat) -> Tensor:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_training_forward_is_what_the_served_cache_computes(family, attention, form):
-    """Within fp32 noise of the logits' size; without rounding they differ more than twenty times as much."""
-    model = tiny_model(family)
+    """Within fp32 noise of the logits' size; without rounding they differ more than twenty times as much.
+
+    In float64: in float32 a processor's order of summation may move a value over the edge between two codes.
+    """
+    model = tiny_model(family).double()
     model.set_attn_implementation(attention)
+    model.set_experts_implementation("eager")  # the grouped product has no float64
     (row,) = samples(2 * STRIDE + STRIDE + 45)
     batch = padded_batch([row], [0], pad_id=0)
     expected = served(model, row.input_ids, form, STRIDE if form is INT4 else 1)
     got, plain = trained(model, batch, form)[0], model(**batch.inputs()).logits[0].detach()
     noise = float((got - expected).norm() / expected.norm())
-    assert noise < 1e-4
+    assert noise < 1e-6
     assert float((plain - expected).norm() / expected.norm()) > 20 * noise
     assert float((got - expected).abs().max()) < 1e-2 * float(expected.abs().max())
 

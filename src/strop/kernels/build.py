@@ -35,7 +35,7 @@ RECEIPT = "strop_kernels.json"
 _FLAGS = ("-O2", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
 _QUIET = ("-fno-trapping-math", "-ftree-vectorize", "-fvect-cost-model=dynamic")
 _X86: dict[str, tuple[str, ...]] = {
-    "avx2": ("-mavx2", "-mfma"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "avx512": (
         *("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni", "-mavx512bf16"),
         *("-mfma", "-mprefer-vector-width=512"),

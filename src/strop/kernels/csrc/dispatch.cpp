@@ -181,6 +181,15 @@ bool has_tiles(unsigned kind) {
 #endif
 }
 
+bool has_half_floats() {  // F16C, which compilers' own question knows only lately
+#if defined(__x86_64__)
+    unsigned a, b, c = 0, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+#else
+    return false;
+#endif
+}
+
 int64_t groups_of(const Job *job) { return job->rows * (job->columns / job->size); }
 int64_t blocks_of(const Job *job) { return (job->rows * job->columns + job->size - 1) / job->size; }
 
@@ -203,7 +212,7 @@ EXPORT int strop_runnable(void) {
     int runnable = 1 << PORTABLE;
 #if defined(__x86_64__) || defined(_M_X64)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_half_floats()) {
         runnable |= 1 << AVX2;
         if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

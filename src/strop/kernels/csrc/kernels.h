@@ -37,8 +37,10 @@ typedef struct {
     int32_t shared;
 } Job;
 
-// Room for a token's inputs, in whole blocks of vectors, and for the sums of their groups; both end in zeros.
-static inline int64_t input_room(int64_t columns) { return (columns + 16 + 127) / 128 * 128; }
+// Room for a token's inputs, in whole blocks of vectors; behind them for what sums of 4-bit codes begin with, one number
+// for eight inputs; and for the sums of their groups. All end in zeros.
+static inline int64_t first_place(int64_t columns) { return (columns + 16 + 127) / 128 * 128; }
+static inline int64_t input_room(int64_t columns) { return first_place(columns) / 8 * 9; }
 static inline int64_t sums_room(int64_t groups) { return groups + 16; }
 
 typedef int (*Kernel)(const Job *job, int64_t begin, int64_t end);

@@ -97,7 +97,10 @@ inline void load_scales(const void *scale, int32_t type, int64_t place, int64_t 
         }
 #else
         int64_t k = 0;
-#if defined(STROP_NEON)
+#if defined(__F16C__)
+        for (; k + 8 <= count; k += 8)
+            _mm256_storeu_ps(values + k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(halves + k))));
+#elif defined(STROP_NEON)
         for (; k + 4 <= count; k += 4)
             vst1q_f32(values + k, vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves + k))));
 #endif

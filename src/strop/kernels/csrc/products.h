@@ -2,145 +2,18 @@
 //
 // A row's weights are read once, for all tokens, and never written down: one token costs what reading the codes costs.
 // What has to be hidden for that is the memory's latency: several rows that lie far apart are read at a time, which are
-// as many streams, each AHEAD of its use. Codes of 4 bits are looked up in a table of 16 floats that registers hold,
-// eight to a 32-bit word: word j of a block has the weights 8 j to 8 j + 7, so the inputs are turned once a call to lie
-// in that order. The sum of a lane is multiplied with its group's scale; zero points are left to one product with the
-// groups' sums of inputs. Rows are independent and each is summed in one order, whatever the rows beside it, the tokens
-// and the threads.
+// as many streams, each AHEAD of its use. Codes of 4 bits become weights a block at a time (lanes.h has the ways), and
+// the inputs are turned once a call to lie in the order in which those come. The sum of a lane is multiplied with its
+// group's scale; zero points are left to one product with the groups' sums of inputs. Rows are independent and each is
+// summed in one order, whatever the rows beside it, the tokens and the threads.
 #pragma once
 
 #include "codes.h"
+#include "lanes.h"
 
 namespace {
 
 const int MOST_TOKENS = 4;
-
-#if defined(__AVX512F__)
-typedef __m512 Lanes;
-const int64_t LANES = 16;
-inline Lanes zeros() { return _mm512_setzero_ps(); }
-inline Lanes all(float value) { return _mm512_set1_ps(value); }
-inline Lanes load(const float *from) { return _mm512_loadu_ps(from); }
-inline void store(float *to, Lanes lanes) { _mm512_storeu_ps(to, lanes); }
-inline Lanes plus(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
-inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
-inline float total_of(Lanes lanes) { return _mm512_reduce_add_ps(lanes); }
-inline Lanes signed_bytes(const uint8_t *codes) {  // stored codes less 128
-    __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i *)codes), _mm_set1_epi8((char)0x80));
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-}
-struct Words {
-    __m512i words;
-    inline void read(const uint8_t *packed) { words = _mm512_loadu_si512(packed); }
-    inline Words from(int bit) const {
-        Words later;
-        later.words = _mm512_srli_epi32(words, bit);
-        return later;
-    }
-};
-struct Table16 {
-    __m512 levels;
-    inline Table16(const float *from) { levels = _mm512_loadu_ps(from); }
-    inline Lanes of(Words at) const { return _mm512_permutexvar_ps(at.words, levels); }  // reads four bits of a word
-};
-struct Places {  // where the lanes of a block find their scales
-    __m512i of;
-    inline Places(Lanes lanes) { of = _mm512_cvttps_epi32(lanes); }
-    inline Lanes pick(const float *scales) const { return _mm512_permutexvar_ps(of, _mm512_loadu_ps(scales)); }
-};
-#elif defined(__AVX2__)
-typedef __m256 Lanes;
-const int64_t LANES = 8;
-inline Lanes zeros() { return _mm256_setzero_ps(); }
-inline Lanes all(float value) { return _mm256_set1_ps(value); }
-inline Lanes load(const float *from) { return _mm256_loadu_ps(from); }
-inline void store(float *to, Lanes lanes) { _mm256_storeu_ps(to, lanes); }
-inline Lanes plus(Lanes a, Lanes b) { return _mm256_add_ps(a, b); }
-inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return _mm256_fmadd_ps(a, b, c); }
-inline float total_of(Lanes lanes) {
-    __m128 four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps(lanes, 1));
-    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
-}
-inline Lanes signed_bytes(const uint8_t *codes) {
-    __m128i bytes = _mm_xor_si128(_mm_loadl_epi64((const __m128i *)codes), _mm_set1_epi8((char)0x80));
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
-}
-struct Words {
-    __m256i words;
-    inline void read(const uint8_t *packed) { words = _mm256_loadu_si256((const __m256i *)packed); }
-    inline Words from(int bit) const {
-        Words later;
-        later.words = _mm256_srli_epi32(words, bit);
-        return later;
-    }
-};
-struct Table16 {
-    __m256 below, above;
-    inline Table16(const float *from) {
-        below = _mm256_loadu_ps(from);
-        above = _mm256_loadu_ps(from + 8);
-    }
-    inline Lanes of(Words at) const {  // each look-up reads three bits of a word; the fourth chooses between them
-        __m256 low = _mm256_permutevar8x32_ps(below, at.words), high = _mm256_permutevar8x32_ps(above, at.words);
-        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at.words, 28)));
-    }
-};
-struct Places {
-    __m256i of;
-    inline Places(Lanes lanes) { of = _mm256_cvttps_epi32(lanes); }
-    inline Lanes pick(const float *scales) const { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(scales), of); }
-};
-#elif defined(STROP_NEON)
-typedef float32x4_t Lanes;
-const int64_t LANES = 4;
-inline Lanes zeros() { return vdupq_n_f32(0.0f); }
-inline Lanes all(float value) { return vdupq_n_f32(value); }
-inline Lanes load(const float *from) { return vld1q_f32(from); }
-inline Lanes plus(Lanes a, Lanes b) { return vaddq_f32(a, b); }
-inline Lanes times_plus(Lanes a, Lanes b, Lanes c) { return vfmaq_f32(c, a, b); }
-inline float total_of(Lanes lanes) { return vaddvq_f32(lanes); }
-inline Lanes signed_bytes(const uint8_t *codes) {
-    uint32_t four;
-    memcpy(&four, codes, 4);
-    const int16x8_t halves = vmovl_s8(vreinterpret_s8_u32(vdup_n_u32(four ^ 0x80808080)));
-    return vcvtq_f32_s32(vmovl_s16(vget_low_s16(halves)));
-}
-// Where a table of bytes has the four of each of these floats.
-inline uint8x16_t bytes_of(uint32x4_t floats) {
-    const uint32x4_t first = vmulq_u32(floats, vdupq_n_u32(0x04040404));
-    return vreinterpretq_u8_u32(vaddq_u32(first, vdupq_n_u32(0x03020100)));
-}
-struct Words {
-    uint32x4_t words;
-    inline void read(const uint8_t *packed) { words = vreinterpretq_u32_u8(vld1q_u8(packed)); }
-    inline Words from(int bit) const {
-        Words later;
-        later.words = vshlq_u32(words, vdupq_n_s32(-bit));
-        return later;
-    }
-};
-struct Table16 {
-    uint8x16x4_t bytes;
-    inline Table16(const float *from) {
-        for (int k = 0; k < 4; k++) bytes.val[k] = vld1q_u8((const uint8_t *)(from + 4 * k));
-    }
-    inline Lanes of(Words at) const {
-        return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, bytes_of(vandq_u32(at.words, vdupq_n_u32(15)))));
-    }
-};
-struct Places {
-    uint8x16_t of;
-    inline Places(Lanes lanes) { of = bytes_of(vcvtq_u32_f32(lanes)); }
-    inline Lanes pick(const float *scales) const {
-        return vreinterpretq_f32_u8(vqtbl1q_u8(vld1q_u8((const uint8_t *)scales), of));
-    }
-};
-#else
-#define STROP_PLAIN_PRODUCTS
-const int64_t LANES = 16;
-#endif
-
 const int64_t BLOCK = 8 * LANES;  // codes of 4 bits in a vector of words
 const int64_t SCALES = 128;       // scales of a row kept aside at a time
 
@@ -157,32 +30,67 @@ inline bool has_blocks(const Job *job) {
 #endif
 }
 
-// A token's inputs as float32, `whole` columns of them turned: word by word of a block, then step by step.
-template <class X> void lay_inputs(const typename X::Stored *__restrict__ x, int64_t columns, int64_t whole,
-                                   float *__restrict__ inputs) {
-    for (int64_t start = 0; start < whole; start += BLOCK)
-        for (int64_t step = 0; step < 8; step++)
-            for (int64_t lane = 0; lane < LANES; lane++)
-                inputs[start + step * LANES + lane] = X::load(x[start + 8 * lane + step]);
-    for (int64_t i = whole; i < columns; i++) inputs[i] = X::load(x[i]);
+#ifndef STROP_PLAIN_PRODUCTS
+enum Decoding { BY_TABLE, BY_INTEGERS, BY_PLANES };
+
+// How a job's 4-bit codes become weights (lanes.h).
+inline Decoding decoding_of(const Job *job) {
+#ifdef STROP_DECODERS
+    if (!job->levels) return BY_INTEGERS;
+    if (job->size % 32 == 0 || job->size == job->columns) return BY_PLANES;
+#endif
+    return BY_TABLE;
 }
 
-// Units: tokens. The inputs as float32, turned where rows are read in blocks of 4-bit codes, and the groups' sums.
+// A block's inputs in the order in which its weights come, and what the sums begin with.
+template <class Decoder, class X>
+inline void lay_block(const typename X::Stored *__restrict__ x, float *__restrict__ inputs, float *__restrict__ firsts) {
+    float totals[LANES] = {0};
+    for (int64_t step = 0; step < 8; step++)
+        for (int64_t lane = 0; lane < LANES; lane++) {
+            const float value = X::load(x[Decoder::place(step, lane)]);
+            inputs[step * LANES + lane] = value * Decoder::factor(step);
+            totals[lane] += value;
+        }
+    for (int64_t lane = 0; lane < LANES; lane++) firsts[lane] = Decoder::first(totals[lane]);
+}
+
+template <class Decoder, class X> void lay_blocks(const typename X::Stored *x, int64_t columns, float *inputs) {
+    float *firsts = inputs + first_place(columns), last[BLOCK] = {0};
+    int64_t start = 0;
+    for (; start + BLOCK <= columns; start += BLOCK)
+        lay_block<Decoder, X>(x + start, inputs + start, firsts + start / 8);
+    if (start == columns) return;
+    for (int64_t i = start; i < columns; i++) last[i - start] = X::load(x[i]);
+    lay_block<Decoder, Float32>(last, inputs + start, firsts + start / 8);
+}
+#endif
+
+// A token's inputs as float32, turned where rows are read in blocks of 4-bit codes.
+template <class X> void lay_inputs(const Job *job, int64_t token, float *inputs) {
+    const int64_t columns = job->columns;
+    const typename X::Stored *x = (const typename X::Stored *)job->x + token * columns;
+#ifndef STROP_PLAIN_PRODUCTS
+    if (has_blocks(job) && job->bits == 4) {
+        const Decoding decoding = decoding_of(job);
+#ifdef STROP_DECODERS
+        if (decoding == BY_INTEGERS) return lay_blocks<Integers, X>(x, columns, inputs);
+        if (decoding == BY_PLANES) return lay_blocks<Planes, X>(x, columns, inputs);
+#endif
+        if (decoding == BY_TABLE) return lay_blocks<Looked, X>(x, columns, inputs);
+    }
+#endif
+    for (int64_t i = 0; i < columns; i++) inputs[i] = X::load(x[i]);
+}
+
+// Units: tokens. The inputs as float32, and the groups' sums.
 int prepare_product(const Job *job, int64_t begin, int64_t end) {
     const int64_t columns = job->columns, room = input_room(columns), groups = columns / job->size;
-    const bool turned = has_blocks(job) && job->bits == 4;
-    const int64_t whole = turned ? columns / BLOCK * BLOCK : 0;
     for (int64_t token = begin; token < end; token++) {
         float *inputs = job->inputs + token * room, *sums = job->sums + token * sums_room(groups);
-        for (int64_t i = whole; i < room; i++) inputs[i] = 0;
-        const int64_t first = token * columns;
-        if (job->x_type == FLOAT32) lay_inputs<Float32>((const float *)job->x + first, columns, whole, inputs);
-        else lay_inputs<BFloat16>((const uint16_t *)job->x + first, columns, whole, inputs);
-        if (turned && whole < columns) {  // the last block, which is short
-            float last[BLOCK] = {0};
-            memcpy(last, inputs + whole, (size_t)(columns - whole) * 4);
-            lay_inputs<Float32>(last, BLOCK, BLOCK, inputs + whole);
-        }
+        memset(inputs, 0, (size_t)room * 4);
+        if (job->x_type == FLOAT32) lay_inputs<Float32>(job, token, inputs);
+        else lay_inputs<BFloat16>(job, token, inputs);
         if (!job->zero) continue;
         for (int64_t group = 0; group < groups; group++) {
             float lanes[16] = {0};
@@ -285,18 +193,18 @@ inline void settle_totals(const Job *job, int64_t row, int64_t apart, float midd
 }
 
 // ROWS rows of 4-bit codes, `apart` rows from each other: totals [ROWS][TOKENS].
-template <int ROWS, int TOKENS>
+template <class Decoder, int ROWS, int TOKENS>
 void rows_of_4_bits(const Job *job, int64_t row, int64_t apart, const float *levels, float *totals) {
     const int64_t columns = job->columns, size = job->size, room = input_room(columns);
     const int64_t blocks = (columns + BLOCK - 1) / BLOCK, groups = columns / size;
     const int64_t together = groups == 1 ? blocks : (SCALES - 18) * size / BLOCK;  // blocks whose scales are kept aside
     const int64_t whole = BLOCK / size, part = BLOCK % size, row_bytes = job->row_bytes;
     const uint8_t *packed = job->codes + row * row_bytes;
-    const float *turned = job->inputs;
-    const Table16 table(levels);
+    const float *turned = job->inputs, *firsts = turned + first_place(columns);
+    const Decoder decoder(levels);
     const float each = groups == 1 ? 0.0f : 1.0f / (float)size;
     float starts[LANES], scales[ROWS][SCALES + 16] = {{0}};
-    for (int64_t lane = 0; lane < LANES; lane++) starts[lane] = (float)(8 * lane + 4) * each;  // half a word inside
+    for (int64_t lane = 0; lane < LANES; lane++) starts[lane] = (float)Decoder::inside(lane) * each;
     Lanes sums[ROWS][TOKENS];
     EACH_ROW EACH_TOKEN sums[r][t] = zeros();
     for (int64_t start = 0; start < blocks; start += together) {
@@ -314,15 +222,32 @@ void rows_of_4_bits(const Job *job, int64_t row, int64_t apart, const float *lev
                 __builtin_prefetch(from + AHEAD);
             }
             Lanes inside[ROWS][TOKENS];
-            EACH_ROW EACH_TOKEN inside[r][t] = zeros();
+            if constexpr (Decoder::BY_STEPS) {
+                EACH_ROW EACH_TOKEN inside[r][t] = zeros();
 #pragma GCC unroll 8
-            for (int step = 0; step < 8; step++) {
-                const float *inputs = turned + block * BLOCK + step * LANES;
-                Lanes x[TOKENS];
-                EACH_TOKEN x[t] = load(inputs + t * room);
+                for (int step = 0; step < 8; step++) {
+                    const float *inputs = turned + block * BLOCK + step * LANES;
+                    Lanes x[TOKENS];
+                    EACH_TOKEN x[t] = load(inputs + t * room);
+                    EACH_ROW {
+                        const Lanes weights = decoder.step(words[r], step);
+                        EACH_TOKEN inside[r][t] = times_plus(weights, x[t], inside[r][t]);
+                    }
+                }
+            } else {
                 EACH_ROW {
-                    const Lanes weights = table.of(words[r].from(4 * step));
-                    EACH_TOKEN inside[r][t] = times_plus(weights, x[t], inside[r][t]);
+                    Lanes weights[8];
+                    decoder.decode(words[r], weights);
+                    EACH_TOKEN {  // two sums, for each waits for its last addition
+                        const float *inputs = turned + t * room + block * BLOCK;
+                        Lanes even = load(firsts + t * room + block * LANES), odd = zeros();
+#pragma GCC unroll 4
+                        for (int step = 0; step < 8; step += 2) {
+                            even = times_plus(weights[step], load(inputs + step * LANES), even);
+                            odd = times_plus(weights[step + 1], load(inputs + (step + 1) * LANES), odd);
+                        }
+                        inside[r][t] = plus(even, odd);
+                    }
                 }
             }
             EACH_ROW {
@@ -399,8 +324,12 @@ inline void finish(const Job *job, int64_t row, int64_t token, float sum) {
 #ifndef STROP_PLAIN_PRODUCTS
 template <int ROWS, int TOKENS> void rows_by_vectors(const Job *job, int64_t row, int64_t apart, const float *levels) {
     float totals[ROWS * TOKENS];
-    if (job->bits == 4) rows_of_4_bits<ROWS, TOKENS>(job, row, apart, levels, totals);
-    else rows_of_8_bits<ROWS, TOKENS>(job, row, apart, totals);
+    if (job->bits == 8) rows_of_8_bits<ROWS, TOKENS>(job, row, apart, totals);
+#ifdef STROP_DECODERS
+    else if (decoding_of(job) == BY_INTEGERS) rows_of_4_bits<Integers, ROWS, TOKENS>(job, row, apart, levels, totals);
+    else if (decoding_of(job) == BY_PLANES) rows_of_4_bits<Planes, ROWS, TOKENS>(job, row, apart, levels, totals);
+#endif
+    else rows_of_4_bits<Looked, ROWS, TOKENS>(job, row, apart, levels, totals);
     for (int r = 0; r < ROWS; r++)
         for (int t = 0; t < TOKENS; t++) finish(job, row + r * apart, t, totals[r * TOKENS + t]);
 }
