@@ -44,6 +44,21 @@ inline __m512i places_among(const float *values, __m512 midpoints) {
     return place;
 }
 inline __m512 midpoints_of(const float *midpoints) { return _mm512_maskz_loadu_ps(0x7FFF, midpoints); }
+#elif defined(__AVX2__)
+// How many of 15 ascending midpoints lie below each of 8 values.
+inline __m256i places_among(const float *values, const float *midpoints) {
+    const __m256 x = _mm256_loadu_ps(values);
+    __m256i place = _mm256_setzero_si256();
+#pragma GCC unroll 15
+    for (int k = 0; k < 15; k++)  // a comparison that holds is -1
+        place = _mm256_sub_epi32(place, _mm256_castps_si256(_mm256_cmp_ps(x, _mm256_broadcast_ss(midpoints + k), _CMP_GT_OQ)));
+    return place;
+}
+// One of 16 numbers for each of 8 places: bit 3 of a place says which half, the look-up reads the three below it.
+inline __m256 picked(__m256 below, __m256 above, __m256i places) {
+    const __m256 low = _mm256_permutevar8x32_ps(below, places), high = _mm256_permutevar8x32_ps(above, places);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
+}
 #endif
 
 // Midpoint by midpoint over a few values at a time: a value is moved up a level wherever it lies beyond one.
@@ -61,6 +76,11 @@ inline void nearest_levels(const typename X::Stored *__restrict__ x, typename X:
         const __m512i places = places_among(relative + i, midpoints_of(midpoints));
         _mm512_storeu_ps(level + i, _mm512_permutexvar_ps(places, _mm512_loadu_ps(levels)));
     }
+    const int first = SIZE ? 15 : 0;
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_loadu_ps(levels), high = _mm256_loadu_ps(levels + 8);
+    for (int64_t i = 0; SIZE && i < SIZE; i += 8)
+        _mm256_storeu_ps(level + i, picked(low, high, places_among(relative + i, midpoints)));
     const int first = SIZE ? 15 : 0;
 #else
     const int first = 0;
@@ -87,6 +107,11 @@ inline void nearest_codes(const typename X::Stored *__restrict__ x, uint8_t *__r
         const __m512i places = places_among(relative + i, midpoints_of(midpoints));
         _mm512_storeu_si512(code + i, _mm512_permutexvar_epi32(places, _mm512_loadu_si512(order)));
     }
+    const int first = SIZE ? 15 : 0;
+#elif defined(__AVX2__)
+    const __m256 low = _mm256_loadu_ps((const float *)order), high = _mm256_loadu_ps((const float *)order + 8);
+    for (int64_t i = 0; SIZE && i < SIZE; i += 8)
+        _mm256_storeu_ps((float *)code + i, picked(low, high, places_among(relative + i, midpoints)));
     const int first = SIZE ? 15 : 0;
 #else
     const int first = 0;
@@ -184,11 +209,7 @@ struct LevelTable {
         below = _mm256_loadu_ps(from);
         above = _mm256_loadu_ps(from + 8);
     }
-    inline __m256 level(__m128i codes) const {
-        __m256i places = _mm256_cvtepu8_epi32(codes);  // bit 3 says which half; the look-up reads the three below it
-        __m256 low = _mm256_permutevar8x32_ps(below, places), high = _mm256_permutevar8x32_ps(above, places);
-        return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(places, 28)));
-    }
+    inline __m256 level(__m128i codes) const { return picked(below, above, _mm256_cvtepu8_epi32(codes)); }
     inline void look_up(const uint8_t *packed, float *out) const {
         __m128i bytes = _mm_loadu_si128((const __m128i *)packed), low = _mm_and_si128(bytes, _mm_set1_epi8(15));
         __m128i high = _mm_and_si128(_mm_srli_epi16(bytes, 4), _mm_set1_epi8(15));

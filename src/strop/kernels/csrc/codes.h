@@ -40,6 +40,22 @@ inline int64_t pack_even(const uint8_t *__restrict__ codes, int64_t count, int b
         if (bits == 4) _mm256_storeu_si256((__m256i *)(packed + done / 2), _mm512_cvtepi16_epi8(sums));
         else _mm_storeu_si128((__m128i *)(packed + done / 4), _mm512_cvtepi32_epi8(_mm512_madd_epi16(sums, fours)));
     }
+#elif defined(__AVX2__)
+    const __m256i pairs = _mm256_set1_epi16(bits == 4 ? 0x1001 : 0x0401), fours = _mm256_set1_epi32(0x00100001);
+    for (; done + 64 <= count; done += 64) {
+        const __m256i *from = (const __m256i *)(codes + done);
+        const __m256i one = _mm256_maddubs_epi16(_mm256_loadu_si256(from), pairs);  // code 0 + (code 1 << bits)
+        const __m256i other = _mm256_maddubs_epi16(_mm256_loadu_si256(from + 1), pairs);
+        if (bits == 4) {
+            const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packus_epi16(one, other), 0xD8);
+            _mm256_storeu_si256((__m256i *)(packed + done / 2), bytes);
+        } else {
+            const __m256i words = _mm256_packus_epi32(_mm256_madd_epi16(one, fours), _mm256_madd_epi16(other, fours));
+            const __m256i sums = _mm256_permute4x64_epi64(words, 0xD8);
+            const __m128i bytes = _mm_packus_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+            _mm_storeu_si128((__m128i *)(packed + done / 4), bytes);
+        }
+    }
 #endif
     if (bits == 4) {
         for (; done + 2 <= count; done += 2) packed[done / 2] = (uint8_t)(codes[done] | codes[done + 1] << 4);
@@ -66,6 +82,21 @@ inline int64_t unpack_even(const uint8_t *__restrict__ packed, int64_t count, in
             fields = _mm512_and_si512(_mm512_or_si512(words, _mm512_slli_epi32(words, 6)), _mm512_set1_epi8(3));
         }
         _mm512_storeu_si512(codes + done, fields);
+    }
+#elif defined(__AVX2__)
+    for (; bits == 4 && done + 64 <= count; done += 64) {
+        const __m256i bytes = _mm256_loadu_si256((const __m256i *)(packed + done / 2)), mask = _mm256_set1_epi8(15);
+        const __m256i low = _mm256_and_si256(bytes, mask), high = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask);
+        const __m256i one = _mm256_unpacklo_epi8(low, high), other = _mm256_unpackhi_epi8(low, high);
+        __m256i *to = (__m256i *)(codes + done);
+        _mm256_storeu_si256(to, _mm256_permute2x128_si256(one, other, 0x20));
+        _mm256_storeu_si256(to + 1, _mm256_permute2x128_si256(one, other, 0x31));
+    }
+    for (; bits == 2 && done + 32 <= count; done += 32) {
+        __m256i words = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(packed + done / 4)));
+        words = _mm256_or_si256(words, _mm256_slli_epi32(words, 12));
+        words = _mm256_and_si256(_mm256_or_si256(words, _mm256_slli_epi32(words, 6)), _mm256_set1_epi8(3));
+        _mm256_storeu_si256((__m256i *)(codes + done), words);
     }
 #endif
     if (bits == 4) {
