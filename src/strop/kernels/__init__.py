@@ -6,6 +6,7 @@
     operations.py  the kernels on tensors
     block.py       the parts of a decoder's block that are no products
     int8.py        rows rounded to int8, and their products
+    adam.py        a step of AdamW with moments in 8 bits
 
 The package lies below `numerics`, which calls it wherever it can and is the reference everywhere else: it knows bits,
 groups and tables, and neither schemes nor layers. `STROP_KERNELS=reference` (portable, avx2, avx512, neon) forces one.

@@ -95,7 +95,26 @@ class Int8Job(ctypes.Structure):
     )
 
 
-AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob | Int8Job
+class Moment(ctypes.Structure):
+    """A moment of AdamW in 8 bits; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("codes", "scales", "levels", "below", "edges"))
+
+
+class AdamJob(ctypes.Structure):
+    """A step of AdamW; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("weight", "gradient")),
+        *((name, Moment) for name in ("first", "second")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_float) for name in ("new_first", "old_second", "new_second", "root_scale", "eps")),
+        *((name, ctypes.c_float) for name in ("decay", "rate")),
+        ("gradient_type", ctypes.c_int32),
+    )
+
+
+AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob | Int8Job | AdamJob
 
 INT8_KERNELS = ("round_rows", "int8_product")
 
@@ -154,7 +173,8 @@ class Library:
     def __init__(self, path: Path, compiler: str = "") -> None:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
-        kinds = {"job": Job, "block_job": BlockJob, "search_job": SearchJob, "step_job": StepJob, "int8_job": Int8Job}
+        kinds = {"job": Job, "block_job": BlockJob, "search_job": SearchJob, "step_job": StepJob}
+        kinds |= {"int8_job": Int8Job, "adam_job": AdamJob}
         for name, needs in kinds.items():
             has = getattr(native, f"strop_{name}_bytes")
             if has() != ctypes.sizeof(needs):
@@ -163,9 +183,8 @@ class Library:
         self.built = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if built >> number & 1)
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
         jobs = {name: Job for name in KERNELS} | {name: BlockJob for name in BLOCK_KERNELS}
-        jobs |= (
-            {name: SearchJob for name in SEARCH_KERNELS} | {name: Int8Job for name in INT8_KERNELS} | {"step": StepJob}
-        )
+        jobs |= {name: SearchJob for name in SEARCH_KERNELS} | {name: Int8Job for name in INT8_KERNELS}
+        jobs |= {"step": StepJob, "adam_step": AdamJob}
         self.functions = {name: getattr(native, f"strop_{name}") for name in jobs}
         for name, function in self.functions.items():
             function.argtypes = (ctypes.POINTER(jobs[name]), ctypes.c_int, ctypes.c_int)

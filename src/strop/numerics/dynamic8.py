@@ -33,7 +33,7 @@ _HALF: Final = 2**15
 
 
 @functools.cache
-def _cells(device: torch.device, *, signed: bool) -> tuple[Tensor, Tensor]:
+def cells(device: torch.device, *, signed: bool) -> tuple[Tensor, Tensor]:
     """The code below each of 2^16 cells (uint8), and the midpoint in or next above it (float32, infinity: none)."""
     levels = dynamic_map(torch.device("cpu"), signed=signed)
     midpoints = (levels[:-1] + levels[1:]) / 2
@@ -57,7 +57,7 @@ def quantize_blocks(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     padded = functional.pad(values, (0, -count % BLOCK)).view(-1, BLOCK)  # [n] -> [blocks, 256]
     scale = padded.abs().amax(dim=1) if signed else padded.amax(dim=1)
     relative = (padded * (1.0 / scale.clamp(min=_LEAST_SCALE)).unsqueeze(1)).view(-1)[:count]
-    below, edge = _cells(values.device, signed=signed)
+    below, edge = cells(values.device, signed=signed)
     cell = (relative.view(torch.int32) >> 16).add_(_HALF)
     codes = below.index_select(0, cell).add_(relative > edge.index_select(0, cell))
     if not signed:

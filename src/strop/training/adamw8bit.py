@@ -1,4 +1,4 @@
-"""AdamW whose two moments take 8 bits each, on any device, in plain torch.
+"""AdamW whose two moments take 8 bits each, on any device: in plain torch, and with the same bits by a native kernel.
 
     m = b1 m + (1 - b1) g;   v = b2 v + (1 - b2) g^2;   w = w - rate * (m^ / (sqrt(v^) + eps) + decay * w)
 
@@ -27,7 +27,9 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from strop.numerics.dynamic8 import BLOCK, dequantize_blocks, quantize_blocks
+from strop.kernels import adam
+from strop.numerics.codebook import dynamic_map
+from strop.numerics.dynamic8 import BLOCK, cells, dequantize_blocks, quantize_blocks
 
 SMALL: Final = 4096
 """Parameters with fewer elements keep fp32 moments."""
@@ -80,14 +82,16 @@ class AdamW8bit(torch.optim.Optimizer):
         weight, gradient = parameter.detach().reshape(-1), parameter.grad
         assert gradient is not None
         gradient = gradient.reshape(-1)
-        piece = _PIECE.get(weight.device.type, _PIECE_ELSEWHERE)
-        for start in range(0, weight.numel(), piece):
-            part = slice(start, start + piece)
-            first = _Moment(state, "exp_avg", part, signed=True)
-            second = _Moment(state, "exp_avg_sq", part, signed=False)
-            _update(weight[part], gradient[part].float(), first.values, second.values, int(state["step"]), group)
-            first.store()
-            second.store()
+        rates = _rates(int(state["step"]), group)
+        if not _moved_natively(weight, gradient, state, rates):
+            piece = _PIECE.get(weight.device.type, _PIECE_ELSEWHERE)
+            for start in range(0, weight.numel(), piece):
+                part = slice(start, start + piece)
+                first = _Moment(state, "exp_avg", part, signed=True)
+                second = _Moment(state, "exp_avg_sq", part, signed=False)
+                _update(weight[part], gradient[part].float(), first.values, second.values, rates)
+                first.store()
+                second.store()
         if weight.data_ptr() != parameter.data_ptr():  # not contiguous: reshape made a copy
             parameter.copy_(weight.view_as(parameter))
 
@@ -126,11 +130,44 @@ def _fresh(parameter: nn.Parameter) -> dict[str, Tensor]:
     return state
 
 
-def _update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, step: int, group: dict[str, Any]) -> None:
-    """One step over flat pieces, in place: the moments first, then the weights."""
+def _rates(step: int, group: dict[str, Any]) -> adam.Rates:
     (beta1, beta2), rate = group["betas"], group["lr"]
-    first.lerp_(gradient, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    root = second.sqrt().mul_(1 / math.sqrt(1 - beta2**step)).add_(group["eps"])
-    weight.mul_(1 - rate * group["weight_decay"])
-    weight.add_((first / root).to(weight.dtype), alpha=-rate / (1 - beta1**step))
+    return adam.Rates(
+        new_first=1 - beta1,
+        old_second=beta2,
+        new_second=1 - beta2,
+        root_scale=1 / math.sqrt(1 - beta2**step),
+        eps=group["eps"],
+        decay=1 - rate * group["weight_decay"],
+        rate=-rate / (1 - beta1**step),
+    )
+
+
+def _moved_natively(weight: Tensor, gradient: Tensor, state: dict[str, Any], rates: adam.Rates) -> bool:
+    """The step by the native kernels, which give the bits of `_update`; False where they cannot."""
+    if state["exp_avg"].dtype != torch.uint8 or not weight.is_cpu:
+        return False
+    moments = [
+        adam.Moment(
+            state[name].view(-1),
+            state[f"{name}_scale"],
+            dynamic_map(weight.device, signed=signed),
+            *cells(weight.device, signed=signed),
+        )
+        for name, signed in (("exp_avg", True), ("exp_avg_sq", False))
+    ]
+    return adam.step(weight, gradient, moments[0], moments[1], rates)
+
+
+def _update(weight: Tensor, gradient: Tensor, first: Tensor, second: Tensor, rates: adam.Rates) -> None:
+    """One step over flat pieces, in place: the moments first, then the weights.
+
+    Every operation stands alone, so that each is rounded once: torch's `lerp`, `addcmul` and an `alpha` are not, or not
+    everywhere, and neither is its float32 root on a CPU (the vector library's may be off by a bit).
+    """
+    first.add_((gradient - first).mul_(rates.new_first))
+    second.mul_(rates.old_second).add_(gradient.square().mul_(rates.new_second))
+    root = second.double().sqrt().float() if second.is_cpu else second.sqrt()
+    root.mul_(rates.root_scale).add_(rates.eps)
+    weight.mul_(rates.decay)
+    weight.add_((first / root).mul_(rates.rate).to(weight.dtype))

@@ -1,3 +1,4 @@
+#include "adam.h"
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
@@ -19,3 +20,4 @@ extern const BlockTable avx2_block = {
 extern const SearchTable avx2_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable avx2_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table avx2_int8 = {round_rows, int8_product};
+extern const AdamTable avx2_adam = {adam_step};

@@ -3,6 +3,7 @@
 #define STROP_TILES
 #endif
 
+#include "adam.h"
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
@@ -24,3 +25,4 @@ extern const BlockTable avx512_block = {
 extern const SearchTable avx512_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable avx512_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table avx512_int8 = {round_rows, int8_product};
+extern const AdamTable avx512_adam = {adam_step};

@@ -103,23 +103,24 @@ struct Tables {
     const SearchTable *search;
     const StepTable *step;
     const Int8Table *int8;
+    const AdamTable *adam;
 };
 
 const Tables *tables_of(int level) {
-    static const Tables portable = {&portable_table, &portable_block, &portable_search, &portable_step, &portable_int8};
+    static const Tables portable = {&portable_table, &portable_block, &portable_search, &portable_step, &portable_int8, &portable_adam};
 #ifdef STROP_HAS_AVX2
-    static const Tables avx2 = {&avx2_table, &avx2_block, &avx2_search, &avx2_step, &avx2_int8};
+    static const Tables avx2 = {&avx2_table, &avx2_block, &avx2_search, &avx2_step, &avx2_int8, &avx2_adam};
     if (level == AVX2) return &avx2;
 #endif
 #ifdef STROP_HAS_AVX512
-    static const Tables avx512 = {&avx512_table, &avx512_block, &avx512_search, &avx512_step, &avx512_int8};
+    static const Tables avx512 = {&avx512_table, &avx512_block, &avx512_search, &avx512_step, &avx512_int8, &avx512_adam};
     if (level == AVX512) return &avx512;
 #ifdef STROP_HAS_AMX
     if (level == AMX) return &avx512;
 #endif
 #endif
 #ifdef STROP_HAS_NEON
-    static const Tables neon = {&neon_table, &neon_block, &neon_search, &neon_step, &neon_int8};
+    static const Tables neon = {&neon_table, &neon_block, &neon_search, &neon_step, &neon_int8, &neon_adam};
     if (level == NEON) return &neon;
 #endif
     return level == PORTABLE ? &portable : nullptr;
@@ -200,6 +201,7 @@ EXPORT int strop_block_job_bytes(void) { return (int)sizeof(BlockJob); }
 EXPORT int strop_search_job_bytes(void) { return (int)sizeof(SearchJob); }
 
 EXPORT int strop_int8_job_bytes(void) { return (int)sizeof(Int8Job); }
+EXPORT int strop_adam_job_bytes(void) { return (int)sizeof(AdamJob); }
 
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
 EXPORT int strop_built(void) {
@@ -377,4 +379,7 @@ EXPORT int strop_int8_product(const Int8Job *job, int level, int threads) {
     static const bool tiles = has_tiles(TILES_OF_INT8);
     if (level != AVX2 && (!tiles || job->x_type == INT32)) return REFUSED;
     return run(&Tables::int8, &Int8Table::int8_product, job, level, threads, (job->outputs + 31) / 32);
+}
+EXPORT int strop_adam_step(const AdamJob *job, int level, int threads) {
+    return run(&Tables::adam, &AdamTable::adam_step, job, level, threads, (job->rows + 255) / 256);
 }

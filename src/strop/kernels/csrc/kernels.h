@@ -172,3 +172,32 @@ typedef struct {
 } Int8Table;
 
 extern const Int8Table portable_int8, avx2_int8, avx512_int8, neon_int8;
+
+// A moment of AdamW in 8 bits: codes and a scale for each 256; what the codes mean, and where a number's code is found,
+// by its upper 16 bits: the code below them, and the midpoint that they hold (numerics/dynamic8.py).
+typedef struct {
+    uint8_t *codes;
+    float *scales;
+    const float *levels;   // 256
+    const uint8_t *below;  // 65536
+    const float *edges;    // 65536
+} Moment;
+
+// A step of AdamW (adam.h): m += (g - m) new_first, v = v old_second + g g new_second,
+// w = w decay + m / (sqrt(v) root_scale + eps) rate.
+typedef struct {
+    float *weight;
+    const void *gradient;  // gradient_type
+    Moment first, second;
+    int64_t rows, columns;  // how many numbers, and 1
+    float new_first, old_second, new_second, root_scale, eps, decay, rate;
+    int32_t gradient_type;
+} AdamJob;
+
+typedef int (*AdamKernel)(const AdamJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    AdamKernel adam_step;  // units: blocks of 256
+} AdamTable;
+
+extern const AdamTable portable_adam, avx2_adam, avx512_adam, neon_adam;

@@ -1,4 +1,5 @@
 #define STROP_NEON  // the compiler has no name of its own for what is more than portable.cpp here
+#include "adam.h"
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
@@ -20,3 +21,4 @@ extern const BlockTable neon_block = {
 extern const SearchTable neon_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable neon_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table neon_int8 = {round_rows, int8_product};
+extern const AdamTable neon_adam = {adam_step};

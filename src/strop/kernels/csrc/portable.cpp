@@ -1,3 +1,4 @@
+#include "adam.h"
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
@@ -19,3 +20,4 @@ extern const BlockTable portable_block = {
 extern const SearchTable portable_search = {superblocks::search_four_bit, superblocks::search_six_bit};
 extern const StepTable portable_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table portable_int8 = {round_rows, int8_product};
+extern const AdamTable portable_adam = {adam_step};
