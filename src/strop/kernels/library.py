@@ -114,7 +114,18 @@ class AdamJob(ctypes.Structure):
     )
 
 
-AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob | Int8Job | AdamJob
+class HqqJob(ctypes.Structure):
+    """Scales by HQQ; the fields are explained in csrc/kernels.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "scales", "zero")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+        *((name, ctypes.c_float) for name in ("low", "high", "power", "log2_beta", "log2_kappa", "stride", "gain")),
+        *((name, ctypes.c_int32) for name in ("iterations", "scale_type")),
+    )
+
+
+AnyJob: TypeAlias = Job | BlockJob | SearchJob | StepJob | Int8Job | AdamJob | HqqJob
 
 INT8_KERNELS = ("round_rows", "int8_product")
 
@@ -174,7 +185,7 @@ class Library:
         self.path, self.compiler = path, compiler
         native = ctypes.CDLL(str(path))
         kinds = {"job": Job, "block_job": BlockJob, "search_job": SearchJob, "step_job": StepJob}
-        kinds |= {"int8_job": Int8Job, "adam_job": AdamJob}
+        kinds |= {"int8_job": Int8Job, "adam_job": AdamJob, "hqq_job": HqqJob}
         for name, needs in kinds.items():
             has = getattr(native, f"strop_{name}_bytes")
             if has() != ctypes.sizeof(needs):
@@ -184,7 +195,7 @@ class Library:
         self.runnable = tuple(name for number, name in enumerate(INSTRUCTION_SETS) if (built & runs) >> number & 1)
         jobs = {name: Job for name in KERNELS} | {name: BlockJob for name in BLOCK_KERNELS}
         jobs |= {name: SearchJob for name in SEARCH_KERNELS} | {name: Int8Job for name in INT8_KERNELS}
-        jobs |= {"step": StepJob, "adam_step": AdamJob}
+        jobs |= {"step": StepJob, "adam_step": AdamJob, "hqq_scales": HqqJob}
         self.functions = {name: getattr(native, f"strop_{name}") for name in jobs}
         for name, function in self.functions.items():
             function.argtypes = (ctypes.POINTER(jobs[name]), ctypes.c_int, ctypes.c_int)

@@ -1,4 +1,5 @@
-"""The searches of superblocks, on tensors: what `methods.superblocks` and `methods.block_fit` do, bit for bit.
+"""The searches for scales, on tensors: of superblocks what `methods.superblocks` and `methods.block_fit` do, bit for bit,
+and HQQ's (`methods.hqq`), whose powers are good to about 1e-6.
 
 None is returned where the kernels cannot do it, as in `operations`.
 """
@@ -6,11 +7,12 @@ None is returned where the kernels cannot do it, as in `operations`.
 from __future__ import annotations
 
 import ctypes
+import math
 
 import torch
 from torch import Tensor
 
-from strop.kernels.library import SearchJob
+from strop.kernels.library import HqqJob, SearchJob
 from strop.kernels.operations import usable
 
 SUPERBLOCK = 256
@@ -72,3 +74,48 @@ def _job(x: Tensor, weights: Tensor | None, d: Tensor, sub_scale: Tensor) -> Sea
         rows=x.shape[0],
         columns=x.shape[1],
     )
+
+
+_STORED = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+def hqq_scales(
+    x: Tensor,
+    scales: Tensor,
+    zero: Tensor | None,
+    ends: tuple[int, int],
+    scale_dtype: torch.dtype,
+    *,
+    p: float,
+    beta: float,
+    kappa: float,
+    iterations: int,
+    stride: float,
+    gain: float,
+) -> Tensor | None:
+    """The best scales that HQQ meets, like `scales`.
+
+    Args:
+        x: float32 [groups, size], finite.
+        scales: float32 [groups, 1], values that `scale_dtype` holds; those to begin with.
+        zero: Stored zero points like them, float32, or None.
+        ends: Of the integer grid, in stored codes where there are zero points.
+        scale_dtype: float32, bfloat16 or float16.
+        p: The norm.
+        beta: Of the first iteration.
+        kappa: What it grows by.
+        iterations: At most so many.
+        stride: How far a scale moves, in multiples of what least squares ask for.
+        gain: The share that a group must gain to go on.
+    """
+    if x.dtype != torch.float32 or scale_dtype not in _STORED:
+        return None
+    found, best = usable(x, scales, zero), scales.clone()
+    if found is None:
+        return None
+    job = HqqJob(rows=len(x), columns=x.shape[1], low=ends[0], high=ends[1], iterations=iterations)
+    job.x, job.scales, job.zero = x.data_ptr(), best.data_ptr(), None if zero is None else zero.data_ptr()
+    job.power, job.log2_beta, job.log2_kappa, job.stride, job.gain = p, math.log2(beta), math.log2(kappa), stride, gain
+    job.scale_type = _STORED[scale_dtype]
+    library, instruction_set = found
+    return best if library.call("hqq_scales", job, instruction_set, torch.get_num_threads()) else None

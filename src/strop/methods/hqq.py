@@ -23,20 +23,24 @@ Deviations, and why:
 - The scale moves twice as far as its least squares say: they move it by what is left of the shrunk errors, a short
   step, and with the double of it fewer steps lead to a smaller sum (`benchmarks/LOG.md`, 2026-11-25).
 - The authors' code stops the whole tensor when mean |d| rises; here each group stops when it gains little, and is then
-  left out of the work, which ends when few groups are left in it.
+  left out of the work.
+
+On a CPU the scales of integer grids are found by a native kernel, group by group (`kernels.searches`).
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from strop.errors import UsageError
+from strop.kernels.searches import hqq_scales
 from strop.methods.base import Statistics
 from strop.numerics import grid
-from strop.numerics.formats import Format
+from strop.numerics.formats import Format, IntFormat
 from strop.numerics.groups import plan_shape, row_chunks, split
 from strop.numerics.qtensor import QuantizedTensor, quantize_tensor
 from strop.numerics.scales import settle_scale, stored_zero_point
@@ -44,9 +48,6 @@ from strop.numerics.scheme import Granularity, Scheme
 
 _STRIDE = 2.0
 """How far a scale moves, in multiples of the change that least squares ask for."""
-
-_FEW = 0.1
-"""Share of the groups below which those that still gain are left as they are: a pass costs more than it brings."""
 
 _GAIN = 3e-3
 """Share by which a group's sum of powers must fall for it to go on; what falls by less is left as it was."""
@@ -106,7 +107,13 @@ def hqq(
     zeros = None if zero_point is None else stored_zero_point(zero_point, scheme.format).float().view(-1, 1)
     for piece in row_chunks(*values.shape, values=_PIECE):
         zero = None if zeros is None else zeros[piece]
-        _solve(values[piece].float(), scales[piece], zero, scheme, p=p, beta=beta, kappa=kappa, iterations=iterations)
+        x, start = values[piece].float(), scales[piece]
+        options: dict[str, Any] = {"p": p, "beta": beta, "kappa": kappa, "iterations": iterations}
+        best = _solve_natively(x, start, zero, scheme, options)
+        if best is not None:
+            start.copy_(best)
+        else:
+            _solve(x, start, zero, scheme, **options)
     found = quantize_tensor(weight, scheme, scale=scales.view(scale.shape), zero_point=zero_point, where=where)
     if not scheme.double_quant:
         return found
@@ -123,6 +130,17 @@ def power_error(weight: Tensor, quantized: QuantizedTensor, p: float = 0.7) -> f
     for part in row_chunks(*weight.shape):
         total += (weight[part].float() - restored[part]).abs_().pow_(p).sum(dtype=torch.float64).item()
     return total / weight.numel()
+
+
+def _solve_natively(
+    x: Tensor, scales: Tensor, zero: Tensor | None, scheme: Scheme, options: dict[str, Any]
+) -> Tensor | None:
+    """What `_solve` would put in place of the scales, by the native kernel; None where it has no such grid."""
+    form = scheme.format
+    if not isinstance(form, IntFormat):
+        return None
+    ends = (form.qmin, form.qmax) if zero is None else (0, form.steps)
+    return hqq_scales(x, scales, zero, ends, scheme.scale_dtype, stride=_STRIDE, gain=_GAIN, **options)
 
 
 def _solve(
@@ -157,7 +175,7 @@ def _solve(
         going &= total < bar
         left = int(going.count_nonzero())
         best, bar = torch.where(going, scale, best), total * (1 - _GAIN)
-        if left <= _FEW * len(scales):
+        if left == 0:
             break
         change = pull.div_(strength).mul_(_STRIDE).add_(1.0).clamp_(min=0.5)  # NaN where all codes are 0, and no gain
         scale = (scale * change).to(scheme.scale_dtype).float()

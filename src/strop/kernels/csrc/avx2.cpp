@@ -2,6 +2,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "hqq.h"
 #include "int8.h"
 #include "products.h"
 #include "search.h"
@@ -21,3 +22,4 @@ extern const SearchTable avx2_search = {superblocks::search_four_bit, superblock
 extern const StepTable avx2_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table avx2_int8 = {round_rows, int8_product};
 extern const AdamTable avx2_adam = {adam_step};
+extern const HqqTable avx2_hqq = {hqq_scales};

@@ -7,6 +7,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "hqq.h"
 #include "int8.h"
 #include "products.h"
 #include "search.h"
@@ -26,3 +27,4 @@ extern const SearchTable avx512_search = {superblocks::search_four_bit, superblo
 extern const StepTable avx512_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table avx512_int8 = {round_rows, int8_product};
 extern const AdamTable avx512_adam = {adam_step};
+extern const HqqTable avx512_hqq = {hqq_scales};

@@ -104,23 +104,27 @@ struct Tables {
     const StepTable *step;
     const Int8Table *int8;
     const AdamTable *adam;
+    const HqqTable *hqq;
 };
 
+#define TABLES_OF(level) \
+    {&level##_table, &level##_block, &level##_search, &level##_step, &level##_int8, &level##_adam, &level##_hqq}
+
 const Tables *tables_of(int level) {
-    static const Tables portable = {&portable_table, &portable_block, &portable_search, &portable_step, &portable_int8, &portable_adam};
+    static const Tables portable = TABLES_OF(portable);
 #ifdef STROP_HAS_AVX2
-    static const Tables avx2 = {&avx2_table, &avx2_block, &avx2_search, &avx2_step, &avx2_int8, &avx2_adam};
+    static const Tables avx2 = TABLES_OF(avx2);
     if (level == AVX2) return &avx2;
 #endif
 #ifdef STROP_HAS_AVX512
-    static const Tables avx512 = {&avx512_table, &avx512_block, &avx512_search, &avx512_step, &avx512_int8, &avx512_adam};
+    static const Tables avx512 = TABLES_OF(avx512);
     if (level == AVX512) return &avx512;
 #ifdef STROP_HAS_AMX
     if (level == AMX) return &avx512;
 #endif
 #endif
 #ifdef STROP_HAS_NEON
-    static const Tables neon = {&neon_table, &neon_block, &neon_search, &neon_step, &neon_int8, &neon_adam};
+    static const Tables neon = TABLES_OF(neon);
     if (level == NEON) return &neon;
 #endif
     return level == PORTABLE ? &portable : nullptr;
@@ -201,6 +205,7 @@ EXPORT int strop_block_job_bytes(void) { return (int)sizeof(BlockJob); }
 EXPORT int strop_search_job_bytes(void) { return (int)sizeof(SearchJob); }
 
 EXPORT int strop_int8_job_bytes(void) { return (int)sizeof(Int8Job); }
+EXPORT int strop_hqq_job_bytes(void) { return (int)sizeof(HqqJob); }
 EXPORT int strop_adam_job_bytes(void) { return (int)sizeof(AdamJob); }
 
 // Bits 1 << Level: what this library was built with, and what this processor and its system can run.
@@ -382,4 +387,7 @@ EXPORT int strop_int8_product(const Int8Job *job, int level, int threads) {
 }
 EXPORT int strop_adam_step(const AdamJob *job, int level, int threads) {
     return run(&Tables::adam, &AdamTable::adam_step, job, level, threads, (job->rows + 255) / 256);
+}
+EXPORT int strop_hqq_scales(const HqqJob *job, int level, int threads) {
+    return run(&Tables::hqq, &HqqTable::hqq_scales, job, level, threads, job->rows);
 }

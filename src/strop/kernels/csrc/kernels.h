@@ -201,3 +201,22 @@ typedef struct {
 } AdamTable;
 
 extern const AdamTable portable_adam, avx2_adam, avx512_adam, neon_adam;
+
+// Scales of an integer grid by HQQ (hqq.h): groups in rows.
+typedef struct {
+    const float *x;        // finite
+    float *scales;         // one a group, values of scale_type, not 0; the best that were met, at the end
+    const float *zero;     // stored zero points, one a group, or null
+    int64_t rows, columns;
+    float low, high;       // the ends of the grid, in stored codes where there are zero points
+    float power, log2_beta, log2_kappa, stride, gain;
+    int32_t iterations, scale_type;
+} HqqJob;
+
+typedef int (*HqqKernel)(const HqqJob *job, int64_t begin, int64_t end);
+
+typedef struct {
+    HqqKernel hqq_scales;  // units: groups
+} HqqTable;
+
+extern const HqqTable portable_hqq, avx2_hqq, avx512_hqq, neon_hqq;

@@ -3,6 +3,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "hqq.h"
 #include "int8.h"
 #include "products.h"
 #include "search.h"
@@ -22,3 +23,4 @@ extern const SearchTable neon_search = {superblocks::search_four_bit, superblock
 extern const StepTable neon_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table neon_int8 = {round_rows, int8_product};
 extern const AdamTable neon_adam = {adam_step};
+extern const HqqTable neon_hqq = {hqq_scales};

@@ -2,6 +2,7 @@
 #include "affine.h"
 #include "block.h"
 #include "codebook.h"
+#include "hqq.h"
 #include "int8.h"
 #include "products.h"
 #include "search.h"
@@ -21,3 +22,4 @@ extern const SearchTable portable_search = {superblocks::search_four_bit, superb
 extern const StepTable portable_step = {step_turn, step_attend, step_swiglu, step_add, MOST_QUERIES};
 extern const Int8Table portable_int8 = {round_rows, int8_product};
 extern const AdamTable portable_adam = {adam_step};
+extern const HqqTable portable_hqq = {hqq_scales};
