@@ -272,7 +272,7 @@ class MovesGrid(_FromStart):
 class CodeMoves(_FromStart):
     """The start's scales, and its codes moved by what a change of its values comes to, rounded fairly.
 
-        u = (w - start) / s        code' = code + round(u + d)        d: evenly spread over -1/2 to 1/2 (`_spread_places`)
+        u = (w - start) / s        code' = code + round(u + d)        d: evenly spread over -1/2 to 1/2
 
     For a base that is held as codes: every weight begins on its code, where a change below half a step would move
     nothing, and the optimizer could not see what a small change is worth. With d each weight stands at a place of its
