@@ -4,7 +4,8 @@
     control  the same weights, k steps more                          full, rtn, gptq, blockwise: made of the control
     qat      the same k steps, the same rows in the same order, through the grid          (torchao: by its own layers)
 
-Every arm of a grid has so seen the same rows, in the same order, for the same number of steps. All are scored by
+Every arm of a grid has so seen the same rows, in the same order, for the same number of steps; an arm whose teacher is
+"control" learns from the model that saw them too, and costs that training more. All are scored by
 teacher-forced exact match in float32 on rows that trained nothing: `dev` chose the settings (seed 100), `test` judges.
 """
 
@@ -81,6 +82,8 @@ class Study:
         begin = begin or self.control(
             seed, settings.get("learning_rate", CONTROL_RATE) if arm == "full" else CONTROL_RATE
         )
+        if settings.get("teacher") == "control":
+            self.control(seed)  # shared with other arms, and so outside this arm's time
         known: Cell = {}
         with cpu_seconds() as taken:
             if arm.startswith("torchao"):
@@ -143,6 +146,8 @@ class Study:
         if "start" in chosen:  # a method of quantization, whose result of the same weights training begins with
             begin = self._rounded(chosen["start"], grid, model, START, scratch / "start")
             chosen["start"] = str(begin)
+        if chosen.get("teacher") == "control":
+            chosen["teacher"] = str(self.control(seed))
         return self._tune(scratch / "run", model, seed, steps, rate, "qat", format=grid, **chosen)
 
     def _torchao(self, seed: int, grid: str, model: Path, settings: Settings, run: Path) -> tuple[Any, Cell]:

@@ -113,3 +113,22 @@ def test_dropout_is_refused_and_the_shape_is_the_bases():
     with pytest.raises(FormatError, match="dropout"):
         QatLoraLinear(adapter, RangeGrid(parse_format("int4-g32").scheme, (48, 256)))
     assert linear_shape(_layer("int4-g32")) == (48, 256)
+
+
+def test_an_adapter_over_codes_learns_a_change_far_below_a_step():
+    scheme = parse_format("int4-g32").scheme
+    held = quantize_tensor(torch.randn(48, 256, generator=_generator()), scheme)
+    adapter = LoraLinear(QuantLinear(held), 4, 8.0, generator=_generator(2))
+    layer = QatLoraLinear(adapter, CodeMoves(held, 1.0))
+    x = torch.randn(256, 8, generator=_generator(3)).repeat_interleave(32, 1)
+    x += 0.1 * torch.randn(256, 256, generator=_generator(6))
+    change = 0.05 * torch.randn(48, 1, generator=_generator(4)) * torch.randn(8, generator=_generator(5))
+    with torch.no_grad():
+        wanted = x @ (held.dequantize() + change.repeat_interleave(32, 1)).t()
+        before = (layer(x) - wanted).square().mean()
+    optimizer = torch.optim.Adam([adapter.lora_A, adapter.lora_B], lr=3e-3)
+    for _ in range(100):
+        optimizer.zero_grad()
+        (layer(x) - wanted).square().mean().backward()
+        optimizer.step()
+    assert (layer(x) - wanted).square().mean() < 0.2 * before

@@ -223,7 +223,7 @@ class QatLora(Rounded):
         None,
         gt=0,
         le=1,
-        description="Share of a layer's codes that may differ from the base's. Default: all; 5% where codes are held.",
+        description="Share of a layer's codes that may differ from the base's. Default: all.",
     )
 
     @model_validator(mode="after")

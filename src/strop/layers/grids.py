@@ -4,7 +4,7 @@
     LearnedGrid   scales (and zero points) that learn with the weight: "Learned Step Size Quantization", Esser and
                   others, 2020, and "LSQ+", Bhalgat and others, 2020
     MovesGrid     the scales of a start, and codes of which only so many may leave the start's
-    CodeMoves     the same, for a change of a weight that is held as codes: the largest changes move their codes
+    CodeMoves     the same, for a change of a weight that is held as codes: codes move by steps that sum to the change
     ZeroMoves     the same for zero points: a group's mean change moves all of the group by whole steps
 
 Each gives a weight's rounded values for the forward pass and, by the same numbers, the tensor that is stored: bit for
@@ -33,6 +33,8 @@ from strop.numerics.scheme import Scheme
 
 FACTORS: Final = (0.05, 20.0)
 """How far a learned scale goes from its start, as multiples of it; so it never vanishes and never changes sign."""
+
+_PLASTIC: Final = 1.324717957244746
 
 
 @torch.no_grad()
@@ -268,21 +270,19 @@ class MovesGrid(_FromStart):
 
 
 class CodeMoves(_FromStart):
-    """The start's scales, and its codes moved where a change of its values is among the largest.
+    """The start's scales, and its codes moved by what a change of its values comes to, rounded fairly.
 
-        u = (w - start) / s        the `share` of the layer with the largest |u| moves by max(1, round(|u|)) codes
+        u = (w - start) / s        code' = code + round(u + d)        d: evenly spread over -1/2 to 1/2
 
     For a base that is held as codes: every weight begins on its code, where a change below half a step would move
-    nothing. After Yuan and others, "LoTA-QAF: Lossless Ternary Adaptation for Quantization-Aware Fine-Tuning" (2025),
-    whose adapters are ternary and whose threshold is a number; here the change is real and the threshold is what lets
-    `share` of the codes move. The share grows with the run, so that what moves first is what matters most.
+    nothing, and the optimizer could not see what a small change is worth. With d each weight stands at a place of its
+    own between two thresholds, as a weight that was rounded does: of many weights that are to change by a tenth of a
+    step a tenth move by one, so that the moves sum to the change. No change moves no code, and d costs no memory.
+    Where more than `share` of a layer's codes would move, the furthest from their codes do.
 
     Args:
         start: the base on its grid.
-        share: of the codes that move at the end of the run.
-
-    Attributes:
-        progress: of the run, 0 to 1; the codes that move now are `share * progress`.
+        share: of the codes that may move; 1 for all.
 
     Raises:
         FormatError: the scheme is of no integers, or its scales are codes themselves.
@@ -292,25 +292,22 @@ class CodeMoves(_FromStart):
         if not isinstance(start.scheme.format, IntFormat):
             raise FormatError(f"{start.scheme}: codes are moved by steps on grids of integers, such as int4-g32")
         super().__init__(start, "codes are moved")
-        self.share, self.progress = share, 1.0
+        self.share = share
 
     @torch.no_grad()
     def settled(self, weight: Tensor) -> QuantizedTensor:
         """See `Grid`."""
         form = self.scheme.format
         assert isinstance(form, IntFormat)
-        steps = _in_steps(weight, self.start)
-        places = _largest_places(steps, self.share * self.progress)
-        codes = self.start.stored_codes().flatten().to(torch.int16)
-        change = steps.flatten()[places]
-        codes[places] += (change.abs().round_().clamp_(1, form.steps).copysign_(change)).to(torch.int16)
-        return self.start.with_codes(codes.clamp_(0, form.steps).to(torch.uint8).view(self.start.shape))
+        moves = _moves(_in_steps(weight, self.start), self.share, form.steps)
+        codes = self.start.stored_codes().to(torch.int16).add_(moves).clamp_(0, form.steps)
+        return self.start.with_codes(codes.to(torch.uint8))
 
 
 class ZeroMoves(_FromStart):
-    """The start's codes and scales, and its zero points moved where a group's mean change is among the largest.
+    """The start's codes and scales, and its zero points moved by what each group's mean change comes to.
 
-        v = mean over the group of (w - start) / s        z' = z - sign(v) * max(1, round(|v|)) for the `share` largest
+        v = mean over the group of (w - start) / s        z' = z - round(v + d)        d, share: as in `CodeMoves`
 
     After Xu and others, "QA-LoRA: Quantization-Aware Low-Rank Adaptation of Large Language Models" (2023), whose zero
     points are real numbers; in the files that hold integer ones a move is a whole step of the grid for every weight of
@@ -318,10 +315,7 @@ class ZeroMoves(_FromStart):
 
     Args:
         start: the base on its grid.
-        share: of the zero points that move at the end of the run.
-
-    Attributes:
-        progress: as in `CodeMoves`.
+        share: of the zero points that may move; 1 for all.
 
     Raises:
         FormatError: the scheme has no zero points.
@@ -333,7 +327,7 @@ class ZeroMoves(_FromStart):
                 f"{start.scheme}: has no zero points to move; int4-g32-asym has, and --hold codes needs none"
             )
         super().__init__(start, "zero points are moved")
-        self.share, self.progress = share, 1.0
+        self.share = share
 
     @torch.no_grad()
     def settled(self, weight: Tensor) -> QuantizedTensor:
@@ -341,12 +335,10 @@ class ZeroMoves(_FromStart):
         start, form = self.start, self.scheme.format
         assert isinstance(form, IntFormat)
         assert start.zero_point is not None
-        change = split(_in_steps(weight, start), self.scheme).mean(dim=-1).flatten()
-        places = _largest_places(change, self.share * self.progress)
-        zeros = start.zero_point.flatten().to(torch.int16)
-        zeros[places] -= (change[places].abs().round_().clamp_(1, form.steps).copysign_(change[places])).to(torch.int16)
-        zeros = zeros.clamp_(0, form.steps).to(torch.uint8).view(start.zero_point.shape)
-        return dataclasses.replace(start, zero_point=zeros)
+        change = split(_in_steps(weight, start), self.scheme).mean(dim=-1)
+        moves = _moves(change, self.share, form.steps).view(start.zero_point.shape)
+        zeros = start.zero_point.to(torch.int16).sub_(moves).clamp_(0, form.steps)
+        return dataclasses.replace(start, zero_point=zeros.to(torch.uint8))
 
     def pooled(self, x: Tensor) -> Tensor:
         """The inputs that an adapter's gradient is formed with: the mean of each group in the place of its values."""
@@ -382,14 +374,27 @@ def _in_steps(weight: Tensor, start: QuantizedTensor) -> Tensor:
     return restore(groups / torch.where(scale == 0, 1.0, scale), start.shape)
 
 
-def _largest_places(x: Tensor, share: float) -> Tensor:
-    """Where the values of largest magnitude stand, at most `share` of them, those that are 0 left out; int64."""
-    size = x.flatten().abs()
-    count = int(share * size.numel())
-    if not count:
-        return torch.empty(0, dtype=torch.int64, device=x.device)
-    values, places = torch.topk(size, count, sorted=False)
-    return places[values > 0]
+def _moves(change: Tensor, share: float, most: int) -> Tensor:
+    """Whole steps for a change [rows, columns] in steps, at most `share` of them not 0; int16, within +-most."""
+    placed = (change + _spread_places(change)).clamp_(-most, most)
+    moves = placed.round().to(torch.int16)
+    moved = moves.flatten().nonzero().flatten()
+    limit = int(share * moves.numel())
+    if len(moved) > limit:
+        least = torch.topk(placed.abs_().flatten()[moved], len(moved) - limit, largest=False, sorted=False).indices
+        moves.view(-1)[moved[least]] = 0
+    return moves
+
+
+def _spread_places(like: Tensor) -> Tensor:
+    """Numbers within -1/2 to 1/2 for the places of a matrix, evenly spread in every stretch of it; float32.
+
+    The lattice of Roberts, "The unreasonable effectiveness of quasirandom sequences" (2018): frac(i / p^2 + j / p) for
+    p^3 = p + 1. Of any few neighbours in a row or a column no two are close, so that sums over either are fair.
+    """
+    rows, columns = (torch.arange(size, dtype=torch.float64, device=like.device) for size in like.shape)
+    places = (rows / _PLASTIC**2).frac().float()[:, None] + (columns / _PLASTIC).frac().float()
+    return places.frac_().sub_(0.5)
 
 
 def _largest(scheme: Scheme) -> float:

@@ -14,8 +14,8 @@ W^ is made again in the backward pass: memory holds the base, the adapter and on
 
 The sum moves a code once it is more than half a step away: with W0 in 16 or 8 bits most weights lie somewhere between
 two codes, and a small sum moves those near a threshold. With W0 held as codes every weight lies on its code, and a
-small sum moves nothing; there `CodeMoves` is the grid, which lets the largest sums move their codes by one (or
-`ZeroMoves`, where the gradient is formed with the mean input of each group).
+small sum would move nothing; there `CodeMoves` is the grid, which gives every weight a place of its own between two
+thresholds (or `ZeroMoves`, where the gradient is formed with the mean input of each group).
 """
 
 from __future__ import annotations

@@ -41,9 +41,6 @@ HELD_IN_8_BITS: Final = "int8-g32"
 HELD_AS_CODES: Final = ("codes", "zero-points")
 """Ways of holding a base as the destination's own codes."""
 
-MOVED_OF_CODES: Final = 0.05
-"""Share of the codes of a base held as codes that move, where nothing else is said."""
-
 Start = Callable[[str, Tensor], QuantizedTensor]
 """A layer's name and weight to the weight on the grid where training begins."""
 
@@ -115,7 +112,7 @@ def put_qat_lora(
     def grid(name: str, adapter: LoraLinear) -> Grid:
         if method.hold in HELD_AS_CODES:
             held = _codes(adapter.base, scheme, name)
-            share = MOVED_OF_CODES if method.max_moved is None else method.max_moved
+            share = 1.0 if method.max_moved is None else method.max_moved
             return CodeMoves(held, share) if method.hold == "codes" else ZeroMoves(held, share)
         if method.max_moved is not None:
             return MovesGrid(_nearest(name, dense_weight(adapter.base).float(), scheme), method.max_moved)

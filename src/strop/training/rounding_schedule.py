@@ -5,7 +5,7 @@
     (1 - freeze) * total .. total   rounded, with the scales of that moment (frozen scales)
 
 The phase is a function of the step alone, so that a run that is resumed in the middle of one goes on bit for bit; held
-scales travel in the checkpoint. Grids whose codes move little by little are told how far the run has come.
+scales travel in the checkpoint.
 What is evaluated and written is rounded in every phase.
 """
 
@@ -18,7 +18,7 @@ from typing import Final
 from torch import Tensor, nn
 
 from strop.layers.fake_quant_linear import FakeQuantLinear
-from strop.layers.grids import FACTORS, CodeMoves, LearnedGrid, RangeGrid, ZeroMoves
+from strop.layers.grids import FACTORS, LearnedGrid, RangeGrid
 from strop.layers.qat_lora_linear import QatLoraLinear
 from strop.layers.scale_linear import ScaleLinear
 from strop.progress import Reporter
@@ -43,7 +43,6 @@ class RoundingSchedule:
         modules = dict(model.named_modules())
         self._rounding = [module for module in modules.values() if isinstance(module, FakeQuantLinear | QatLoraLinear)]
         self._holding = [*self._rounding, *(module for module in modules.values() if isinstance(module, ScaleLinear))]
-        self._moving = [module for module in modules.values() if isinstance(module, CodeMoves | ZeroMoves)]
         self._ranges = {name: module for name, module in modules.items() if isinstance(module, RangeGrid)}
         self._learned = {
             name: module for name, module in modules.items() if isinstance(module, LearnedGrid | ScaleLinear)
@@ -75,8 +74,6 @@ class RoundingSchedule:
             self._held = True
             for module in self._holding:
                 module.hold()
-        for grid in self._moving:
-            grid.progress = min(1.0, (step + 1) / total)
         return step == self.first_rounded(total) > 0
 
     def after_update(self, step: int, reporter: Reporter) -> None:
@@ -104,8 +101,6 @@ class RoundingSchedule:
             for parameter in (module.factor, getattr(module, "zero", None)):
                 if parameter is not None:
                     parameter.requires_grad = not held
-        for grid in self._moving:
-            grid.progress = min(1.0, steps / total) if steps else 0.0
 
     @contextmanager
     def rounding(self) -> Iterator[None]:
