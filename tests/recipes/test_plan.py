@@ -106,9 +106,8 @@ def test_what_does_not_fit_comes_with_the_changes_that_make_it(material: Path, m
 
     machine = recipe.this_machine()
     monkeypatch.setattr(recipe, "this_machine", tight)
-    monkeypatch.setattr(
-        strop.precision, "compute_dtype", lambda asked, device: torch.bfloat16
-    )  # in float32 nothing would fit
+    # On a processor without bfloat16 weights are held in float32, and nothing would fit.
+    monkeypatch.setattr(strop.precision, "compute_dtype", lambda asked, device: torch.bfloat16)
     planned = plan_model(material / "configs" / "Meta-Llama-3-8B", device="H200")
     fits = {method.label: method.fits for method in planned.methods}
     assert set(fits.values()) == {False}

@@ -1,5 +1,5 @@
-"""The searches for scales, on tensors: of superblocks what `methods.superblocks` and `methods.block_fit` do, bit for bit,
-and HQQ's (`methods.hqq`), whose powers are good to about 1e-6.
+"""The searches for scales, on tensors: of superblocks what `methods.superblocks` and `methods.block_fit` do, bit for
+bit, and HQQ's (`methods.hqq`), whose powers are good to about 1e-6.
 
 None is returned where the kernels cannot do it, as in `operations`.
 """
