@@ -16,6 +16,8 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from strop.numerics.int8_matmul import int8_matmul
+
 ProductDtype = Literal["float32", "bfloat16", "int8"]
 PRODUCT_DTYPES: Final[tuple[ProductDtype, ...]] = ("float32", "bfloat16", "int8")
 
@@ -62,14 +64,14 @@ def spread(rates: list[float], unit: str) -> Spread:
 def product_rates(dtype: ProductDtype, *, size: int = 1024, seconds: float = 0.15, device: str = "cpu") -> list[float]:
     """Multiply two [size, size] matrices again and again; operations per second of each run.
 
-    float32 and bfloat16 are `torch.mm`'s; int8 is `torch._int_mm`, with int32 sums.
+    float32 and bfloat16 are `torch.mm`'s; int8 is `numerics.int8_matmul`'s, with int32 sums.
     """
     generator = torch.Generator(device=device).manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator, device=device) for _ in range(2))
     multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm
     if dtype == "int8":
         left, right = (each.mul(30).clamp(-127, 127).to(torch.int8) for each in (left, right))
-        multiply = torch._int_mm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
+        multiply = int8_matmul
     elif dtype == "bfloat16":
         left, right = left.bfloat16(), right.bfloat16()
     return _rates(lambda: multiply(left, right), 2 * size**3, seconds, device)
