@@ -23,14 +23,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import torch
+
+from strop.precision import compute_dtype
+
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "qat"))
 
 import cost  # noqa: E402  the neighbour's contenders, shapes and store
-import torch  # noqa: E402
 from store import Cell, Store  # noqa: E402
-
-from strop.precision import compute_dtype  # noqa: E402
 
 SHAPES: Final = {
     "135m": (cost.SHAPE, 512),

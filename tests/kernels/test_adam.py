@@ -7,13 +7,16 @@ import torch
 from torch import Tensor, nn
 
 from strop import kernels
+from strop.kernels import adam
+from strop.numerics.codebook import dynamic_map
+from strop.numerics.dynamic8 import cells, quantize_blocks
 from strop.training.adamw8bit import AdamW8bit
 
 SIZES = [4096, 4097, 5000, 70_001]
 """Parameters of fewer have float32 moments; blocks are of 256."""
 
 
-def gradients(size: int, dtype: torch.dtype, steps: int = 4) -> list[Tensor]:
+def gradients(size: int, steps: int = 4) -> list[Tensor]:
     """Of every size that float32 has, zeros among them, whole blocks of them too."""
     generator = torch.Generator().manual_seed(size)
     drawn = []
@@ -22,16 +25,16 @@ def gradients(size: int, dtype: torch.dtype, steps: int = 4) -> list[Tensor]:
         gradient[torch.rand(size, generator=generator) < 0.1] = 0.0
         gradient[512:1024] = 0.0
         gradient[1024:1280] *= 1e-25
-        drawn.append(gradient.to(dtype))
+        drawn.append(gradient)
     return drawn
 
 
 def trained(size: int, given: list[Tensor], **options: float) -> dict[str, Tensor]:
     """Weights and state after some steps."""
-    weight = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(1)).to(given[0].dtype).float())
+    weight = nn.Parameter(torch.randn(size, generator=torch.Generator().manual_seed(1)))
     optimizer = AdamW8bit([weight], lr=1e-2, **options)
     for gradient in given:
-        weight.grad = gradient.float() if weight.dtype != gradient.dtype else gradient.clone()
+        weight.grad = gradient.clone()
         optimizer.step()
     return {"weight": weight.detach(), **optimizer.state[weight]}
 
@@ -45,17 +48,13 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "eps": 1e-6}], ids=["plain", "decay"])
 @pytest.mark.parametrize("size", SIZES)
 def test_steps_have_the_references_bits(instruction_set: str, size: int, options: dict[str, float]) -> None:
-    given = gradients(size, torch.float32)
+    given = gradients(size)
     got = trained(size, given, **options)
     with kernels.forced("reference"):
         assert_same(got, trained(size, given, **options))
 
 
 def test_gradients_in_bfloat16_are_read_as_they_are(instruction_set: str) -> None:
-    from strop.kernels import adam
-    from strop.numerics.codebook import dynamic_map
-    from strop.numerics.dynamic8 import cells, quantize_blocks
-
     cpu, size = torch.device("cpu"), 1000
     rates = adam.Rates(0.1, 0.999, 0.001, 2.0, 1e-8, 0.99, -0.01)
     gradient = torch.randn(size, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -74,7 +73,7 @@ def test_gradients_in_bfloat16_are_read_as_they_are(instruction_set: str) -> Non
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")], ids=str)
 def test_what_is_not_finite_spoils_its_block_as_in_the_reference(instruction_set: str, value: float) -> None:
-    given = gradients(4099, torch.float32)
+    given = gradients(4099)
     given[1][300] = value
     got = trained(4099, given)
     with kernels.forced("reference"):
@@ -85,7 +84,7 @@ def test_what_is_not_finite_spoils_its_block_as_in_the_reference(instruction_set
 
 def test_the_threads_do_not_matter(instruction_set: str) -> None:
     size, threads = 300_000, torch.get_num_threads()
-    given, found = gradients(size, torch.float32, steps=2), []
+    given, found = gradients(size, steps=2), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from strop.kernels import int8
 
@@ -120,3 +121,9 @@ def test_sums_of_the_most_extreme_codes_fit():
     x, weight = torch.full((2, 1 << 16), -128, dtype=torch.int8), torch.full((1, 1 << 16), 127, dtype=torch.int8)
     found = int8.sums(x, weight)
     assert found is None or found.tolist() == [[-128 * 127 * 65536]] * 2
+
+
+def test_tensors_without_bytes_have_no_sums():
+    with FakeTensorMode():
+        x = torch.empty(3, 64, dtype=torch.int8)
+        assert int8.sums(x, x) is None

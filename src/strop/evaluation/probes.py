@@ -16,6 +16,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
+from strop.kernels import int8
 from strop.numerics.int8_matmul import int8_matmul
 
 ProductDtype = Literal["float32", "bfloat16", "int8"]
@@ -64,14 +65,16 @@ def spread(rates: list[float], unit: str) -> Spread:
 def product_rates(dtype: ProductDtype, *, size: int = 1024, seconds: float = 0.15, device: str = "cpu") -> list[float]:
     """Multiply two [size, size] matrices again and again; operations per second of each run.
 
-    float32 and bfloat16 are `torch.mm`'s; int8 is `numerics.int8_matmul`'s, with int32 sums.
+    float32 and bfloat16 are `torch.mm`'s; int8 is that of strop's own kernel where it has one, else `torch._int_mm`'s,
+    with int32 sums.
     """
     generator = torch.Generator(device=device).manual_seed(0)
     left, right = (torch.randn(size, size, generator=generator, device=device) for _ in range(2))
     multiply: Callable[[Tensor, Tensor], Tensor] = torch.mm
     if dtype == "int8":
         left, right = (each.mul(30).clamp(-127, 127).to(torch.int8) for each in (left, right))
-        multiply = int8_matmul
+        own = int8.sums(left, right) is not None
+        multiply = int8_matmul if own else torch._int_mm  # pyright: ignore[reportPrivateUsage, reportPrivateImportUsage]
     elif dtype == "bfloat16":
         left, right = left.bfloat16(), right.bfloat16()
     return _rates(lambda: multiply(left, right), 2 * size**3, seconds, device)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from strop.kernels.library import Int8Job, native
+from strop.kernels.operations import usable
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SUMS = 3
@@ -94,12 +95,14 @@ def plain_product(x: Rows, weight: Tensor, out: Tensor, *, channel: Tensor | Non
 def sums(x: Tensor, weight: Tensor) -> Tensor | None:
     """The exact sums alone, where the library multiplies by pairs: int8 [tokens, in] and [out, in] -> int32.
 
-    None where it does not: torch's product is faster there.
+    None where it does not (torch's product is faster there), or cannot read the tensors, as in `operations`.
     """
-    found = native()
-    if found is None or x.device.type != "cpu" or found[1] != "avx2":
+    choice = native()
+    if choice is None or choice[1] != "avx2":
         return None
     x, weight = x.contiguous(), weight.contiguous()
+    if usable(x, weight) is None:
+        return None
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.int32)
     job = Int8Job(rows=x.shape[0], columns=x.shape[1], outputs=weight.shape[0], stride=x.shape[1], x_type=_SUMS)
     job.codes, job.weight, job.y = x.data_ptr(), weight.data_ptr(), y.data_ptr()

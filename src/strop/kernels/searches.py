@@ -1,7 +1,7 @@
 """The searches for scales, on tensors: of superblocks what `methods.superblocks` and `methods.block_fit` do, bit for
 bit, and HQQ's (`methods.hqq`), whose powers are good to about 1e-6.
 
-None is returned where the kernels cannot do it, as in `operations`.
+Searches of superblocks return None where the kernels cannot do it, as in `operations`.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def hqq_scales(
     iterations: int,
     stride: float,
     gain: float,
-) -> Tensor | None:
-    """The best scales that HQQ meets, like `scales`.
+) -> bool:
+    """Put the best scales that HQQ meets in place of those given; False, and nothing done, where the kernels cannot.
 
     Args:
         x: float32 [groups, size], finite.
@@ -109,13 +109,13 @@ def hqq_scales(
         gain: The share that a group must gain to go on.
     """
     if x.dtype != torch.float32 or scale_dtype not in _STORED:
-        return None
-    found, best = usable(x, scales, zero), scales.clone()
+        return False
+    found = usable(x, scales, zero)
     if found is None:
-        return None
+        return False
     job = HqqJob(rows=len(x), columns=x.shape[1], low=ends[0], high=ends[1], iterations=iterations)
-    job.x, job.scales, job.zero = x.data_ptr(), best.data_ptr(), None if zero is None else zero.data_ptr()
+    job.x, job.scales, job.zero = x.data_ptr(), scales.data_ptr(), None if zero is None else zero.data_ptr()
     job.power, job.log2_beta, job.log2_kappa, job.stride, job.gain = p, math.log2(beta), math.log2(kappa), stride, gain
     job.scale_type = _STORED[scale_dtype]
     library, instruction_set = found
-    return best if library.call("hqq_scales", job, instruction_set, torch.get_num_threads()) else None
+    return library.call("hqq_scales", job, instruction_set, torch.get_num_threads())

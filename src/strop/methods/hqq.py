@@ -107,13 +107,10 @@ def hqq(
     zeros = None if zero_point is None else stored_zero_point(zero_point, scheme.format).float().view(-1, 1)
     for piece in row_chunks(*values.shape, values=_PIECE):
         zero = None if zeros is None else zeros[piece]
-        x, start = values[piece].float(), scales[piece]
+        part: tuple[Tensor, Tensor, Tensor | None, Scheme] = (values[piece].float(), scales[piece], zero, scheme)
         options: dict[str, Any] = {"p": p, "beta": beta, "kappa": kappa, "iterations": iterations}
-        best = _solve_natively(x, start, zero, scheme, options)
-        if best is not None:
-            start.copy_(best)
-        else:
-            _solve(x, start, zero, scheme, **options)
+        if not _solve_natively(*part, **options):
+            _solve(*part, **options)
     found = quantize_tensor(weight, scheme, scale=scales.view(scale.shape), zero_point=zero_point, where=where)
     if not scheme.double_quant:
         return found
@@ -132,13 +129,11 @@ def power_error(weight: Tensor, quantized: QuantizedTensor, p: float = 0.7) -> f
     return total / weight.numel()
 
 
-def _solve_natively(
-    x: Tensor, scales: Tensor, zero: Tensor | None, scheme: Scheme, options: dict[str, Any]
-) -> Tensor | None:
-    """What `_solve` would put in place of the scales, by the native kernel; None where it has no such grid."""
+def _solve_natively(x: Tensor, scales: Tensor, zero: Tensor | None, scheme: Scheme, **options: Any) -> bool:
+    """`_solve` by the native kernel; False, and nothing done, where it has no such grid."""
     form = scheme.format
     if not isinstance(form, IntFormat):
-        return None
+        return False
     ends = (form.qmin, form.qmax) if zero is None else (0, form.steps)
     return hqq_scales(x, scales, zero, ends, scheme.scale_dtype, stride=_STRIDE, gain=_GAIN, **options)
 

@@ -5,8 +5,7 @@
     (1 - freeze) * total .. total   rounded, with the scales of that moment (frozen scales)
 
 The phase is a function of the step alone, so that a run that is resumed in the middle of one goes on bit for bit; held
-scales travel in the checkpoint.
-What is evaluated and written is rounded in every phase.
+scales travel in the checkpoint. What is evaluated and written is rounded in every phase.
 """
 
 from __future__ import annotations

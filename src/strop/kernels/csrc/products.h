@@ -30,18 +30,17 @@ inline bool has_blocks(const Job *job) {
 #endif
 }
 
-#ifndef STROP_PLAIN_PRODUCTS
+#ifdef STROP_DECODERS
 enum Decoding { BY_TABLE, BY_INTEGERS, BY_PLANES };
 
-// How a job's 4-bit codes become weights (lanes.h).
+// How a job's 4-bit codes become weights (lanes.h); elsewhere by table.
 inline Decoding decoding_of(const Job *job) {
-#ifdef STROP_DECODERS
     if (!job->levels) return BY_INTEGERS;
-    if (job->size % 32 == 0 || job->size == job->columns) return BY_PLANES;
-#endif
-    return BY_TABLE;
+    return job->size % 32 == 0 || job->size == job->columns ? BY_PLANES : BY_TABLE;
 }
+#endif
 
+#ifndef STROP_PLAIN_PRODUCTS
 // A block's inputs in the order in which its weights come, and what the sums begin with.
 template <class Decoder, class X>
 inline void lay_block(const typename X::Stored *__restrict__ x, float *__restrict__ inputs, float *__restrict__ firsts) {
@@ -72,12 +71,11 @@ template <class X> void lay_inputs(const Job *job, int64_t token, float *inputs)
     const typename X::Stored *x = (const typename X::Stored *)job->x + token * columns;
 #ifndef STROP_PLAIN_PRODUCTS
     if (has_blocks(job) && job->bits == 4) {
-        const Decoding decoding = decoding_of(job);
 #ifdef STROP_DECODERS
-        if (decoding == BY_INTEGERS) return lay_blocks<Integers, X>(x, columns, inputs);
-        if (decoding == BY_PLANES) return lay_blocks<Planes, X>(x, columns, inputs);
+        if (decoding_of(job) == BY_INTEGERS) return lay_blocks<Integers, X>(x, columns, inputs);
+        if (decoding_of(job) == BY_PLANES) return lay_blocks<Planes, X>(x, columns, inputs);
 #endif
-        if (decoding == BY_TABLE) return lay_blocks<Looked, X>(x, columns, inputs);
+        return lay_blocks<Looked, X>(x, columns, inputs);
     }
 #endif
     for (int64_t i = 0; i < columns; i++) inputs[i] = X::load(x[i]);
